@@ -1,0 +1,51 @@
+// Building blocks of exact selection by magnitude, each over elements [begin, end) of |x - base|.
+//
+// Keys are the bits of the magnitude: 32 bits wide (64 for f64), ordered as unsigned integers,
+// every NaN equal and above infinity. The driver samples keys, brackets the wanted rank by two
+// of them and counts once; where the sample misleads it, or keys are short, it counts digits.
+#pragma once
+
+#include "common.h"
+
+namespace mk {
+
+struct Magnitudes {
+  View x;
+  const View* base;  // nullptr: magnitudes of x itself
+};
+
+// out[i] = key of element begin + i. `out` holds 32-bit keys, 64-bit ones for f64.
+void magnitude_keys(const Magnitudes& args, std::int64_t begin, std::int64_t end, void* out);
+
+// Keys of runs [begin, end) of `run` neighbours each: one run in every of `runs` equal strata of
+// `total` elements, at a place that a hash of its number decides. out[0] belongs to run 0.
+void sample_keys(const Magnitudes& args, std::int64_t total, std::int64_t runs, std::int64_t run,
+                 std::int64_t begin, std::int64_t end, void* out);
+
+struct BracketCount {
+  std::int64_t above;    // keys > high
+  std::int64_t at_high;  // keys == high
+  std::int64_t inside;   // low < keys < high
+  std::int64_t at_low;   // keys == low (0 where low == high)
+};
+
+// Counts keys against [low, high] and stores those strictly inside, in any order, into `kept`
+// while there is room; `inside` > capacity tells that some were not stored.
+BracketCount bracket_count(const Magnitudes& args, std::int64_t begin, std::int64_t end,
+                           std::uint64_t low, std::uint64_t high, void* kept,
+                           std::int64_t capacity);
+
+// Adds to histogram[65536] the 16-bit digit at `shift` of every key that equals `prefix` above
+// it (key >> (shift + 16) == prefix).
+void digit_histogram(const Magnitudes& args, std::int64_t begin, std::int64_t end,
+                     std::uint64_t prefix, int shift, std::int64_t* histogram);
+
+// For 16-bit types without base: adds to histogram[32768] the stored bits of every |x|.
+void pattern_histogram(const View& x, std::int64_t begin, std::int64_t end,
+                       std::int64_t* histogram);
+
+// The index of the rank-th (from 0) element of [begin, end) whose key equals `key`; -1 if none.
+std::int64_t find_key(const Magnitudes& args, std::int64_t begin, std::int64_t end,
+                      std::uint64_t key, std::int64_t rank);
+
+}  // namespace mk

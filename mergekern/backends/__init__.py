@@ -1,0 +1,1 @@
+"""One file per backend; the same function names and destination-first signatures in each."""

@@ -1,0 +1,159 @@
+"""Argument checks shared by all ops: what the user passed becomes checked tensors and numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type sums are held in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tensor(op: str, x: Any, name: str, *, floating: bool = True) -> Tensor:
+    """A detached strided tensor of `x`: a Tensor, a numpy array or any DLPack producer."""
+    if not isinstance(x, Tensor):
+        if not hasattr(x, "__dlpack__"):
+            raise ArgumentError(
+                f"{op}: {name} is no tensor; got {type(x).__name__}; "
+                "expected a torch.Tensor, a numpy array or a DLPack producer"
+            )
+        x = torch.from_dlpack(x)
+    x = x.detach()
+    if x.layout != torch.strided or x.is_meta or x.is_quantized:
+        kind = "meta" if x.is_meta else "quantized" if x.is_quantized else str(x.layout)
+        raise ArgumentError(f"{op}: {name} holds no plain data; got {kind}; expected strided")
+    if floating and x.dtype not in FLOATS:
+        raise ArgumentError(
+            f"{op}: {name} has an unsupported dtype; got {name_of(x.dtype)}; "
+            f"expected one of {', '.join(map(name_of, FLOATS))}"
+        )
+    x = x.resolve_conj().resolve_neg()
+    if x.numel() and x.data_ptr() % x.element_size():
+        x = x.clone()  # e.g. a buffer with an odd offset: kernels need aligned elements
+    return x
+
+
+def tensors(op: str, xs: Sequence[Any], name: str = "xs") -> list[Tensor]:
+    """At least one floating tensor, all of one shape, dtype and device."""
+    if isinstance(xs, Tensor):
+        raise ArgumentError(f"{op}: {name} is one tensor; expected a sequence of tensors")
+    checked = [tensor(op, x, f"{name}[{i}]") for i, x in enumerate(xs)]
+    if not checked:
+        raise ArgumentError(f"{op}: {name} is empty; expected at least one tensor")
+    for i, x in enumerate(checked[1:], start=1):
+        same(op, f"{name}[{i}]", x, f"{name}[0]", checked[0])
+    return checked
+
+
+def same(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
+    """x and y agree in shape, dtype and device."""
+    for what, got, expected in (
+        ("shape", tuple(x.shape), tuple(y.shape)),
+        ("dtype", name_of(x.dtype), name_of(y.dtype)),
+        ("device", str(x.device), str(y.device)),
+    ):
+        if got != expected:
+            raise ArgumentError(
+                f"{op}: {name} differs from {other} in {what}; got {got}; expected {expected}"
+            )
+
+
+def number(op: str, name: str, value: Any) -> float:
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{op}: {name} is no number; got {value!r}") from None
+    if not math.isfinite(result):
+        raise ArgumentError(f"{op}: {name} is not finite; got {value!r}")
+    return result
+
+
+def numbers(op: str, name: str, values: Any, n: int) -> list[float]:
+    """n finite floats."""
+    if isinstance(values, Tensor) or hasattr(values, "tolist"):
+        values = values.tolist()
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise ArgumentError(f"{op}: {name} is no sequence of numbers; got {values!r}")
+    if len(values) != n:
+        raise ArgumentError(f"{op}: {name} has the wrong length; got {len(values)}; expected {n}")
+    return [number(op, f"{name}[{i}]", v) for i, v in enumerate(values)]
+
+
+def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise ArgumentError(
+            f"{op}: {name} is unknown; got {value!r}; expected one of {', '.join(map(str, allowed))}"
+        )
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte that x touches."""
+    first = x.data_ptr()
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return first, first + (reach + 1) * x.element_size()
+
+
+def _overlaps(x: Tensor, y: Tensor) -> bool:
+    if not x.numel() or not y.numel() or x.device != y.device:
+        return False
+    (x0, x1), (y0, y1) = _span(x), _span(y)
+    return x0 < y1 and y0 < x1
+
+
+def output(
+    op: str,
+    out: Tensor | None,
+    like: Tensor,
+    *,
+    shape: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    inputs: Sequence[Tensor] = (),
+    in_place: bool = True,
+) -> Tensor:
+    """`out` checked, or a new contiguous tensor.
+
+    `out` may be one of the inputs itself if `in_place`; any other overlap is refused.
+    """
+    shape = tuple(like.shape if shape is None else shape)
+    dtype = like.dtype if dtype is None else dtype
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    expected = (shape, dtype, like.device)
+    if not isinstance(out, Tensor) or (tuple(out.shape), out.dtype, out.device) != expected:
+        got = (
+            f"{name_of(out.dtype)}{list(out.shape)} on {out.device}"
+            if isinstance(out, Tensor)
+            else type(out).__name__
+        )
+        raise ArgumentError(
+            f"{op}: out does not fit the result; got {got}; "
+            f"expected {name_of(dtype)}{list(shape)} on {like.device}"
+        )
+    if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
+        raise ArgumentError(f"{op}: out has several elements in one place; got an expanded tensor")
+    if out.numel() and out.data_ptr() % out.element_size():
+        raise ArgumentError(f"{op}: out is not aligned to its element size")
+    for x in inputs:
+        itself = (
+            in_place
+            and x.data_ptr() == out.data_ptr()
+            and x.dtype == out.dtype
+            and x.stride() == out.stride()
+        )
+        if not itself and _overlaps(out, x):
+            raise ArgumentError(f"{op}: out overlaps an input in part; expected separate memory")
+    return out.detach()

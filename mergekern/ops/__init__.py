@@ -1,0 +1,1 @@
+"""The public door of each op: check, allocate, select a backend, call it."""
