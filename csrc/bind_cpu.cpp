@@ -33,10 +33,10 @@ void require(bool ok, const char* what) {
 }
 
 mk::View make_view(Address data, mk::DType dtype, const std::vector<int64_t>& shape,
-                   const std::vector<int64_t>& strides) {
+                   const std::vector<int64_t>& strides, bool stream) {
   require(shape.size() == strides.size(), "View: shape and strides differ in length");
   require(shape.size() <= std::size_t(mk::kMaxDims), "View: more than 16 separate dimensions");
-  mk::View view{at<void>(data), dtype, int(shape.size()), {}, {}};
+  mk::View view{at<void>(data), dtype, int(shape.size()), {}, {}, stream};
   std::copy(shape.begin(), shape.end(), view.shape);
   std::copy(strides.begin(), strides.end(), view.strides);
   return view;
@@ -114,17 +114,23 @@ int64_t find_key(const mk::View& x, const std::optional<mk::View>& base, uint64_
 
 // axes: (size, stride in elements, address of int64 offsets or 0) for each axis of the result.
 void permute(Address out, Address x, int64_t itemsize,
-             const std::vector<std::tuple<int64_t, int64_t, Address>>& axes, Address inner,
-             int64_t begin, int64_t end) {
+             const std::vector<std::tuple<int64_t, int64_t, Address>>& axes, bool stream,
+             Address positions, int64_t row_size, Address scratch, int64_t begin, int64_t end) {
   require(!axes.empty() && axes.size() <= std::size_t(mk::kMaxDims),
           "permute: 1 to 16 separate dimensions");
-  mk::Permute args{
-      at<void>(out), at<const void>(x), itemsize, int(axes.size()), {}, at<const int32_t>(inner)};
+  mk::Permute args{};
+  args.out = at<void>(out);
+  args.x = at<const void>(x);
+  args.itemsize = itemsize;
+  args.ndim = int(axes.size());
+  args.stream = stream;
+  args.positions = at<const std::int32_t>(positions);
+  args.row_size = row_size;
   for (std::size_t d = 0; d < axes.size(); ++d) {
     const auto& [size, stride, offsets] = axes[d];
     args.axes[d] = {size, stride, at<const int64_t>(offsets)};
   }
-  mk::permute(args, begin, end);
+  mk::permute(args, begin, end, at<void>(scratch));
 }
 
 }  // namespace
@@ -144,7 +150,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       .value("count", mk::Elect::count);
 
   py::class_<mk::View>(m, "View")
-      .def(py::init(&make_view), kw, "data"_a, "dtype"_a, "shape"_a, "strides"_a);
+      .def(py::init(&make_view), kw, "data"_a, "dtype"_a, "shape"_a, "strides"_a,
+           "stream"_a = false);
   py::class_<mk::KeepRule>(m, "KeepRule")
       .def(py::init<>())
       .def_static(
@@ -160,6 +167,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
           },
           kw, "k0"_a, "k1"_a, "limit"_a);
 
+  m.attr("BLOCK") = mk::kBlock;
   m.attr("MERGE_BLOCK") = mk::kMergeBlock;
   m.attr("GRAM_BLOCK") = mk::kGramBlock;
   m.attr("MAX_DIMS") = mk::kMaxDims;
@@ -183,6 +191,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("pattern_histogram", &pattern_histogram, no_gil, kw, "x"_a, "histogram"_a, "begin"_a,
         "end"_a);
   m.def("find_key", &find_key, no_gil, kw, "x"_a, "base"_a, "key"_a, "rank"_a, "begin"_a, "end"_a);
-  m.def("permute", &permute, no_gil, kw, "out"_a, "x"_a, "itemsize"_a, "axes"_a, "inner"_a,
-        "begin"_a, "end"_a);
+  m.def("permute", &permute, no_gil, kw, "out"_a, "x"_a, "itemsize"_a, "axes"_a, "stream"_a,
+        "positions"_a, "row_size"_a, "scratch"_a, "begin"_a, "end"_a);
 }

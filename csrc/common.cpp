@@ -1,35 +1,46 @@
 #include "common.h"
 
+#include <algorithm>
+
 namespace mk {
 namespace {
 
-template <class T, class A>
-MK_INLINE void round_all(const A* values, T* out, std::int64_t n) {
+template <class A, class T>
+MK_CLONES void round_to(const A* values, T* out, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) narrow(values[i], out + i);
 }
-MK_CLONES void round_to(const float* v, float* o, std::int64_t n) { round_all(v, o, n); }
-MK_CLONES void round_to(const float* v, double* o, std::int64_t n) { round_all(v, o, n); }
-MK_CLONES void round_to(const float* v, f16* o, std::int64_t n) { round_all(v, o, n); }
-MK_CLONES void round_to(const float* v, bf16* o, std::int64_t n) { round_all(v, o, n); }
-MK_CLONES void round_to(const double* v, float* o, std::int64_t n) { round_all(v, o, n); }
-MK_CLONES void round_to(const double* v, double* o, std::int64_t n) { round_all(v, o, n); }
-MK_CLONES void round_to(const double* v, f16* o, std::int64_t n) { round_all(v, o, n); }
-MK_CLONES void round_to(const double* v, bf16* o, std::int64_t n) { round_all(v, o, n); }
 
 template <class A>
 void write_any(const View& v, std::int64_t begin, std::int64_t n, const A* values) {
   with_type(v.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     T* data = static_cast<T*>(v.data);
-    if (v.contiguous()) return round_to(values, data + begin, n);
-    T rounded[kBlock];
+    if (v.contiguous() && !v.stream) return round_to(values, data + begin, n);
+    alignas(64) T rounded[kBlock];
     round_to(values, rounded, n);
+    if (v.contiguous()) return stream_copy(data + begin, rounded, std::size_t(n) * sizeof(T));
     Walk walk(v, begin);
     for (std::int64_t i = 0; i < n; ++i, walk.next()) data[walk.offset()] = rounded[i];
   });
 }
 
 }  // namespace
+
+void stream_copy(void* to, const void* from, std::size_t bytes) {
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+  const std::size_t head = std::min(bytes, -reinterpret_cast<std::uintptr_t>(out) % kLine);
+  std::memcpy(out, in, head);
+  out += head, in += head, bytes -= head;
+  for (; bytes >= kLine; out += kLine, in += kLine, bytes -= kLine) stream_line(out, in);
+  std::memcpy(out, in, bytes);
+}
+
+void stream_fence() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
 
 void write_block(const View& v, std::int64_t begin, std::int64_t n, const float* values) {
   write_any(v, begin, n, values);

@@ -5,12 +5,16 @@
 // is written. All arithmetic is plain IEEE: the files are compiled with -ffp-contract=off.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
-// Leaf functions marked MK_CLONES are compiled for AVX-512, AVX2 and baseline x86-64; the loader
-// picks one. Other compilers and machines get the baseline.
+// Leaf functions (and templates) marked MK_CLONES are compiled for AVX-512, AVX2 and baseline
+// x86-64; the loader picks one. Other compilers and machines get the baseline.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -38,6 +42,7 @@ struct View {
   int ndim;
   std::int64_t shape[kMaxDims];
   std::int64_t strides[kMaxDims];
+  bool stream;  // outputs larger than the caches: write past them
   bool contiguous() const { return ndim == 0 || (ndim == 1 && (strides[0] == 1 || shape[0] == 1)); }
 };
 
@@ -172,6 +177,24 @@ inline const T* read_block(const View& v, std::int64_t begin, std::int64_t n, T*
   Walk walk(v, begin);
   for (std::int64_t i = 0; i < n; ++i, walk.next()) scratch[i] = data[walk.offset()];
   return scratch;
+}
+
+// memcpy for destinations that will not be read soon: whole lines go to memory without being
+// fetched first. stream_fence() orders such writes before what follows.
+void stream_copy(void* to, const void* from, std::size_t bytes);
+void stream_fence();
+
+// One aligned cache line of it.
+constexpr std::size_t kLine = 64;
+MK_INLINE void stream_line(void* to, const void* from) {
+#ifdef __SSE2__
+  for (std::size_t i = 0; i < kLine; i += sizeof(__m128i))
+    _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(
+                         static_cast<const char*>(from) + i)));
+#else
+  std::memcpy(to, from, kLine);
+#endif
 }
 
 // Rounds n accumulators into elements [begin, begin + n) of `v`.

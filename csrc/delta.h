@@ -4,25 +4,28 @@
 #include "common.h"
 
 namespace mk {
+namespace {
 
-void subtract(const float* x, const float* base, float* out, std::int64_t n);
-void subtract(const double* x, const double* base, double* out, std::int64_t n);
-void subtract(const f16* x, const f16* base, float* out, std::int64_t n);
-void subtract(const bf16* x, const bf16* base, float* out, std::int64_t n);
-void widen_all(const float* x, float* out, std::int64_t n);
-void widen_all(const double* x, double* out, std::int64_t n);
-void widen_all(const f16* x, float* out, std::int64_t n);
-void widen_all(const bf16* x, float* out, std::int64_t n);
+template <class T>
+MK_CLONES void subtract(const T* x, const T* base, acc_t<T>* out, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = widen(x[i]) - widen(base[i]);
+}
+
+template <class T>
+MK_CLONES void copy_widened(const T* x, acc_t<T>* out, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = widen(x[i]);
+}
 
 // base == nullptr stands for zero.
 template <class T>
-inline void delta_block(const View& x, const T* base, std::int64_t begin, std::int64_t n,
-                        T* gathered, acc_t<T>* out) {
+void delta_block(const View& x, const T* base, std::int64_t begin, std::int64_t n, T* gathered,
+                 acc_t<T>* out) {
   const T* values = read_block(x, begin, n, gathered);
   if (base)
     subtract(values, base, out, n);
   else
-    widen_all(values, out, n);
+    copy_widened(values, out, n);
 }
 
+}  // namespace
 }  // namespace mk

@@ -8,23 +8,11 @@ namespace {
 constexpr int kLanes = 16;
 
 template <class T>
-MK_INLINE void to_double_each(const T* x, const T* base, double* out, std::int64_t n) {
+MK_CLONES void to_double(const T* x, const T* base, double* out, std::int64_t n) {
   if (base)
     for (std::int64_t i = 0; i < n; ++i) out[i] = double(widen(x[i])) - double(widen(base[i]));
   else
     for (std::int64_t i = 0; i < n; ++i) out[i] = double(widen(x[i]));
-}
-MK_CLONES void to_double(const float* x, const float* b, double* o, std::int64_t n) {
-  to_double_each(x, b, o, n);
-}
-MK_CLONES void to_double(const double* x, const double* b, double* o, std::int64_t n) {
-  to_double_each(x, b, o, n);
-}
-MK_CLONES void to_double(const f16* x, const f16* b, double* o, std::int64_t n) {
-  to_double_each(x, b, o, n);
-}
-MK_CLONES void to_double(const bf16* x, const bf16* b, double* o, std::int64_t n) {
-  to_double_each(x, b, o, n);
 }
 
 MK_CLONES double dot(const double* x, const double* y, std::int64_t n) {

@@ -2,20 +2,20 @@
 
 #include <algorithm>
 
-#include "delta.h"
-
 namespace mk {
 namespace {
 
-template <class A, class K>
-MK_INLINE void keys_each(const A* values, K* keys, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) keys[i] = magnitude_key(values[i]);
+template <class T>
+MK_CLONES void to_keys(const T* x, const T* base, std::int64_t n, key_t<T>* keys) {
+  if (base)
+    for (std::int64_t i = 0; i < n; ++i) keys[i] = magnitude_key(widen(x[i]) - widen(base[i]));
+  else
+    for (std::int64_t i = 0; i < n; ++i) keys[i] = magnitude_key(widen(x[i]));
 }
-MK_CLONES void to_keys(const float* v, std::uint32_t* k, std::int64_t n) { keys_each(v, k, n); }
-MK_CLONES void to_keys(const double* v, std::uint64_t* k, std::int64_t n) { keys_each(v, k, n); }
 
+// counts: keys above high, equal to high, equal to low.
 template <class K>
-MK_INLINE void count_each(const K* keys, std::int64_t n, K low, K high, K* counts) {
+MK_CLONES void count(const K* keys, std::int64_t n, K low, K high, K* counts) {
   K above = 0, at_high = 0, at_low = 0;
   for (std::int64_t i = 0; i < n; ++i) {
     above += keys[i] > high;
@@ -26,33 +26,16 @@ MK_INLINE void count_each(const K* keys, std::int64_t n, K low, K high, K* count
   counts[1] = at_high;
   counts[2] = at_low;
 }
-MK_CLONES void count(const std::uint32_t* k, std::int64_t n, std::uint32_t low, std::uint32_t high,
-                     std::uint32_t* counts) {
-  count_each(k, n, low, high, counts);
-}
-MK_CLONES void count(const std::uint64_t* k, std::int64_t n, std::uint64_t low, std::uint64_t high,
-                     std::uint64_t* counts) {
-  count_each(k, n, low, high, counts);
-}
 
-// A block as kRows rows of kColumns keys. columns[c] tells whether a key of column c lies strictly
-// inside the bracket: under a narrow one most columns hold none and are passed over.
+// A block as kRows rows of kColumns keys. columns[c] tells whether a key of column c lies in
+// [first, first + width): under a narrow bracket most columns hold none and are passed over.
 constexpr std::int64_t kRows = 16, kColumns = kBlock / kRows;
 template <class K>
-MK_INLINE void mark_each(const K* keys, K low, K high, K* columns) {
-  const K first = low + 1, width = high - low - 1;  // strictly inside: keys - first < width
+MK_CLONES void mark(const K* keys, K first, K width, K* columns) {
   for (std::int64_t c = 0; c < kColumns; ++c) columns[c] = 0;
   for (std::int64_t r = 0; r < kRows; ++r)
     for (std::int64_t c = 0; c < kColumns; ++c)
       columns[c] |= K(keys[r * kColumns + c] - first) < width ? K(1) : K(0);
-}
-MK_CLONES void mark(const std::uint32_t* k, std::uint32_t low, std::uint32_t high,
-                    std::uint32_t* columns) {
-  mark_each(k, low, high, columns);
-}
-MK_CLONES void mark(const std::uint64_t* k, std::uint64_t low, std::uint64_t high,
-                    std::uint64_t* columns) {
-  mark_each(k, low, high, columns);
 }
 
 // Calls f(keys, first element, count) for each block of keys.
@@ -61,13 +44,11 @@ void for_key_blocks(const Magnitudes& args, std::int64_t begin, std::int64_t end
   with_type(args.x.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     alignas(64) T gathered[kBlock], gathered_base[kBlock];
-    alignas(64) acc_t<T> values[kBlock];
     alignas(64) key_t<T> keys[kBlock];
     for (std::int64_t at = begin; at < end; at += kBlock) {
       const std::int64_t n = std::min(kBlock, end - at);
       const T* base = args.base ? read_block(*args.base, at, n, gathered_base) : nullptr;
-      delta_block(args.x, base, at, n, gathered, values);
-      to_keys(values, keys, n);
+      to_keys(read_block(args.x, at, n, gathered), base, n, keys);
       f(keys, at, n);
     }
   });
@@ -109,19 +90,29 @@ BracketCount bracket_count(const Magnitudes& args, std::int64_t begin, std::int6
     total.at_low += low == high ? 0 : counts[2];
     if (high - low < 2) return;
 
-    auto keep = [&](K key) {
-      if (key <= K(low) || key >= K(high)) return;
-      if (total.inside < capacity) stored[total.inside] = key;
-      ++total.inside;
+    // Storing is unconditional and the place moves on by 0 or 1: no branch to mispredict.
+    std::int64_t inside = total.inside;
+    const bool room = inside + n <= capacity;
+    const K first = K(low) + 1, width = K(high) - first;  // strictly inside: key - first < width
+    auto keep = [&](const K* from, std::int64_t step, const K* to) {
+      for (; from < to; from += step) {
+        if (room) stored[inside] = *from;
+        inside += K(*from - first) < width;
+      }
     };
     if (n < kBlock) {
-      std::for_each(keys, keys + n, keep);
-      return;
+      keep(keys, 1, keys + n);
+    } else {
+      K columns[kColumns];
+      mark(keys, first, width, columns);
+      std::int64_t touched[kColumns], count = 0;
+      for (std::int64_t c = 0; c < kColumns; ++c) {
+        touched[count] = c;
+        count += columns[c] != 0;
+      }
+      for (std::int64_t i = 0; i < count; ++i) keep(keys + touched[i], kColumns, keys + kBlock);
     }
-    K columns[kColumns];
-    mark(keys, K(low), K(high), columns);
-    for (std::int64_t c = 0; c < kColumns; ++c)
-      for (std::int64_t r = 0; columns[c] && r < kRows; ++r) keep(keys[r * kColumns + c]);
+    total.inside = inside;
   });
   return total;
 }

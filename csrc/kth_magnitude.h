@@ -29,8 +29,9 @@ struct BracketCount {
   std::int64_t at_low;   // keys == low (0 where low == high)
 };
 
-// Counts keys against [low, high] and stores those strictly inside, in any order, into `kept`
-// while there is room; `inside` > capacity tells that some were not stored.
+// Counts keys against [low, high] and stores those strictly inside, in any order, into `kept`.
+// Storing stops once fewer than kBlock places are left: where inside + kBlock > capacity the keys
+// are not all there (the counts are right in any case).
 BracketCount bracket_count(const Magnitudes& args, std::int64_t begin, std::int64_t end,
                            std::uint64_t low, std::uint64_t high, void* kept,
                            std::int64_t capacity);

@@ -8,16 +8,29 @@ namespace mk {
 namespace {
 
 constexpr std::int64_t kDraws = 8;  // per Philox block
+constexpr std::int64_t kFew = 4;    // models up to which all of them fit in registers
 
-template <class A, class K>
-MK_INLINE void trim_each(A* v, std::int64_t n, K threshold) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const K mask = magnitude_key(v[i]) >= threshold ? ~K(0) : K(0);
-    v[i] = bit_cast<A>(K(bit_cast<K>(v[i]) & mask));
-  }
+// Masks are integers rather than ?: on floats: compilers keep such loops in vector registers.
+template <class A>
+MK_INLINE A masked(A value, key_t<A> mask) {
+  return bit_cast<A>(key_t<A>(bit_cast<key_t<A>>(value) & mask));
 }
-MK_CLONES void trim(float* v, std::int64_t n, std::uint32_t t) { trim_each(v, n, t); }
-MK_CLONES void trim(double* v, std::int64_t n, std::uint64_t t) { trim_each(v, n, t); }
+template <class A>
+MK_INLINE key_t<A> mask_if(bool condition) {
+  return condition ? ~key_t<A>(0) : key_t<A>(0);
+}
+// Whether v takes part under the elected sign; a NaN always does.
+template <class A>
+MK_INLINE key_t<A> agreement(A v, A elected) {
+  const key_t<A> positive = mask_if<A>(elected >= 0);
+  return (positive & ~mask_if<A>(v <= 0)) | (~positive & ~mask_if<A>(v >= 0));
+}
+
+template <class A>
+MK_CLONES void trim(A* v, std::int64_t n, key_t<A> threshold) {
+  for (std::int64_t i = 0; i < n; ++i)
+    v[i] = masked(v[i], mask_if<A>(magnitude_key(v[i]) >= threshold));
+}
 
 MK_CLONES void draw(PhiloxKey key, std::uint64_t counter, std::int64_t blocks,
                     std::uint32_t* words) {
@@ -28,18 +41,10 @@ MK_CLONES void draw(PhiloxKey key, std::uint64_t counter, std::int64_t blocks,
   }
 }
 
-template <class A, class K>
-MK_INLINE void drop_each(A* v, const std::uint16_t* draws, std::int64_t n, std::uint32_t limit) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const K mask = std::uint32_t(draws[i]) < limit ? ~K(0) : K(0);
-    v[i] = bit_cast<A>(K(bit_cast<K>(v[i]) & mask));
-  }
-}
-MK_CLONES void drop(float* v, const std::uint16_t* d, std::int64_t n, std::uint32_t limit) {
-  drop_each<float, std::uint32_t>(v, d, n, limit);
-}
-MK_CLONES void drop(double* v, const std::uint16_t* d, std::int64_t n, std::uint32_t limit) {
-  drop_each<double, std::uint64_t>(v, d, n, limit);
+template <class A>
+MK_CLONES void drop(A* v, const std::uint16_t* draws, std::int64_t n, std::uint32_t limit) {
+  for (std::int64_t i = 0; i < n; ++i)
+    v[i] = masked(v[i], mask_if<A>(std::uint32_t(draws[i]) < limit));
 }
 
 // Zeroes what the rule does not keep among elements [at, at + n), n <= kMergeBlock.
@@ -64,75 +69,137 @@ void apply(const KeepRule& rule, std::int64_t at, std::int64_t n, A* v) {
 }
 
 template <class A>
-MK_INLINE void weigh_each(A* v, A factor, A* sum, std::int64_t n) {
+MK_CLONES void weigh(A* v, A factor, A* sum, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) {
     v[i] *= factor;
     sum[i] += v[i];
   }
 }
-MK_CLONES void weigh(float* v, float f, float* s, std::int64_t n) { weigh_each(v, f, s, n); }
-MK_CLONES void weigh(double* v, double f, double* s, std::int64_t n) { weigh_each(v, f, s, n); }
 
 template <class A>
-MK_INLINE void vote_each(const A* v, A* votes, std::int64_t n) {
+MK_CLONES void vote(const A* v, A* votes, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) {
     const A up = v[i] > 0 ? A(1) : A(0);
     const A down = v[i] < 0 ? A(1) : A(0);
     votes[i] += up - down;
   }
 }
-MK_CLONES void vote(const float* v, float* votes, std::int64_t n) { vote_each(v, votes, n); }
-MK_CLONES void vote(const double* v, double* votes, std::int64_t n) { vote_each(v, votes, n); }
 
-// Integer masks rather than ?: on floats: compilers keep the loop in vector registers.
-template <class A, class K>
-MK_INLINE void gather_each(const A* v, const A* elected, A w, A* sum, A* weights, std::int64_t n) {
+template <class A>
+MK_CLONES void gather(const A* v, const A* elected, A weight, A* sum, A* q, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) {
-    const K positive = elected[i] >= 0 ? ~K(0) : K(0);
-    const K not_below = v[i] <= 0 ? K(0) : ~K(0);
-    const K not_above = v[i] >= 0 ? K(0) : ~K(0);
-    const K agrees = (positive & not_below) | (~positive & not_above);
-    sum[i] += bit_cast<A>(K(bit_cast<K>(v[i]) & agrees));
-    weights[i] += bit_cast<A>(K(bit_cast<K>(w) & agrees));
+    const key_t<A> agrees = agreement(v[i], elected[i]);
+    sum[i] += masked(v[i], agrees);
+    q[i] += masked(weight, agrees);
   }
 }
-MK_CLONES void gather(const float* v, const float* e, float w, float* s, float* q, std::int64_t n) {
-  gather_each<float, std::uint32_t>(v, e, w, s, q, n);
-}
-MK_CLONES void gather(const double* v, const double* e, double w, double* s, double* q,
-                      std::int64_t n) {
-  gather_each<double, std::uint64_t>(v, e, w, s, q, n);
-}
 
 template <class A>
-MK_INLINE void divide_each(A* sum, const A* q, std::int64_t n) {
+MK_CLONES void divide(A* sum, const A* q, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) sum[i] /= q[i] == 0 ? A(1) : q[i];
 }
-MK_CLONES void divide(float* s, const float* q, std::int64_t n) { divide_each(s, q, n); }
-MK_CLONES void divide(double* s, const double* q, std::int64_t n) { divide_each(s, q, n); }
 
 template <class A>
-MK_INLINE void spread_nan_each(A* sum, const A* s, std::int64_t n) {
+MK_CLONES void spread_nan(A* sum, const A* s, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) sum[i] = s[i] != s[i] ? s[i] : sum[i];
 }
-MK_CLONES void spread_nan(float* m, const float* s, std::int64_t n) { spread_nan_each(m, s, n); }
-MK_CLONES void spread_nan(double* m, const double* s, std::int64_t n) { spread_nan_each(m, s, n); }
 
 template <class A>
-MK_INLINE void scale_each(A* sum, A scale, std::int64_t n) {
+MK_CLONES void scale_by(A* sum, A scale, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) sum[i] *= scale;
 }
-MK_CLONES void scale_by(float* m, float scale, std::int64_t n) { scale_each(m, scale, n); }
-MK_CLONES void scale_by(double* m, double scale, std::int64_t n) { scale_each(m, scale, n); }
 
 template <class T>
-MK_INLINE void add_each(acc_t<T>* sum, const T* base, std::int64_t n) {
+MK_CLONES void add_base(acc_t<T>* sum, const T* base, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) sum[i] = widen(base[i]) + sum[i];
 }
-MK_CLONES void add_base(float* m, const float* b, std::int64_t n) { add_each(m, b, n); }
-MK_CLONES void add_base(double* m, const double* b, std::int64_t n) { add_each(m, b, n); }
-MK_CLONES void add_base(float* m, const f16* b, std::int64_t n) { add_each(m, b, n); }
-MK_CLONES void add_base(float* m, const bf16* b, std::int64_t n) { add_each(m, b, n); }
+
+// The two commonest recipes for few models, in registers from load to sum: TIES (kElect: by sum,
+// normalized) and plain weighted task vectors. Same steps in the same order as the general path.
+template <class T>
+struct Few {
+  const T* x[kFew];
+  key_t<T> threshold[kFew];
+  acc_t<T> factor[kFew], weight[kFew];
+  acc_t<T> scale;
+};
+template <int kModels, bool kElect, class T>
+MK_CLONES void merge_few(const Few<T>& few, const T* base, acc_t<T>* out, std::int64_t n) {
+  using A = acc_t<T>;
+  const Few<T> f = few;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const A b = widen(base[i]);
+    A v[kModels], m = 0;
+#pragma GCC unroll 4
+    for (int j = 0; j < kModels; ++j) {
+      const A d = widen(f.x[j][i]) - b;
+      v[j] = masked(d, mask_if<A>(magnitude_key(d) >= f.threshold[j])) * f.factor[j];
+      m += v[j];
+    }
+    if (kElect) {
+      const A s = m;
+      A q = 0;
+      m = 0;
+#pragma GCC unroll 4
+      for (int j = 0; j < kModels; ++j) {
+        const key_t<A> agrees = agreement(v[j], s);
+        m += masked(v[j], agrees);
+        q += masked(f.weight[j], agrees);
+      }
+      m = s != s ? s : m;
+      m /= q == 0 ? A(1) : q;
+    }
+    out[i] = b + m * f.scale;
+  }
+}
+template <bool kElect, class T>
+void merge_few(std::int64_t models, const Few<T>& few, const T* base, acc_t<T>* out,
+               std::int64_t n) {
+  switch (models) {
+    case 1:
+      return merge_few<1, kElect>(few, base, out, n);
+    case 2:
+      return merge_few<2, kElect>(few, base, out, n);
+    case 3:
+      return merge_few<3, kElect>(few, base, out, n);
+    case 4:
+      return merge_few<4, kElect>(few, base, out, n);
+  }
+}
+
+bool suits_few(const MergeDeltas& args) {
+  const bool ties = args.elect == Elect::sum && args.normalize;
+  const bool plain = args.elect == Elect::none && !args.normalize;
+  return args.base && args.n <= kFew && (ties || plain) &&
+         std::none_of(args.keep, args.keep + args.n,
+                      [](const KeepRule& rule) { return rule.kind == Keep::random; });
+}
+
+template <class T>
+void run_few(const MergeDeltas& args, std::int64_t begin, std::int64_t end) {
+  alignas(64) T gathered[kFew + 1][kMergeBlock];
+  alignas(64) acc_t<T> sum[kMergeBlock];
+  for (std::int64_t at = begin, n; at < end; at += n) {
+    n = std::min(kMergeBlock, end - at);
+    for (std::int64_t i = 0; i < args.n; ++i)  // a block lies on one side of every cut
+      if (args.keep[i].cut > at) n = std::min(n, args.keep[i].cut - at);
+    Few<T> few;
+    for (std::int64_t i = 0; i < args.n; ++i) {
+      const KeepRule& rule = args.keep[i];
+      few.x[i] = read_block(args.xs[i], at, n, gathered[i]);
+      few.threshold[i] = key_t<T>(rule.kind == Keep::all ? 0 : rule.threshold + (at >= rule.cut));
+      few.factor[i] = acc_t<T>(args.factors[i]);
+      few.weight[i] = acc_t<T>(args.weights[i]);
+    }
+    few.scale = acc_t<T>(args.scale);
+    const T* base = read_block(*args.base, at, n, gathered[kFew]);
+    if (args.elect == Elect::sum)
+      merge_few<true>(args.n, few, base, sum, n);
+    else
+      merge_few<false>(args.n, few, base, sum, n);
+    write_block(args.out, at, n, sum);
+  }
+}
 
 template <class T>
 void run(const MergeDeltas& args, std::int64_t begin, std::int64_t end, acc_t<T>* v) {
@@ -177,17 +244,11 @@ void run(const MergeDeltas& args, std::int64_t begin, std::int64_t end, acc_t<T>
 // 16 interleaved sums vectorise without reordering any of them.
 constexpr int kLanes = 16;
 template <class A>
-MK_INLINE void add_magnitudes_each(const A* v, std::int64_t n, double* lanes) {
+MK_CLONES void add_magnitudes(const A* v, std::int64_t n, double* lanes) {
   std::int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     for (int l = 0; l < kLanes; ++l) lanes[l] += __builtin_fabs(double(v[i + l]));
   for (int l = 0; i < n; ++i, ++l) lanes[l] += __builtin_fabs(double(v[i]));
-}
-MK_CLONES void add_magnitudes(const float* v, std::int64_t n, double* lanes) {
-  add_magnitudes_each(v, n, lanes);
-}
-MK_CLONES void add_magnitudes(const double* v, std::int64_t n, double* lanes) {
-  add_magnitudes_each(v, n, lanes);
 }
 
 }  // namespace
@@ -195,8 +256,12 @@ MK_CLONES void add_magnitudes(const double* v, std::int64_t n, double* lanes) {
 void merge_deltas(const MergeDeltas& args, std::int64_t begin, std::int64_t end, void* scratch) {
   with_type(args.xs[0].dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    run<T>(args, begin, end, static_cast<acc_t<T>*>(scratch));
+    if (suits_few(args))
+      run_few<T>(args, begin, end);
+    else
+      run<T>(args, begin, end, static_cast<acc_t<T>*>(scratch));
   });
+  if (args.out.stream) stream_fence();
 }
 
 void l1_norms(const View& x, const View* base, const KeepRule& keep, std::int64_t begin,

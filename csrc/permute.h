@@ -20,10 +20,15 @@ struct Permute {
   std::int64_t itemsize;  // 1, 2, 4, 8 or 16 bytes
   int ndim;               // >= 1
   Axis axes[kMaxDims];
-  const std::int32_t* inner;  // offsets of the last axis in 32 bits where they fit, else nullptr
+  bool stream;  // the result is larger than the caches: write past them
+
+  // A last axis with an index over contiguous rows, as 32-bit positions; nullptr otherwise.
+  const std::int32_t* positions;
+  std::int64_t row_size;  // elements of such a source row
 };
 
-// Rows [begin, end) of the result; a row is one step through all axes but the last.
-void permute(const Permute& args, std::int64_t begin, std::int64_t end);
+// Rows [begin, end) of the result; a row is one step through all axes but the last. `scratch`:
+// row_size * 16 bytes where `positions` is given.
+void permute(const Permute& args, std::int64_t begin, std::int64_t end, void* scratch);
 
 }  // namespace mk

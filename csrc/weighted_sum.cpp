@@ -6,28 +6,18 @@ namespace mk {
 namespace {
 
 template <class T>
-MK_INLINE void scale_all(const T* x, acc_t<T> w, acc_t<T>* acc, std::int64_t n) {
+MK_CLONES void scale(const T* x, acc_t<T> w, acc_t<T>* acc, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) acc[i] = widen(x[i]) * w;
 }
-MK_CLONES void scale(const float* x, float w, float* a, std::int64_t n) { scale_all(x, w, a, n); }
-MK_CLONES void scale(const double* x, double w, double* a, std::int64_t n) { scale_all(x, w, a, n); }
-MK_CLONES void scale(const f16* x, float w, float* a, std::int64_t n) { scale_all(x, w, a, n); }
-MK_CLONES void scale(const bf16* x, float w, float* a, std::int64_t n) { scale_all(x, w, a, n); }
 
 template <class T>
-MK_INLINE void axpy_all(const T* x, acc_t<T> w, acc_t<T>* acc, std::int64_t n) {
+MK_CLONES void axpy(const T* x, acc_t<T> w, acc_t<T>* acc, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) acc[i] += widen(x[i]) * w;
 }
-MK_CLONES void axpy(const float* x, float w, float* a, std::int64_t n) { axpy_all(x, w, a, n); }
-MK_CLONES void axpy(const double* x, double w, double* a, std::int64_t n) { axpy_all(x, w, a, n); }
-MK_CLONES void axpy(const f16* x, float w, float* a, std::int64_t n) { axpy_all(x, w, a, n); }
-MK_CLONES void axpy(const bf16* x, float w, float* a, std::int64_t n) { axpy_all(x, w, a, n); }
 
-MK_CLONES void divide(float* a, float d, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) a[i] /= d;
-}
-MK_CLONES void divide(double* a, double d, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) a[i] /= d;
+template <class A>
+MK_CLONES void divide(A* acc, A divisor, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) acc[i] /= divisor;
 }
 
 }  // namespace
@@ -46,6 +36,7 @@ void weighted_sum(const WeightedSum& args, std::int64_t begin, std::int64_t end)
       if (args.divisor != 1.0) divide(acc, A(args.divisor), n);
       write_block(args.out, at, n, acc);
     }
+    if (args.out.stream) stream_fence();
   });
 }
 

@@ -33,6 +33,8 @@ _ELECT = {None: _cpu.Elect.none, "sum": _cpu.Elect.sum, "count": _cpu.Elect.coun
 
 CHUNK = 1 << 18  # elements of one task of the pool: large against its overhead, small against L3
 
+STREAM = 1 << 24  # bytes from which on outputs are written past the caches
+
 # ---- threads ---------------------------------------------------------------------------------
 
 _pool: ThreadPoolExecutor | None = None
@@ -109,12 +111,18 @@ def _collapse(shape: Sequence[int], strides: Sequence[int]) -> tuple[list[int], 
     return (sizes, steps) if sizes else ([1], [1])
 
 
-def _view(x: Tensor) -> object:
+def _view(x: Tensor, *, output: bool = False) -> object:
     if x.is_contiguous():
         shape, strides = [x.numel()], [1]
     else:
         shape, strides = _collapse(x.shape, x.stride())
-    return _cpu.View(data=x.data_ptr(), dtype=_DTYPES[x.dtype], shape=shape, strides=strides)
+    return _cpu.View(
+        data=x.data_ptr(),
+        dtype=_DTYPES[x.dtype],
+        shape=shape,
+        strides=strides,
+        stream=output and x.nbytes >= STREAM,
+    )
 
 
 def _optional_view(x: Tensor | None) -> object:
@@ -125,7 +133,7 @@ def _optional_view(x: Tensor | None) -> object:
 
 
 def weighted_sum(out: Tensor, xs: list[Tensor], weights: list[float], divisor: float) -> None:
-    target, views = _view(out), [_view(x) for x in xs]
+    target, views = _view(out, output=True), [_view(x) for x in xs]
 
     def kernel(begin: int, end: int) -> None:
         _cpu.weighted_sum(
@@ -157,7 +165,8 @@ def merge_deltas(
     scale: float,
 ) -> None:
     acc = accumulator(xs[0].dtype)
-    target, origin, views = _view(out), _optional_view(base), [_view(x) for x in xs]
+    target, origin = _view(out, output=True), _optional_view(base)
+    views = [_view(x) for x in xs]
     rules = [_rule(k, acc) for k in keep]
 
     def kernel(begin: int, end: int) -> None:
@@ -217,44 +226,56 @@ def gram(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
     out.copy_(upper + upper.triu(1).T)
 
 
-def permute(out: Tensor, x: Tensor, index: dict[int, Tensor]) -> None:
-    if not out.numel():
-        return
-    # Axes without an index are merged with their neighbours where memory allows.
+def _axes(
+    out: Tensor, x: Tensor, index: dict[int, Tensor]
+) -> list[tuple[int, int, Tensor | None]]:
+    """(size, stride, index times stride) of the result's axes; plain neighbours are merged."""
     axes: list[tuple[int, int, Tensor | None]] = []
     for d, size in enumerate(out.shape):
         stride = x.stride(d)
         if d in index:
-            axes.append((size, stride, index[d].to(torch.int64) * stride))
+            axes.append((size, stride, index[d] * stride))
         elif size != 1:
-            last = axes[-1] if axes else None
-            if last and last[2] is None and last[1] == size * stride:
-                axes[-1] = (last[0] * size, stride, None)
-            else:
-                axes.append((size, stride, None))
-    axes = axes or [(1, 1, None)]
-    if axes[0][2] is not None and len(axes) == 1:
+            if axes and axes[-1][2] is None and axes[-1][1] == size * stride:
+                size *= axes.pop()[0]
+            axes.append((size, stride, None))
+    if len(axes) < 2:  # rows are counted over all axes but the last
         axes.insert(0, (1, 0, None))
+    if len(axes) < 2:
+        axes.append((1, 1, None))
     if len(axes) > _cpu.MAX_DIMS:
         raise ArgumentError(f"permute: more than {_cpu.MAX_DIMS} separate axes; got {len(axes)}")
-    width, _, last_offsets = axes[-1]
-    narrow = None
-    if last_offsets is not None and int(last_offsets.max()) < 2**31:
-        narrow = last_offsets.to(torch.int32)
+    return axes
+
+
+def permute(out: Tensor, x: Tensor, index: dict[int, Tensor]) -> None:
+    if not out.numel():
+        return
+    axes = _axes(out, x, index)
+    width, stride, offsets = axes[-1]
+    row_size = x.shape[max(index)] if index else 0
+    positions = None
+    if offsets is not None and stride == 1 and row_size < 2**31:
+        positions = offsets.to(torch.int32)
     addresses = [(n, s, 0 if o is None else o.data_ptr()) for n, s, o in axes]
 
     def kernel(begin: int, end: int) -> None:
+        scratch = torch.empty(0 if positions is None else row_size * 16, dtype=torch.uint8)
         _cpu.permute(
             out=out.data_ptr(),
             x=x.data_ptr(),
             itemsize=x.element_size(),
             axes=addresses,
-            inner=0 if narrow is None else narrow.data_ptr(),
+            stream=out.nbytes >= STREAM,
+            positions=0 if positions is None else positions.data_ptr(),
+            row_size=row_size,
+            scratch=scratch.data_ptr(),
             begin=begin,
             end=end,
         )
 
-    _chunks(kernel, out.numel() // width, max(1, CHUNK // width))
+    rows = max(8, CHUNK // width // 8 * 8)  # whole groups of the rows that are gathered together
+    _chunks(kernel, out.numel() // width, rows)
 
 
 # ---- selection -------------------------------------------------------------------------------
@@ -402,8 +423,8 @@ def _by_bracket(
 
     _chunks(draw, runs, 1 << 10)
     quantile = (total - k) / total
-    # Four standard deviations of the rank, twice that for neighbours being alike.
-    margin = 8 * (len(sample) * quantile * (1 - quantile)) ** 0.5 + 8
+    # Five standard deviations of the rank if the sample were independent.
+    margin = 5 * (len(sample) * quantile * (1 - quantile)) ** 0.5 + 8
     first = max(0, int(quantile * len(sample) - margin))
     last = min(len(sample) - 1, int(quantile * len(sample) + margin))
     low, high = (int(v) for v in np.partition(sample, [first, last])[[first, last]])
@@ -417,13 +438,19 @@ def _by_bracket(
     above += at_high
     if k > above + inside:
         return low, above + inside, counts[:, 3]
-    if counts[:, 2].max() > room:
+    if int(counts[:, 2].max()) + _cpu.BLOCK > room:
         return None
     keys = np.concatenate([row[:n] for row, n in zip(kept, counts[:, 2])])
-    place = inside - (k - above)
-    key = int(np.partition(keys, place)[place])
-    above += int((keys > key).sum())
-    return key, above, np.array([(row[:n] == key).sum() for row, n in zip(kept, counts[:, 2])])
+    value, more, _, _ = kth_magnitude(_as_magnitudes(keys), None, k - above)
+    key = digits.value_key(value, acc)
+    starts = np.cumsum(counts[:, 2]) - counts[:, 2]
+    ties = np.add.reduceat(np.append(keys == key, False), starts, dtype=np.int64)
+    return key, above + more, np.where(counts[:, 2] > 0, ties, 0)
+
+
+def _as_magnitudes(keys: np.ndarray) -> Tensor:
+    """Keys are the bits of magnitudes, so selecting among them is the same task again."""
+    return torch.from_numpy(keys.view(np.float64 if keys.itemsize == 8 else np.float32))
 
 
 def _cut(view: object, origin: object, total: int, key: int, counts: np.ndarray, ties: int) -> int:
