@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from .engine.run import Manifest, merge_checkpoints
 from .errors import ArgumentError, BackendError, CheckpointError, ConfigError, MergekernError
 from .keep import Bernoulli, Threshold
+from .methods import methods
+from .methods.merge import merge_state_dicts, merge_tensors
 from .ops.gram import gram
 from .ops.kth_magnitude import kth_magnitude
 from .ops.merge_deltas import merge_deltas
@@ -18,11 +21,16 @@ __all__ = [
     "Bernoulli",
     "CheckpointError",
     "ConfigError",
+    "Manifest",
     "MergekernError",
     "Threshold",
     "gram",
     "kth_magnitude",
+    "merge_checkpoints",
     "merge_deltas",
+    "merge_state_dicts",
+    "merge_tensors",
+    "methods",
     "permute",
     "weighted_sum",
 ]

@@ -31,7 +31,7 @@ def tensor(op: str, x: Any, name: str, *, floating: bool = True) -> Tensor:
                 f"{op}: {name} is no tensor; got {type(x).__name__}; "
                 "expected a torch.Tensor, a numpy array or a DLPack producer"
             )
-        x = torch.from_dlpack(x)
+        x = torch.utils.dlpack.from_dlpack(x)
     x = x.detach()
     if x.layout != torch.strided or x.is_meta or x.is_quantized:
         kind = "meta" if x.is_meta else "quantized" if x.is_quantized else str(x.layout)
@@ -95,9 +95,8 @@ def numbers(op: str, name: str, values: Any, n: int) -> list[float]:
 
 def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
-        raise ArgumentError(
-            f"{op}: {name} is unknown; got {value!r}; expected one of {', '.join(map(str, allowed))}"
-        )
+        known = ", ".join(map(str, allowed))
+        raise ArgumentError(f"{op}: {name} is unknown; got {value!r}; expected one of {known}")
 
 
 def _span(x: Tensor) -> tuple[int, int]:

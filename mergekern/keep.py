@@ -6,6 +6,7 @@ Plain data that `merge_deltas` takes, one per model; None keeps everything.
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import NamedTuple
 
 
@@ -20,6 +21,9 @@ class Threshold(NamedTuple):
     above: int
     equal: int
     cut: int
+
+
+NOTHING = Threshold(math.nan, 0, 0, 0)  # no key ranks above NaN, no index lies below 0
 
 
 class Bernoulli(NamedTuple):

@@ -116,7 +116,9 @@ def merge_deltas(
         s = s + v
     m, q = s, torch.full_like(s, total)
     if elect:
-        votes = s if elect == "sum" else sum((v > 0).to(acc) - (v < 0).to(acc) for v in vs)
+        votes = s
+        if elect == "count":
+            votes = torch.stack([(v > 0).to(acc) - (v < 0).to(acc) for v in vs]).sum(0)
         m, q = torch.zeros_like(s), torch.zeros_like(s)
         for v, w in zip(vs, weights, strict=True):
             agrees = torch.where(votes >= 0, ~(v <= 0), ~(v >= 0))

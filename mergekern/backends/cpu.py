@@ -83,7 +83,7 @@ def _parallel(task: Callable[[int], None], count: int) -> None:
             future.result()
 
 
-def _chunks(kernel: Callable[[int, int], object], total: int, chunk: int = CHUNK) -> None:
+def _chunks(kernel: Callable[[int, int], None], total: int, chunk: int = CHUNK) -> None:
     """kernel(begin, end) for every chunk of `total` elements."""
     if total <= chunk:
         if total:
@@ -226,9 +226,7 @@ def gram(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
     out.copy_(upper + upper.triu(1).T)
 
 
-def _axes(
-    out: Tensor, x: Tensor, index: dict[int, Tensor]
-) -> list[tuple[int, int, Tensor | None]]:
+def _axes(out: Tensor, x: Tensor, index: dict[int, Tensor]) -> list[tuple[int, int, Tensor | None]]:
     """(size, stride, index times stride) of the result's axes; plain neighbours are merged."""
     axes: list[tuple[int, int, Tensor | None]] = []
     for d, size in enumerate(out.shape):
@@ -324,7 +322,7 @@ def _numpy(acc: torch.dtype) -> type:
 
 
 def _keys(view: object, origin: object, total: int, acc: torch.dtype) -> np.ndarray:
-    keys = np.empty(total, _numpy(acc))
+    keys: np.ndarray = np.empty(total, _numpy(acc))
     _cpu.magnitude_keys(x=view, base=origin, out=keys.ctypes.data, begin=0, end=total)
     return keys
 
@@ -378,7 +376,7 @@ def _bracket(
     """Per chunk the counts above, at high, inside, at low; the keys inside; room per chunk."""
     count = -(-total // CHUNK)
     room = CHUNK // 8 if high - low > 1 else 0
-    kept = np.empty((count, room), _numpy(acc))
+    kept: np.ndarray = np.empty((count, room), _numpy(acc))
     counts = np.empty((count, 4), np.int64)
 
     def kernel(begin: int, end: int) -> None:
@@ -407,7 +405,7 @@ def _by_bracket(
     counts what lies above, at and between them and keeps the few keys between.
     """
     runs = min(1 << 14, max(1 << 10, total // (1 << 11)))
-    sample = np.empty(runs * _RUN, _numpy(acc))
+    sample: np.ndarray = np.empty(runs * _RUN, _numpy(acc))
 
     def draw(begin: int, end: int) -> None:
         _cpu.sample_keys(

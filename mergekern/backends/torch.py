@@ -132,9 +132,7 @@ def _elected(
     return m, q
 
 
-def l1_norms(
-    base: Tensor | None, xs: list[Tensor], keep: list[Keep]
-) -> list[tuple[float, float]]:
+def l1_norms(base: Tensor | None, xs: list[Tensor], keep: list[Keep]) -> list[tuple[float, float]]:
     acc = accumulator(xs[0].dtype)
     flat = _flat(xs if base is None else [base, *xs])
     base, xs = (None, flat) if base is None else (flat[0], flat[1:])

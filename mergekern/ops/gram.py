@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import check, dispatch
-from ..errors import ArgumentError
 from ._cost import Cost
 
 

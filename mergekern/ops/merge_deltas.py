@@ -69,9 +69,7 @@ def merge_deltas(
     check.choice(op, "elect", elect, ELECTIONS)
     check.choice(op, "rescale", rescale, RESCALES)
     rules = _rules(op, keep, n)
-    out = check.output(
-        op, out, first, dtype=out_dtype, inputs=xs if base is None else [base, *xs]
-    )
+    out = check.output(op, out, first, dtype=out_dtype, inputs=xs if base is None else [base, *xs])
     chosen = dispatch.select(backend, op, first.device, first.dtype)
 
     factors = list(weights)

@@ -1,0 +1,81 @@
+// Module mergekern._cuda: the only file of it that includes pybind11. Compiled by the host
+// compiler; imports without a driver, and why_not() then says so.
+//
+// Every function takes plain addresses, sizes and enums by keyword, releases the GIL, enqueues on
+// the caller's stream and does not wait.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "weighted_sum.cuh"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+using std::int64_t;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+// The one error of a launch: op, device and sizes, and what CUDA says.
+void check(cudaError_t error, const char* op, int device, const std::string& sizes) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(op) + ": CUDA failed on device " + std::to_string(device) +
+                           " with " + sizes + "; got " + cudaGetErrorName(error) + " (" +
+                           cudaGetErrorString(error) + ")");
+}
+
+std::string why_not() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0))
+    return "no CUDA device is visible; see CUDA_VISIBLE_DEVICES";
+  if (error == cudaSuccess) return "";
+  return std::string("no usable CUDA driver (cudaGetDeviceCount: ") + cudaGetErrorString(error) +
+         "); install one that serves CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
+         std::to_string(CUDART_VERSION % 1000 / 10);
+}
+
+void weighted_sum(Address out, mk::DType out_dtype, Address xs, mk::DType x_dtype, Address weights,
+                  int64_t n, int64_t numel, double divisor, bool wide, int device, Address stream) {
+  require(n >= 1 && numel >= 0, "weighted_sum: needs an input and a size");
+  const mk::cuda::WeightedSum args{at<void>(out),
+                                   out_dtype,
+                                   at<const void* const>(xs),
+                                   x_dtype,
+                                   at<const void>(weights),
+                                   n,
+                                   numel,
+                                   divisor,
+                                   wide};
+  check(mk::cuda::weighted_sum(args, device, at<CUstream_st>(stream)), "weighted_sum", device,
+        std::to_string(n) + " inputs of " + std::to_string(numel) + " elements");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  const py::kw_only kw;
+
+  // module_local: mergekern._cpu registers the same C++ type, and both are loaded in one process.
+  py::enum_<mk::DType>(m, "DType", py::module_local())
+      .value("f32", mk::DType::f32)
+      .value("f64", mk::DType::f64)
+      .value("f16", mk::DType::f16)
+      .value("bf16", mk::DType::bf16);
+
+  m.def("why_not", &why_not, no_gil);
+  m.def("weighted_sum", &weighted_sum, no_gil, kw, "out"_a, "out_dtype"_a, "xs"_a, "x_dtype"_a,
+        "weights"_a, "n"_a, "numel"_a, "divisor"_a, "wide"_a, "device"_a, "stream"_a);
+}

@@ -1,0 +1,24 @@
+"""Tables in device memory, through which a GPU kernel reaches any number of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 1-d table on `device`, enqueued on its current stream.
+
+    From pinned memory, because a copy from pageable memory waits for everything in the stream;
+    torch keeps the pinned buffer until the copy is done.
+    """
+    if device.type == "cpu":  # Triton's interpreter
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether every tensor begins at a multiple of 16 bytes, as wide loads and stores need."""
+    return all(x.data_ptr() % 16 == 0 for x in tensors)

@@ -1,0 +1,45 @@
+"""mergekern doctor"""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from .. import __version__
+from ..dispatch import BACKENDS, OPS, why_not
+
+
+def doctor() -> None:
+    """Say for every backend and op whether it is available here, or why not."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"mergekern {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()}, {_threads()} threads",
+        highlight=False,
+    )
+    table = Table("backend", *OPS)
+    reasons: dict[str, None] = {}
+    for backend in BACKENDS:
+        device = "cuda" if backend in ("cuda", "triton") else "cpu"
+        cells = []
+        for op in OPS:
+            reason = why_not(backend, op, device)
+            cells.append("-" if reason else "yes")
+            if reason:
+                reasons[reason] = None
+        table.add_row(backend, *cells)
+    console.print(table)
+    for reason in reasons:
+        console.print(reason, highlight=False, soft_wrap=True)
+
+
+def _threads() -> int:
+    if why_not("cpu", "weighted_sum", "cpu"):
+        return torch.get_num_threads()
+    from ..backends.cpu import threads
+
+    return threads()

@@ -1,0 +1,141 @@
+"""A model on disk: one weight file, or a folder with weights, shards, subfolders and the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..methods.compat import Signature
+from .files import WeightFile, open_file
+
+# Preferred first. One of these, with its index if sharded, holds the weights of a folder.
+STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "open_clip_model")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+# Weights in forms that are not read: never carried along, since the merge makes them stale.
+FOREIGN = (".h5", ".msgpack", ".onnx", ".gguf", ".ggml", ".tflite", ".ot", ".onnx_data", ".pb")
+IGNORED_FOLDERS = ("onnx", "openvino", "coreml", "__pycache__", ".git", ".cache")
+
+
+class Checkpoint:
+    """All tensors of a model by name; those of a subfolder are prefixed with "folder/"."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise CheckpointError(
+                f"{path}: no such file or folder (models are read from disk; download it first)"
+            )
+        self.folder = self.path if self.path.is_dir() else None
+        self.weight_files: set[Path] = set()
+        self._where: dict[str, tuple[WeightFile, str]] = {}
+        self.stems: dict[str, str] = {}  # subfolder prefix -> name its weight file goes by
+        self.metadata: dict[str, str] = {}
+        if self.folder is None:
+            self._add("", self.path, None)
+        else:
+            if (self.folder / "adapter_config.json").exists():
+                raise CheckpointError(
+                    f"{path}: a LoRA adapter; merging its factors would not merge their products. "
+                    "Fold it into its base first"
+                )
+            for sub in _folders(self.folder):
+                self._add_folder(sub)
+        if not self._where:
+            raise CheckpointError(f"{path}: no weights found (looked for *.safetensors, *.bin)")
+        self.signatures: dict[str, Signature] = {
+            key: file.signatures[name] for key, (file, name) in self._where.items()
+        }
+
+    def _add_folder(self, folder: Path) -> None:
+        assert self.folder is not None
+        prefix = "" if folder == self.folder else f"{folder.relative_to(self.folder).as_posix()}/"
+        index = _index_of(folder)
+        if index is not None:
+            self._add_shards(prefix, index)
+            return
+        for suffix in (".safetensors", ".bin"):
+            files = sorted(p for p in folder.iterdir() if p.suffix == suffix and p.is_file())
+            files = [p for p in files if p.name != "training_args.bin"]
+            chosen = [p for stem in STEMS for p in files if p.stem == stem] or files
+            if len(files) > 1 and chosen is files:
+                listed = ", ".join(p.name for p in files)
+                raise CheckpointError(f"{folder}: several weight files and no index: {listed}")
+            if chosen:
+                self._add(prefix, chosen[0], None)
+                return
+
+    def _add_shards(self, prefix: str, index: Path) -> None:
+        try:
+            shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            by_file: dict[str, list[str]] = {}
+            for name, file in shard_of.items():
+                by_file.setdefault(file, []).append(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: no readable index ({error})") from None
+        self.weight_files.add(index)
+        for file, names in by_file.items():
+            self._add(prefix, index.parent / file, names)
+
+    def _add(self, prefix: str, path: Path, names: list[str] | None) -> None:
+        """The tensors of one file; with `names`, exactly those an index promises."""
+        if path.suffix not in WEIGHTS:
+            raise CheckpointError(f"{path}: no weight file; expected one of {', '.join(WEIGHTS)}")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the index names this shard, but it is not there")
+        file = open_file(path)
+        self.weight_files.add(path)
+        stem = path.name.partition("-0")[0].partition(".")[0]
+        self.stems[prefix] = stem if stem in STEMS and stem != "pytorch_model" else "model"
+        self.metadata = self.metadata or dict(file.metadata)
+        if names is not None and set(names) != set(file.signatures):
+            odd = sorted(set(names) ^ set(file.signatures))
+            raise CheckpointError(
+                f"{path}: index and shard disagree about {len(odd)} tensors: {', '.join(odd[:5])}"
+            )
+        for name in file.signatures:
+            self._where[prefix + name] = (file, name)
+
+    def file_of(self, key: str) -> Path:
+        return self._where[key][0].path
+
+    def split(self, key: str) -> tuple[str, str]:
+        """The prefix of the subfolder and the name inside its weight file."""
+        name = self._where[key][1]
+        return key[: len(key) - len(name)], name
+
+    def read(self, key: str) -> Tensor:
+        file, name = self._where[key]
+        return file.read(name)
+
+    def prefetch(self, key: str) -> None:
+        file, name = self._where[key]
+        file.prefetch(name)
+
+    def release(self, key: str) -> None:
+        file, name = self._where[key]
+        file.release(name)
+
+    def close(self) -> None:
+        for file in {id(f): f for f, _ in self._where.values()}.values():
+            file.close()
+
+
+def _folders(root: Path) -> list[Path]:
+    """The folder and all below it, sorted, but for caches and exports of other runtimes."""
+    below = sorted(p for p in root.rglob("*") if p.is_dir())
+    kept = [p for p in below if not set(p.relative_to(root).parts) & set(IGNORED_FOLDERS)]
+    return [root, *kept]
+
+
+def _index_of(folder: Path) -> Path | None:
+    for suffix in (".safetensors", ".bin"):
+        for stem in STEMS:
+            index = folder / f"{stem}{suffix}.index.json"
+            if index.is_file():
+                return index
+        if (folder / f"model{suffix}").is_file():
+            return None
+    return None

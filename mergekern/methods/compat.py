@@ -1,0 +1,49 @@
+"""Whether the tensors of several models fit together, name by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..check import FLOATS, name_of
+
+
+class Signature(NamedTuple):
+    """What must agree between models."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Signature:
+        return cls(x.dtype, tuple(x.shape))
+
+    def dtype_class(self) -> str:
+        """Floating types merge with each other; any other type only with itself."""
+        return "floating" if self.dtype in FLOATS else name_of(self.dtype)
+
+
+def agree(models: Mapping[str, Mapping[str, Signature]]) -> dict[str, str]:
+    """Tensor name -> what is wrong with it; empty if all models fit. Keys name the models."""
+    names: dict[str, None] = {}
+    for signatures in models.values():
+        names.update(dict.fromkeys(signatures))
+    problems = {}
+    for name in names:
+        missing = [label for label, s in models.items() if name not in s]
+        if missing:
+            problems[name] = f"missing from {', '.join(missing)}"
+            continue
+        for what, of in (
+            ("shape", lambda s: str(list(s.shape))),
+            ("dtype", Signature.dtype_class),
+        ):
+            found = {label: of(s[name]) for label, s in models.items()}
+            if len(set(found.values())) > 1:
+                listed = ", ".join(f"{value} in {label}" for label, value in found.items())
+                problems[name] = f"{what} differs: {listed}"
+                break
+    return problems

@@ -1,0 +1,133 @@
+"""merge_tensors and merge_state_dicts: a method by name, over tensors and over whole models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import check
+from ..errors import ArgumentError
+from . import REGISTRY
+from .compat import Signature, agree
+from .registry import Inputs, Method
+
+
+def method_named(name: str) -> Method:
+    if name not in REGISTRY:
+        raise ArgumentError(
+            f"merge: unknown method; got {name!r}; expected one of {', '.join(sorted(REGISTRY))}"
+        )
+    return REGISTRY[name]
+
+
+def merge_tensors(
+    tensors: Sequence[Tensor],
+    method: str,
+    *,
+    base: Tensor | None = None,
+    name: str = "",
+    seed: int = 0,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    **parameters: Any,
+) -> Tensor:
+    """One merged tensor, by the method of that name (see `methods()`).
+
+    Shapes: all of one shape. Dtypes: floating; mixed ones are promoted, as torch promotes.
+    Parameters: those of the method, by mergekit's names (`lambda_` for lambda); one value, or for
+    per-model ones a list in the order of `tensors` (a base that counts as a model comes first).
+    name, seed: key of random masks. out_dtype: the result is rounded once, to this.
+
+    Result: see the ops the method is made of; inputs are never rounded before the arithmetic.
+    Raises: ArgumentError for unknown methods and parameters, wrong counts, unequal shapes.
+    Source: mergekit `merge_tensors`.
+
+    >>> import torch
+    >>> merge_tensors([torch.zeros(2), torch.ones(2)], "linear", weight=[1, 3])
+    tensor([0.7500, 0.7500])
+    """
+    spec = method_named(method)
+    xs = [check.tensor(method, x, f"tensors[{i}]") for i, x in enumerate(tensors)]
+    if base is not None:
+        base = check.tensor(method, base, "base")
+    spec.check_count(len(xs), base is not None)
+    if base is not None and spec.base != "required":
+        xs, base = [base, *xs], None
+    dtype = common_dtype([x.dtype for x in xs] + ([] if base is None else [base.dtype]))
+    inputs = Inputs(
+        xs=[x.to(dtype) for x in xs],
+        base=None if base is None else base.to(dtype),
+        name=name,
+        seed=seed,
+        out_dtype=dtype if out_dtype is None else out_dtype,
+        backend=backend,
+    )
+    return spec.merge(inputs, **spec.arguments(parameters, len(xs)))
+
+
+def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The narrowest type that holds all of these, as torch promotes."""
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def merge_state_dicts(
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    method: str,
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    **parameters: Any,
+) -> dict[str, Tensor]:
+    """A merged state dict: every floating tensor by `merge_tensors`, the rest copied.
+
+    Integer and boolean buffers (position ids, counters) must be equal in all models. A tensor
+    that is missing somewhere, has another shape or another class of dtype is an error that lists
+    all of them: nothing is dropped or guessed.
+
+    Parameters: as in `merge_tensors`, the same for all tensors.
+    Raises: ArgumentError.
+
+    >>> import torch
+    >>> a, b = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+    >>> merge_state_dicts([a, b], "linear", weight=1)
+    {'w': tensor([0.5000])}
+    """
+    models: dict[str, Mapping[str, Tensor]] = {} if base is None else {"base": base}
+    models.update({f"state_dicts[{i}]": d for i, d in enumerate(state_dicts)})
+    if not models:
+        raise ArgumentError("merge_state_dicts: no state dicts; expected at least one")
+    problems = agree(
+        {label: {k: Signature.of(t) for k, t in d.items()} for label, d in models.items()}
+    )
+    first = next(iter(models.values()))
+    for key, x in first.items():
+        if key not in problems and x.dtype not in check.FLOATS:
+            differing = [label for label, d in models.items() if not torch.equal(d[key], x)]
+            if differing:
+                problems[key] = f"values differ in {', '.join(differing)}; it cannot be averaged"
+    if problems:
+        lines = "; ".join(f"{key}: {what}" for key, what in problems.items())
+        raise ArgumentError(f"merge_state_dicts: {len(problems)} tensors do not fit: {lines}")
+
+    merged = {}
+    for key, x in first.items():
+        if x.dtype not in check.FLOATS:
+            merged[key] = x.clone()
+            continue
+        merged[key] = merge_tensors(
+            [d[key] for d in state_dicts],
+            method,
+            base=None if base is None else base[key],
+            name=key,
+            seed=seed,
+            out_dtype=out_dtype,
+            backend=backend,
+            **parameters,
+        )
+    return merged

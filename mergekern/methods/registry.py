@@ -1,0 +1,119 @@
+"""What a merge method is: its parameters and a recipe for one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import check
+from ..errors import ArgumentError
+
+REQUIRED: Any = object()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method.
+
+    scope "model": one value per model; "tensor": one value for all models. Both may vary from
+    tensor to tensor in a configuration (filters, gradients over layers).
+    """
+
+    name: str
+    kind: type
+    scope: str
+    default: Any
+    doc: str
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    def value(self, owner: str, given: Any) -> Any:
+        """`given` as this parameter's type; strings as YAML leaves them ("1e-3") are read."""
+        if self.kind is bool:
+            if isinstance(given, bool) or given in (0, 1):
+                return bool(given)
+            raise ArgumentError(f"{owner}: {self.name} is no boolean; got {given!r}")
+        if isinstance(given, bool):
+            raise ArgumentError(f"{owner}: {self.name} is no number; got {given!r}")
+        return check.number(owner, self.name, given)
+
+    def values(self, owner: str, given: Any, n: int) -> list[Any]:
+        """One value per model: a single one stands for all."""
+        if isinstance(given, Tensor):
+            given = given.tolist()
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            return [self.value(owner, given)] * n
+        if len(given) != n:
+            raise ArgumentError(
+                f"{owner}: {self.name} has the wrong length; got {len(given)}; expected {n}"
+            )
+        return [self.value(owner, v) for v in given]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One tensor of every model, of one shape, dtype and device, and where the result goes."""
+
+    xs: list[Tensor]
+    base: Tensor | None
+    name: str  # of the tensor: random masks are keyed by it
+    seed: int
+    out_dtype: torch.dtype
+    backend: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe `merge(inputs, **parameters)` and what a caller must know to fill it.
+
+    base "required": task vectors are taken from it. "first": if given it is the first model.
+    "model": it is one model among the others.
+    """
+
+    name: str
+    doc: str
+    base: str
+    models: tuple[int, int | None]  # fewest and most, the base not counted if required
+    parameters: tuple[Parameter, ...]
+    merge: Callable[..., Tensor]
+
+    def parameter(self, name: str) -> Parameter:
+        name = name.removesuffix("_") if name == "lambda_" else name
+        for p in self.parameters:
+            if p.name == name:
+                return p
+        known = ", ".join(p.name for p in self.parameters) or "none"
+        raise ArgumentError(f"{self.name}: unknown parameter; got {name!r}; expected {known}")
+
+    def check_count(self, n: int, base: bool) -> None:
+        """Whether n models (base apart) are as many as the method takes."""
+        if self.base == "required" and not base:
+            raise ArgumentError(f"{self.name}: needs a base model; got none")
+        count = n + (base and self.base != "required")
+        fewest, most = self.models
+        if count < fewest or (most is not None and count > most):
+            span = f"exactly {fewest}" if fewest == most else f"at least {fewest}"
+            beside = " beside the base" if self.base == "required" else ""
+            raise ArgumentError(
+                f"{self.name}: wrong number of models{beside}; got {count}; expected {span}"
+            )
+
+    def arguments(self, given: Mapping[str, Any], n: int) -> dict[str, Any]:
+        """Keyword arguments of `merge` for n models, defaults filled in."""
+        by_name = {self.parameter(name).name: value for name, value in given.items()}
+        result = {}
+        for p in self.parameters:
+            value = by_name.get(p.name, p.default)
+            if value is REQUIRED:
+                raise ArgumentError(f"{self.name}: parameter {p.name} is required; got none")
+            key = "lambda_" if p.name == "lambda" else p.name
+            result[key] = (
+                p.values(self.name, value, n) if p.scope == "model" else p.value(self.name, value)
+            )
+        return result
