@@ -23,6 +23,7 @@ if MODE not in MODES:
 # No contraction to FMA and no -ffast-math: results are specified step by step.
 CXX_FLAGS = [
     "-O3",
+    "-g0",
     "-std=c++17",
     "-fvisibility=hidden",
     "-ffp-contract=off",
@@ -71,7 +72,7 @@ def cuda_extension(nvcc: str) -> Extension:
     return Extension(
         "mergekern._cuda",
         sources=sorted(str(p) for p in Path("csrc/cuda").glob("*.cpp")),
-        depends=sorted(str(p) for p in Path("csrc/cuda").glob("*.cu*")),
+        depends=sorted(str(p) for p in [*Path("csrc/cuda").glob("*.cu*"), Path("csrc/common.h")]),
         include_dirs=[pybind11.get_include(), str(root / "include")],
         library_dirs=[str(lib)],
         libraries=["cudart_static", "rt", "pthread", "dl"],
@@ -104,7 +105,8 @@ class BuildExtensions(build_ext):
         nvcc = find_nvcc()
         assert nvcc is not None
         archs = os.environ.get("MERGEKERN_CUDA_ARCHS", "80 90").split()
-        flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        flags = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         newest = max(archs, key=lambda a: int("".join(filter(str.isdigit, a))))
         if newest.isdigit():  # PTX of the newest portable architecture serves later GPUs
             flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
@@ -112,11 +114,7 @@ class BuildExtensions(build_ext):
         for source in sorted(Path("csrc/cuda").glob("*.cu")):
             target = Path(self.build_temp) / f"{source.stem}.cu.o"
             target.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(
-                [nvcc, "-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-fPIC"]
-                + [*flags, "-c", str(source), "-o", str(target)],
-                check=True,
-            )
+            subprocess.run([nvcc, *flags, "-c", str(source), "-o", str(target)], check=True)
             objects.append(str(target))
         return objects
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +27,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def tensor(op: str, x: Any, name: str, *, floating: bool = True) -> Tensor:
     """A detached strided tensor of `x`: a Tensor, a numpy array or any DLPack producer."""
-    if not isinstance(x, Tensor):
+    if isinstance(x, np.ndarray):
+        x = _from_numpy(op, name, x)
+    elif not isinstance(x, Tensor):
         if not hasattr(x, "__dlpack__"):
             raise ArgumentError(
                 f"{op}: {name} is no tensor; got {type(x).__name__}; "
@@ -45,6 +49,18 @@ def tensor(op: str, x: Any, name: str, *, floating: bool = True) -> Tensor:
     if x.numel() and x.data_ptr() % x.element_size():
         x = x.clone()  # e.g. a buffer with an odd offset: kernels need aligned elements
     return x
+
+
+def _from_numpy(op: str, name: str, x: np.ndarray) -> Tensor:
+    """The array's memory; a copy where it runs backwards, which torch cannot express."""
+    if any(stride < 0 for stride in x.strides):
+        x = x.copy()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # read-only arrays: inputs are never written
+            return torch.from_numpy(x)
+    except TypeError:
+        raise ArgumentError(f"{op}: {name} has an unsupported dtype; got {x.dtype}") from None
 
 
 def tensors(op: str, xs: Sequence[Any], name: str = "xs") -> list[Tensor]:

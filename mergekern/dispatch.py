@@ -70,7 +70,10 @@ def _why_not_cuda(device: torch.device) -> str | None:
     reason: str = found.why_not()
     if reason:
         return reason
-    return None if device.type == "cuda" else f"serves CUDA tensors; got one on {device}"
+    if device.type != "cuda":
+        return f"serves CUDA tensors; got one on {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"serves GPUs of capability 8.0 on; got {major}.{minor}"
 
 
 def interpreting() -> bool:

@@ -29,7 +29,7 @@ def _round_16(v: float, dtype: torch.dtype) -> float:
         return v
     digits, least = (11, -24) if dtype == torch.float16 else (8, -133)
     step = 2.0 ** max(math.frexp(v)[1] - digits, least)
-    rounded = round(v / step) * step  # Python rounds half to even
+    rounded = math.copysign(round(v / step) * step, v)  # Python rounds half to even
     return math.copysign(math.inf, v) if abs(rounded) > torch.finfo(dtype).max else rounded
 
 

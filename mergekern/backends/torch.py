@@ -59,8 +59,12 @@ def _to_odd(x: Tensor) -> Tensor:
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:
-    """A divisor on the device: torch turns division by a Python number into a product on GPUs."""
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+    """A number rounded to the accumulator, on the device.
+
+    As a tensor, since torch turns division by a Python number into a product on GPUs and refuses
+    numbers beyond float32.
+    """
+    return torch.tensor(value, dtype=torch.float64).to(like)
 
 
 # ---- ops -------------------------------------------------------------------------------------
@@ -70,9 +74,10 @@ def weighted_sum(out: Tensor, xs: list[Tensor], weights: list[float], divisor: f
     acc = accumulator(xs[0].dtype)
     out, *xs = _flat([out, *xs])
     for begin, end, _ in _rows(xs):
-        total = _part(xs[0], begin, end, acc) * weights[0]
+        total = _part(xs[0], begin, end, acc)
+        total = total * _scalar(weights[0], total)
         for x, w in zip(xs[1:], weights[1:], strict=True):
-            total += _part(x, begin, end, acc) * w
+            total += _part(x, begin, end, acc) * _scalar(w, total)
         if divisor != 1.0:
             total /= _scalar(divisor, total)
         _store(out, begin, end, total)
@@ -99,7 +104,7 @@ def merge_deltas(
         for x, factor, k in zip(xs, factors, keep, strict=True):
             d = _part(x, begin, end, acc)
             d = d if origin is None else d - origin
-            vs.append(torch.where(_kept(k, d, first), d, 0) * factor)
+            vs.append(torch.where(_kept(k, d, first), d, 0) * _scalar(factor, d))
         m = torch.zeros_like(vs[0])
         for v in vs:
             m += v
@@ -109,7 +114,7 @@ def merge_deltas(
             q = _scalar(total, m)
         if normalize:
             m /= torch.where(q == 0, 1, q)
-        m *= scale
+        m *= _scalar(scale, m)
         _store(out, begin, end, m if origin is None else origin + m)
 
 
@@ -126,7 +131,7 @@ def _elected(
     for v, w in zip(vs, weights, strict=True):
         agrees = torch.where(votes >= 0, ~(v <= 0), ~(v >= 0))
         m += torch.where(agrees, v, 0)
-        q += agrees.to(s.dtype) * w
+        q += torch.where(agrees, _scalar(w, s), _scalar(0, s))
     if elect == "sum":
         m = torch.where(s.isnan(), s, m)
     return m, q

@@ -30,7 +30,7 @@ def weighted_sum(
     float32 (float64 for float64 inputs) in input order, then divided, then rounded once to the
     result. Weights are never rounded below the accumulator. |error| <= (n + 1) u sum_i |w_i x_i|
     plus half a unit of the result's last place, u = 2**-24 (2**-53). NaN and infinities propagate
-    as in this arithmetic. (Under Triton's interpreter a bfloat16 result is truncated: one unit.)
+    as in this arithmetic.
 
     Cost: reads every input and writes the result once; 2n flops an element.
     Raises: ArgumentError for an empty list, unequal shapes, dtypes or devices, non-finite weights,
@@ -52,7 +52,7 @@ def weighted_sum(
     first = xs[0]
     if out_dtype is not None and out_dtype not in check.FLOATS:
         raise ArgumentError(f"{op}: out_dtype is not supported; got {check.name_of(out_dtype)}")
-    if out_dtype is None and out is not None and out.dtype in check.FLOATS:
+    if out_dtype is None and isinstance(out, Tensor) and out.dtype in check.FLOATS:
         out_dtype = out.dtype
     out = check.output(op, out, first, dtype=out_dtype, inputs=xs)
     chosen = dispatch.select(backend, op, first.device, first.dtype)

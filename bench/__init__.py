@@ -1,0 +1,1 @@
+"""Benchmarks: one file per op, one per whole job; `python -m bench.report` prints the table."""

@@ -1,0 +1,144 @@
+"""Whole jobs from a cold Python: three ViT-B checkpoints and a base; thousands of tiny tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+CONFIG = """merge_method: ties
+base_model: {folder}/base{suffix}
+models:
+  - model: {folder}/a{suffix}
+    parameters: {{weight: 1.0, density: 0.2}}
+  - model: {folder}/b{suffix}
+    parameters: {{weight: 1.0, density: 0.2}}
+  - model: {folder}/c{suffix}
+    parameters: {{weight: 1.0, density: 0.2}}
+dtype: bfloat16
+"""
+TINY = """merge_method: linear
+models:
+  - model: {folder}/a
+  - model: {folder}/b
+  - model: {folder}/c
+parameters: {{weight: 1.0}}
+"""
+
+
+def vit_base(width: int, depth: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a ViT; width 768 and depth 12 make ViT-B's 86 M parameters."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.cls_token": (1, 1, width),
+        "embeddings.position_embeddings": (1, 197, width),
+        "embeddings.patch_embeddings.weight": (width, 3, 16, 16),
+        "embeddings.patch_embeddings.bias": (width,),
+        "layernorm.weight": (width,),
+        "layernorm.bias": (width,),
+    }
+    for i in range(depth):
+        layer = f"encoder.layer.{i}."
+        for name in ("query", "key", "value", "output"):
+            shapes[f"{layer}attention.{name}.weight"] = (width, width)
+            shapes[f"{layer}attention.{name}.bias"] = (width,)
+        shapes[f"{layer}mlp.fc1.weight"] = (4 * width, width)
+        shapes[f"{layer}mlp.fc1.bias"] = (4 * width,)
+        shapes[f"{layer}mlp.fc2.weight"] = (width, 4 * width)
+        shapes[f"{layer}mlp.fc2.bias"] = (width,)
+        for name in ("before", "after"):
+            shapes[f"{layer}norm_{name}.weight"] = (width,)
+            shapes[f"{layer}norm_{name}.bias"] = (width,)
+    return shapes
+
+
+def write_models(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=g) * 0.02 for name, shape in shapes.items()}
+    for model in ("base", "a", "b", "c"):
+        noise = 0.0 if model == "base" else 1e-3
+        tensors = {
+            name: (x + noise * torch.randn(x.shape, generator=g)).to(dtype)
+            for name, x in base.items()
+        }
+        (folder / model).mkdir()
+        save_file(tensors, folder / model / "model.safetensors", metadata={"format": "pt"})
+        (folder / model / "config.json").write_text(json.dumps({"hidden_size": 768}))
+
+
+class Process:
+    """One run of a command: wall seconds and peak resident memory."""
+
+    def __init__(self, *command: str) -> None:
+        start = time.perf_counter()
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert child.stdout is not None
+        with child.stdout:
+            self.output = child.stdout.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        self.seconds = time.perf_counter() - start
+        self.peak = usage.ru_maxrss * 1024
+        child.returncode = os.waitstatus_to_exitcode(status)
+        assert child.returncode == 0, self.output
+
+
+def mergekern_merge(config: Path, out: Path, *options: str) -> Process:
+    shutil.rmtree(out, ignore_errors=True)
+    command = (sys.executable, "-m", "mergekern", "merge", str(config), str(out), "--quiet")
+    return Process(*command, *options)
+
+
+@pytest.fixture
+def importing() -> Process:
+    return Process(sys.executable, "-c", "import torch")
+
+
+def bench_merge_vit_base(benchmark, timed: bool, tmp_path: Path, importing: Process) -> None:
+    """ties of three bf16 ViT-B and a base, from a cold Python to a synced folder."""
+    shapes = vit_base(768, 12) if timed else vit_base(32, 2)
+    write_models(tmp_path, shapes, torch.bfloat16)
+    config = tmp_path / "ties.yml"
+    config.write_text(CONFIG.format(folder=tmp_path, suffix=""))
+    out = tmp_path / "out"
+    memory = 256 * 2**20
+
+    runs = [mergekern_merge(config, out, "--memory", "256MiB") for _ in range(3 if timed else 1)]
+    benchmark.pedantic(mergekern_merge, args=(config, out), rounds=1)
+    ours = min(run.seconds for run in runs)
+    assert load_file(out / "model.safetensors").keys() == shapes.keys()
+    peak = max(run.peak for run in runs)
+    assert peak <= importing.peak + memory, f"{peak} bytes resident, torch takes {importing.peak}"
+    info = benchmark.extra_info
+    info["ms"], info["error"] = 1e3 * ours, 0.0
+    info["extra_mb"] = (peak - importing.peak) / 1e6
+    info["import_ms"] = 1e3 * importing.seconds
+    peer = Path(sys.executable).with_name("mergekit-pytorch")
+    if timed and peer.exists():
+        raw = tmp_path / "raw.yml"
+        raw.write_text(CONFIG.format(folder=tmp_path, suffix="/model.safetensors"))
+        info["mergekit"] = Process(str(peer), str(raw), str(tmp_path / "peer")).seconds / ours
+
+
+def bench_merge_tiny_tensors(benchmark, timed: bool, tmp_path: Path, importing: Process) -> None:
+    """4,000 tensors of 4 elements, three models: overhead alone."""
+    names = [f"layers.{i}.weight" for i in range(4000 if timed else 100)]
+    write_models(tmp_path, dict.fromkeys(names, (4,)), torch.bfloat16)
+    config = tmp_path / "tiny.yml"
+    config.write_text(TINY.format(folder=tmp_path))
+    out = tmp_path / "out"
+    runs = [mergekern_merge(config, out) for _ in range(3 if timed else 1)]
+    benchmark.pedantic(mergekern_merge, args=(config, out), rounds=1)
+    assert len(load_file(out / "model.safetensors")) == len(names)
+    info = benchmark.extra_info
+    info["ms"], info["error"] = 1e3 * min(run.seconds for run in runs), 0.0
+    info["over_import_ms"] = info["ms"] - 1e3 * importing.seconds
+    info["extra_mb"] = (max(run.peak for run in runs) - importing.peak) / 1e6

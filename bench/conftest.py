@@ -1,0 +1,81 @@
+"""Fixtures of all benchmarks. With --benchmark-disable (as in the tests) each runs once, small."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mergekern.ops._cost import Cost
+
+from measure import ROUNDS, Call, Copy, best, gemm_rate, peak_extra
+
+MEGABYTE = 2**20
+
+
+@pytest.fixture(scope="session")
+def timed(request: pytest.FixtureRequest) -> bool:
+    return not request.config.getoption("benchmark_disable")
+
+
+@pytest.fixture(scope="session")
+def nbytes(timed: bool) -> int:
+    """Bytes of one tensor; MERGEKERN_BENCH_MB sets another size than 256 MiB."""
+    return int(os.environ.get("MERGEKERN_BENCH_MB", "256")) * MEGABYTE if timed else MEGABYTE // 4
+
+
+@pytest.fixture(scope="session")
+def gemm(timed: bool) -> float:
+    """FLOP/s that torch.mm reaches in this run."""
+    return gemm_rate() if timed else 0.0
+
+
+Row = Callable[..., None]
+
+
+@pytest.fixture
+def row(benchmark: Any, timed: bool, nbytes: int, gemm: float) -> Row:
+    """row(call, cost=..., error=..., torch=..., peers=...): times the call, asserts, records.
+
+    error: float64 error over the bound of the docstring, at most 1 or the benchmark fails.
+    torch: the same in plain torch on the same tensors. peers: name -> (call, share of elements):
+    slow tools run on a slice, and are compared per element.
+    """
+
+    def measure(
+        call: Call,
+        *,
+        cost: Cost,
+        error: float,
+        torch: Call | None = None,
+        peers: dict[str, tuple[Call, float]] | None = None,
+    ) -> None:
+        assert 0 <= error <= 1, f"error is {error} times its bound"
+        if not timed:
+            benchmark(call)
+            return
+        copy = Copy(nbytes)
+        call()
+        benchmark.pedantic(call, setup=copy, rounds=ROUNDS)
+        ours = benchmark.stats.stats.min
+        info = benchmark.extra_info
+        limit = max(cost.bytes / copy.bandwidth, cost.flops / gemm)
+        info["copy_gbs"], info["gemm_gflops"] = copy.bandwidth / 1e9, gemm / 1e9
+        info["ms"], info["gbs"] = 1e3 * ours, cost.bytes / ours / 1e9
+        info["times_limit"] = ours / limit
+        info["error"] = error
+        info["extra_mb"] = (peak_extra(call) or 0) / 1e6
+        if torch is not None:
+            info["torch"] = best(torch) / ours
+        for name, (peer, share) in (peers or {}).items():
+            info[name] = best(peer, 2) / share / ours
+
+    return measure
+
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return getattr(torch, request.param)  # type: ignore[no-any-return]

@@ -1,0 +1,91 @@
+"""Runs the benchmarks and prints one table: `python -m bench.report [names] [--json FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mergekern import __version__
+
+COLUMNS = (
+    ("ms", "ms", "{:.2f}"),
+    ("gbs", "GB/s", "{:.1f}"),
+    ("copy_gbs", "copy GB/s", "{:.1f}"),
+    ("times_limit", "x limit", "{:.2f}"),
+    ("torch", "vs torch", "{:.1f}"),
+    ("mergekit", "vs mergekit", "{:.1f}"),
+    ("peft", "vs peft", "{:.1f}"),
+    ("extra_mb", "extra MB", "{:.0f}"),
+    ("error", "error / bound", "{:.2f}"),
+)
+NOTES = (
+    "x limit: time over the least time that the bytes (or FLOPs) of cost() need at the copy "
+    "bandwidth (or GEMM rate) measured around that row; 1 is the limit. vs: how many times faster "
+    "than that tool; slow tools run on 4 M elements and are compared per element. Rows without a "
+    "limit are whole processes from a cold Python."
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="mergekern bench")
+    parser.add_argument("names", nargs="*", help="only benchmarks whose name contains one of these")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.json"
+        command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-enable"]
+        command += ["--benchmark-only", f"--benchmark-json={results}", "--benchmark-columns=min"]
+        command += ["-k", " or ".join(options.names)] if options.names else []
+        done = subprocess.run(command)
+        if done.returncode:
+            return done.returncode
+        rows = json.loads(results.read_text())["benchmarks"]
+    rows = [{"name": r["name"].removeprefix("bench_"), **r["extra_info"]} for r in rows]
+    machine = describe()
+    show(machine, rows)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+def describe() -> dict[str, Any]:
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [s for s in cpuinfo.read_text().splitlines() if s.startswith("model name")]
+        processor = models[0].partition(":")[2].strip() if models else processor
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "mergekern": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def show(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    console = Console(width=140)
+    table = Table("benchmark")
+    shown = [c for c in COLUMNS if any(c[0] in row for row in rows)]
+    for _, title, _ in shown:
+        table.add_column(title, justify="right")
+    for row in rows:
+        cells = [form.format(row[key]) if key in row else "" for key, _, form in shown]
+        table.add_row(row["name"].replace("[", " ").replace("]", ""), *cells)
+    console.print(", ".join(f"{k} {v}" for k, v in machine.items()), highlight=False)
+    console.print(table)
+    console.print(NOTES, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
