@@ -1,4 +1,4 @@
-"""Runs the benchmarks and prints one table: `python -m bench.report [names] [--json FILE]`."""
+"""Runs the benchmarks and prints one table: `mergekern bench [names] [--json FILE]`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mergekern import __version__
+from mergekern import __version__, dispatch
 
 COLUMNS = (
     ("ms", "ms", "{:.2f}"),
@@ -46,7 +46,7 @@ def main() -> int:
         command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-enable"]
         command += ["--benchmark-only", f"--benchmark-json={results}", "--benchmark-columns=min"]
         command += ["-k", " or ".join(options.names)] if options.names else []
-        done = subprocess.run(command)
+        done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1])
         if done.returncode:
             return done.returncode
         rows = json.loads(results.read_text())["benchmarks"]
@@ -68,6 +68,7 @@ def describe() -> dict[str, Any]:
         "processor": processor,
         "threads": torch.get_num_threads(),
         "mergekern": __version__,
+        "backend": dispatch.select("auto", "weighted_sum", torch.device("cpu"), torch.float32),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

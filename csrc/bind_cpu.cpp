@@ -35,7 +35,7 @@ void require(bool ok, const char* what) {
 mk::View make_view(Address data, mk::DType dtype, const std::vector<int64_t>& shape,
                    const std::vector<int64_t>& strides, bool stream) {
   require(shape.size() == strides.size(), "View: shape and strides differ in length");
-  require(shape.size() <= std::size_t(mk::kMaxDims), "View: more than 16 separate dimensions");
+  require(shape.size() <= std::size_t(mk::kMaxDims), "View: too many dimensions");
   mk::View view{at<void>(data), dtype, int(shape.size()), {}, {}, stream};
   std::copy(shape.begin(), shape.end(), view.shape);
   std::copy(strides.begin(), strides.end(), view.strides);
@@ -107,8 +107,8 @@ void pattern_histogram(const mk::View& x, Address histogram, int64_t begin, int6
   mk::pattern_histogram(x, begin, end, at<int64_t>(histogram));
 }
 
-int64_t find_key(const mk::View& x, const std::optional<mk::View>& base, uint64_t key,
-                 int64_t rank, int64_t begin, int64_t end) {
+int64_t find_key(const mk::View& x, const std::optional<mk::View>& base, uint64_t key, int64_t rank,
+                 int64_t begin, int64_t end) {
   return mk::find_key(magnitudes(x, base), begin, end, key, rank);
 }
 
@@ -117,7 +117,7 @@ void permute(Address out, Address x, int64_t itemsize,
              const std::vector<std::tuple<int64_t, int64_t, Address>>& axes, bool stream,
              Address positions, int64_t row_size, Address scratch, int64_t begin, int64_t end) {
   require(!axes.empty() && axes.size() <= std::size_t(mk::kMaxDims),
-          "permute: 1 to 16 separate dimensions");
+          "permute: no dimensions, or too many");
   mk::Permute args{};
   args.out = at<void>(out);
   args.x = at<const void>(x);
@@ -149,9 +149,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       .value("sum", mk::Elect::sum)
       .value("count", mk::Elect::count);
 
-  py::class_<mk::View>(m, "View")
-      .def(py::init(&make_view), kw, "data"_a, "dtype"_a, "shape"_a, "strides"_a,
-           "stream"_a = false);
+  py::class_<mk::View>(m, "View").def(py::init(&make_view), kw, "data"_a, "dtype"_a, "shape"_a,
+                                      "strides"_a, "stream"_a = false);
   py::class_<mk::KeepRule>(m, "KeepRule")
       .def(py::init<>())
       .def_static(
@@ -170,15 +169,13 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("BLOCK") = mk::kBlock;
   m.attr("MERGE_BLOCK") = mk::kMergeBlock;
   m.attr("GRAM_BLOCK") = mk::kGramBlock;
-  m.attr("MAX_DIMS") = mk::kMaxDims;
 
   m.def("weighted_sum", &weighted_sum, no_gil, kw, "out"_a, "xs"_a, "weights"_a, "divisor"_a,
         "begin"_a, "end"_a);
   m.def("merge_deltas", &merge_deltas, no_gil, kw, "out"_a, "base"_a, "xs"_a, "weights"_a,
         "factors"_a, "keep"_a, "elect"_a, "normalize"_a, "total"_a, "scale"_a, "scratch"_a,
         "begin"_a, "end"_a);
-  m.def("l1_norms", &l1_norms, no_gil, kw, "x"_a, "base"_a, "keep"_a, "sums"_a, "begin"_a,
-        "end"_a);
+  m.def("l1_norms", &l1_norms, no_gil, kw, "x"_a, "base"_a, "keep"_a, "sums"_a, "begin"_a, "end"_a);
   m.def("gram", &gram, no_gil, kw, "xs"_a, "base"_a, "scratch"_a, "dots"_a, "begin"_a, "end"_a);
   m.def("magnitude_keys", &magnitude_keys, no_gil, kw, "x"_a, "base"_a, "out"_a, "begin"_a,
         "end"_a);

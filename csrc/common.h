@@ -35,7 +35,7 @@ struct bf16 {
 
 // A tensor as kernels see it: elements in C order of `shape`, strides in elements. Adjacent
 // dimensions are collapsed by the caller, so a contiguous tensor has ndim 1 and stride 1.
-constexpr int kMaxDims = 16;
+constexpr int kMaxDims = 65;  // torch allows 64, and permute may put one in front
 struct View {
   void* data;
   DType dtype;
@@ -93,12 +93,8 @@ MK_INLINE float widen(f16 x) {
 
 // ---- narrowing: round to nearest, ties to even; every NaN becomes the quiet NaN of its sign ----
 
-MK_INLINE void narrow(float x, float* y) {
-  *y = x;
-}
-MK_INLINE void narrow(float x, double* y) {
-  *y = x;
-}
+MK_INLINE void narrow(float x, float* y) { *y = x; }
+MK_INLINE void narrow(float x, double* y) { *y = x; }
 MK_INLINE void narrow(float x, bf16* y) {
   const std::uint32_t u = bit_cast<std::uint32_t>(x);
   const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -119,12 +115,8 @@ MK_INLINE void narrow(float x, f16* y) {
   y->bits = std::uint16_t(h | sign);
 }
 
-MK_INLINE void narrow(double x, double* y) {
-  *y = x;
-}
-MK_INLINE void narrow(double x, float* y) {
-  *y = static_cast<float>(x);
-}
+MK_INLINE void narrow(double x, double* y) { *y = x; }
+MK_INLINE void narrow(double x, float* y) { *y = static_cast<float>(x); }
 // A double reaches a 16-bit type through a float rounded to odd, so that it is rounded only once.
 MK_INLINE float to_odd(double x) {
   const float y = static_cast<float>(x);
@@ -134,12 +126,8 @@ MK_INLINE float to_odd(double x) {
   if (__builtin_fabs(back) > __builtin_fabs(x)) bits -= 1;
   return bit_cast<float>(bits | 1u);
 }
-MK_INLINE void narrow(double x, bf16* y) {
-  narrow(to_odd(x), y);
-}
-MK_INLINE void narrow(double x, f16* y) {
-  narrow(to_odd(x), y);
-}
+MK_INLINE void narrow(double x, bf16* y) { narrow(to_odd(x), y); }
+MK_INLINE void narrow(double x, f16* y) { narrow(to_odd(x), y); }
 
 // ---- block access ----------------------------------------------------------------------------
 
@@ -189,9 +177,9 @@ constexpr std::size_t kLine = 64;
 MK_INLINE void stream_line(void* to, const void* from) {
 #ifdef __SSE2__
   for (std::size_t i = 0; i < kLine; i += sizeof(__m128i))
-    _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
-                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(
-                         static_cast<const char*>(from) + i)));
+    _mm_stream_si128(
+        reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + i)));
 #else
   std::memcpy(to, from, kLine);
 #endif

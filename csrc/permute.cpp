@@ -169,8 +169,7 @@ void run(const Permute& args, std::int64_t begin, std::int64_t end, void* scratc
       const T* sources[n];
       for (int r = 0; r < n; ++r, rows.next()) sources[r] = x + rows.offset();
       interleave(sources, args.row_size, static_cast<T*>(scratch));
-      gather_words(static_cast<const T*>(scratch), args.positions, out, width,
-                   args.stream);
+      gather_words(static_cast<const T*>(scratch), args.positions, out, width, args.stream);
     }
   }
   for (; row < end; ++row, out += width, rows.next()) gather_row(args, x + rows.offset(), out);

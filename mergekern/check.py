@@ -25,26 +25,26 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def unsupported_dtype(op: str, name: str, got: object) -> ArgumentError:
+    known = f"one of {', '.join(map(name_of, FLOATS))}"
+    return ArgumentError.of(op, f"{name} has an unsupported dtype", got, known)
+
+
 def tensor(op: str, x: Any, name: str, *, floating: bool = True) -> Tensor:
     """A detached strided tensor of `x`: a Tensor, a numpy array or any DLPack producer."""
     if isinstance(x, np.ndarray):
         x = _from_numpy(op, name, x)
     elif not isinstance(x, Tensor):
         if not hasattr(x, "__dlpack__"):
-            raise ArgumentError(
-                f"{op}: {name} is no tensor; got {type(x).__name__}; "
-                "expected a torch.Tensor, a numpy array or a DLPack producer"
-            )
+            kinds = "a torch.Tensor, a numpy array or a DLPack producer"
+            raise ArgumentError.of(op, f"{name} is no tensor", type(x).__name__, kinds)
         x = torch.utils.dlpack.from_dlpack(x)
     x = x.detach()
     if x.layout != torch.strided or x.is_meta or x.is_quantized:
         kind = "meta" if x.is_meta else "quantized" if x.is_quantized else str(x.layout)
-        raise ArgumentError(f"{op}: {name} holds no plain data; got {kind}; expected strided")
+        raise ArgumentError.of(op, f"{name} holds no plain data", kind, "strided")
     if floating and x.dtype not in FLOATS:
-        raise ArgumentError(
-            f"{op}: {name} has an unsupported dtype; got {name_of(x.dtype)}; "
-            f"expected one of {', '.join(map(name_of, FLOATS))}"
-        )
+        raise unsupported_dtype(op, name, name_of(x.dtype))
     x = x.resolve_conj().resolve_neg()
     if x.numel() and x.data_ptr() % x.element_size():
         x = x.clone()  # e.g. a buffer with an odd offset: kernels need aligned elements
@@ -60,16 +60,16 @@ def _from_numpy(op: str, name: str, x: np.ndarray) -> Tensor:
             warnings.simplefilter("ignore")  # read-only arrays: inputs are never written
             return torch.from_numpy(x)
     except TypeError:
-        raise ArgumentError(f"{op}: {name} has an unsupported dtype; got {x.dtype}") from None
+        raise unsupported_dtype(op, name, x.dtype) from None
 
 
 def tensors(op: str, xs: Sequence[Any], name: str = "xs") -> list[Tensor]:
     """At least one floating tensor, all of one shape, dtype and device."""
     if isinstance(xs, Tensor):
-        raise ArgumentError(f"{op}: {name} is one tensor; expected a sequence of tensors")
+        raise ArgumentError.of(op, f"{name} is no list", "one tensor", "a sequence of tensors")
     checked = [tensor(op, x, f"{name}[{i}]") for i, x in enumerate(xs)]
     if not checked:
-        raise ArgumentError(f"{op}: {name} is empty; expected at least one tensor")
+        raise ArgumentError.of(op, f"{name} is empty", "no tensor", "at least one")
     for i, x in enumerate(checked[1:], start=1):
         same(op, f"{name}[{i}]", x, f"{name}[0]", checked[0])
     return checked
@@ -83,18 +83,16 @@ def same(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
         ("device", str(x.device), str(y.device)),
     ):
         if got != expected:
-            raise ArgumentError(
-                f"{op}: {name} differs from {other} in {what}; got {got}; expected {expected}"
-            )
+            raise ArgumentError.of(op, f"{name} differs from {other} in {what}", got, expected)
 
 
 def number(op: str, name: str, value: Any) -> float:
     try:
         result = float(value)
     except (TypeError, ValueError):
-        raise ArgumentError(f"{op}: {name} is no number; got {value!r}") from None
+        raise ArgumentError.of(op, f"{name} is no number", repr(value), "a number") from None
     if not math.isfinite(result):
-        raise ArgumentError(f"{op}: {name} is not finite; got {value!r}")
+        raise ArgumentError.of(op, f"{name} is not finite", result, "a finite number")
     return result
 
 
@@ -103,16 +101,16 @@ def numbers(op: str, name: str, values: Any, n: int) -> list[float]:
     if isinstance(values, Tensor) or hasattr(values, "tolist"):
         values = values.tolist()
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise ArgumentError(f"{op}: {name} is no sequence of numbers; got {values!r}")
+        raise ArgumentError.of(op, f"{name} is no list", repr(values), "a sequence of numbers")
     if len(values) != n:
-        raise ArgumentError(f"{op}: {name} has the wrong length; got {len(values)}; expected {n}")
+        raise ArgumentError.of(op, f"{name} has the wrong length", len(values), n)
     return [number(op, f"{name}[{i}]", v) for i, v in enumerate(values)]
 
 
 def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         known = ", ".join(map(str, allowed))
-        raise ArgumentError(f"{op}: {name} is unknown; got {value!r}; expected one of {known}")
+        raise ArgumentError.of(op, f"{name} is unknown", repr(value), f"one of {known}")
 
 
 def _span(x: Tensor) -> tuple[int, int]:
@@ -154,14 +152,14 @@ def output(
             if isinstance(out, Tensor)
             else type(out).__name__
         )
-        raise ArgumentError(
-            f"{op}: out does not fit the result; got {got}; "
-            f"expected {name_of(dtype)}{list(shape)} on {like.device}"
-        )
+        wanted = f"{name_of(dtype)}{list(shape)} on {like.device}"
+        raise ArgumentError.of(op, "out does not fit the result", got, wanted)
     if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
-        raise ArgumentError(f"{op}: out has several elements in one place; got an expanded tensor")
+        raise ArgumentError.of(op, "out overlaps itself", "an expanded tensor", "separate elements")
     if out.numel() and out.data_ptr() % out.element_size():
-        raise ArgumentError(f"{op}: out is not aligned to its element size")
+        raise ArgumentError.of(
+            op, "out is misaligned", f"address {out.data_ptr():#x}", "aligned elements"
+        )
     for x in inputs:
         itself = (
             in_place
@@ -170,5 +168,7 @@ def output(
             and x.stride() == out.stride()
         )
         if not itself and _overlaps(out, x):
-            raise ArgumentError(f"{op}: out overlaps an input in part; expected separate memory")
+            raise ArgumentError.of(
+                op, "out overlaps an input", "shared memory", "memory of its own"
+            )
     return out.detach()

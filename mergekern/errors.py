@@ -10,6 +10,10 @@ class MergekernError(Exception):
 class ArgumentError(MergekernError, ValueError):
     """An argument has a value, shape, dtype or device that the call cannot accept."""
 
+    @classmethod
+    def of(cls, op: str, what: str, got: object, expected: object) -> ArgumentError:
+        return cls(f"{op}: {what}; got {got}; expected {expected}")
+
 
 class BackendError(MergekernError, RuntimeError):
     """The requested backend cannot serve this call; the text says why and what to do."""

@@ -133,12 +133,20 @@ def merge_deltas(
     _round(m if origin is None else origin + m, out)
 
 
+def _sum(values: list[float]) -> float:
+    """Exact but for one rounding; infinite where it leaves float64."""
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
+
+
 def l1_norms(base: Tensor | None, xs: list[Tensor], keep: list[Keep]) -> list[tuple[float, float]]:
     norms = []
     for x, k in zip(xs, keep, strict=True):
         d = (x if base is None else _subtract(x, base)).double().reshape(-1).abs().tolist()
         survivors = [v for v, m in zip(d, kept(k, x, base), strict=True) if m]
-        norms.append((math.fsum(d), math.fsum(survivors)))
+        norms.append((_sum(d), _sum(survivors)))
     return norms
 
 

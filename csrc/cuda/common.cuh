@@ -14,61 +14,31 @@ namespace mk::cuda {
 
 // ---- arithmetic: the intrinsics are never contracted to FMA, whatever the compiler's flags -----
 
-__device__ inline float mul(float a, float b) {
-  return __fmul_rn(a, b);
-}
-__device__ inline double mul(double a, double b) {
-  return __dmul_rn(a, b);
-}
-__device__ inline float add(float a, float b) {
-  return __fadd_rn(a, b);
-}
-__device__ inline double add(double a, double b) {
-  return __dadd_rn(a, b);
-}
-__device__ inline float div(float a, float b) {
-  return __fdiv_rn(a, b);
-}
-__device__ inline double div(double a, double b) {
-  return __ddiv_rn(a, b);
-}
+__device__ inline float mul(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double mul(double a, double b) { return __dmul_rn(a, b); }
+__device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
+__device__ inline float div(float a, float b) { return __fdiv_rn(a, b); }
+__device__ inline double div(double a, double b) { return __ddiv_rn(a, b); }
 
 // ---- widening: exact ---------------------------------------------------------------------------
 
-__device__ inline float load(float x) {
-  return x;
-}
-__device__ inline double load(double x) {
-  return x;
-}
-__device__ inline float load(bf16 x) {
-  return __uint_as_float(std::uint32_t(x.bits) << 16);
-}
-__device__ inline float load(f16 x) {
-  return __half2float(__ushort_as_half(x.bits));
-}
+__device__ inline float load(float x) { return x; }
+__device__ inline double load(double x) { return x; }
+__device__ inline float load(bf16 x) { return __uint_as_float(std::uint32_t(x.bits) << 16); }
+__device__ inline float load(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
 // ---- narrowing: round to nearest, ties to even -------------------------------------------------
 
-__device__ inline void store(float x, float* y) {
-  *y = x;
-}
-__device__ inline void store(float x, double* y) {
-  *y = x;
-}
+__device__ inline void store(float x, float* y) { *y = x; }
+__device__ inline void store(float x, double* y) { *y = x; }
 __device__ inline void store(float x, bf16* y) {
   y->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
-__device__ inline void store(float x, f16* y) {
-  y->bits = __half_as_ushort(__float2half_rn(x));
-}
+__device__ inline void store(float x, f16* y) { y->bits = __half_as_ushort(__float2half_rn(x)); }
 
-__device__ inline void store(double x, double* y) {
-  *y = x;
-}
-__device__ inline void store(double x, float* y) {
-  *y = __double2float_rn(x);
-}
+__device__ inline void store(double x, double* y) { *y = x; }
+__device__ inline void store(double x, float* y) { *y = __double2float_rn(x); }
 // A double reaches a 16-bit type through a float rounded to odd, so that it is rounded only once.
 // The conversion instruction from double to 16 bits would do for f16, but none exists for bf16.
 __device__ inline float to_odd(double x) {
@@ -76,12 +46,8 @@ __device__ inline float to_odd(double x) {
   const bool exact = double(y) == x || x != x;
   return exact ? y : __uint_as_float(__float_as_uint(y) | 1u);
 }
-__device__ inline void store(double x, bf16* y) {
-  store(to_odd(x), y);
-}
-__device__ inline void store(double x, f16* y) {
-  store(to_odd(x), y);
-}
+__device__ inline void store(double x, bf16* y) { store(to_odd(x), y); }
+__device__ inline void store(double x, f16* y) { store(to_odd(x), y); }
 
 // Tells the compiler that an address read from a table is global memory: LDG instead of LD.
 template <class T>

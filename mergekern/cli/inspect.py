@@ -21,6 +21,7 @@ def inspect(
     """List the tensors of a checkpoint: name, dtype, shape, size."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     checkpoint = Checkpoint(path)
     table = Table("tensor", "dtype", "shape")
@@ -34,8 +35,10 @@ def inspect(
         sizes[dtype] += size
         elements += torch.Size(signature.shape).numel()
         shown += 1
-        table.add_row(key, dtype, str(list(signature.shape)), f"{size:,}")
+        table.add_row(Text(key), dtype, str(list(signature.shape)), f"{size:,}")
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=1_000_000)  # no name is cut short in a file or a pipe
     console.print(table)
     by_dtype = ", ".join(f"{size / 1e6:.2f} MB {dtype}" for dtype, size in sizes.items())
     console.print(f"{shown} tensors, {elements:,} elements, {by_dtype or '0 MB'}", highlight=False)

@@ -36,11 +36,6 @@ class Checkpoint:
         if self.folder is None:
             self._add("", self.path, None)
         else:
-            if (self.folder / "adapter_config.json").exists():
-                raise CheckpointError(
-                    f"{path}: a LoRA adapter; merging its factors would not merge their products. "
-                    "Fold it into its base first"
-                )
             for sub in _folders(self.folder):
                 self._add_folder(sub)
         if not self._where:
@@ -52,6 +47,11 @@ class Checkpoint:
     def _add_folder(self, folder: Path) -> None:
         assert self.folder is not None
         prefix = "" if folder == self.folder else f"{folder.relative_to(self.folder).as_posix()}/"
+        if (folder / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{folder}: a LoRA adapter; merging its factors would not merge their products. "
+                "Fold it into its base first"
+            )
         index = _index_of(folder)
         if index is not None:
             self._add_shards(prefix, index)
@@ -72,6 +72,8 @@ class Checkpoint:
             shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             by_file: dict[str, list[str]] = {}
             for name, file in shard_of.items():
+                if Path(file).name != file:
+                    raise ValueError(f"{file!r} is no file name")
                 by_file.setdefault(file, []).append(name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: no readable index ({error})") from None

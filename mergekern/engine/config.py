@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class MergeConfig:
     dtype: torch.dtype | None
     out_dtype: torch.dtype | None
     exceptions: tuple[ExceptionRule, ...]
+    home: str  # the model whose files go along: the base, or the first
     text: str
 
     @property
@@ -90,20 +92,33 @@ class MergeConfig:
 def load_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
     """The configuration in a YAML file or a mapping; ConfigError names the key that is wrong."""
     if isinstance(source, Mapping):
-        return _parse(source, yaml.safe_dump(dict(source), sort_keys=False))
+        data = _plain(source)
+        try:
+            return _parse(data, yaml.safe_dump(data, sort_keys=False))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"config: {' '.join(map(str, error.args))}") from None
     path = Path(source)
     if not path.is_file():
         raise ConfigError(f"config: no such file; got {path}")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"config: {path} is no valid YAML: {' '.join(str(error).split())}"
         ) from None
     if not isinstance(data, Mapping):
         raise ConfigError(f"config: {path} holds no mapping; got {type(data).__name__}")
     return _parse(data, text)
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text, other mappings and tuples as what YAML knows."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
@@ -140,6 +155,7 @@ def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
         exceptions=tuple(
             _exception(e, known) for e in _list(data.get("exceptions", []), "exceptions")
         ),
+        home=base or models[0].path,
         text=text,
     )
 
@@ -201,7 +217,7 @@ def _dtype(data: Mapping[str, Any], key: str) -> torch.dtype | None:
     name = data.get(key)
     if name is None or (key == "out_dtype" and name == "auto"):
         return None
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ConfigError(f"config: '{key}' is unknown; got {name!r}; expected {', '.join(DTYPES)}")
     return DTYPES[name]
 

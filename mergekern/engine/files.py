@@ -11,6 +11,9 @@ import json
 import mmap
 import os
 import pickle
+import re
+import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,10 +121,34 @@ class SafetensorsFile:
         self._advise(name, mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        try:
-            self._map.close()
-        except BufferError:
-            return  # a tensor still refers to the map, which closes with it
+        """Let go of the map, which ends with the last tensor that views it.
+
+        Not `mmap.close`: torch.frombuffer holds the map but exports no buffer of it, so that would
+        unmap the memory under living tensors.
+        """
+        del self._map
+
+
+# What torch.load raises for files that are truncated, garbled or hold code.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    struct.error,
+)
+
+
+def _reason(error: BaseException) -> str:
+    """What was wrong, out of torch's long text with its advice to trust the file."""
+    text = " ".join(str(error).split())
+    found = re.search(r"(?i)unsupported (global: )?(global|operand) \S+", text)
+    return found.group() if found else text.partition(". ")[0] or type(error).__name__
 
 
 class TorchFile:
@@ -131,16 +158,18 @@ class TorchFile:
         self.path = path
         self.metadata: Mapping[str, str] = {}
         try:
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "not readable"
+            mapped = zipfile.is_zipfile(path)  # files of torch < 1.6 are none and are read whole
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except _UNREADABLE as error:
             raise CheckpointError(
-                f"{path}: torch.load(weights_only=True) refuses it ({reason}); "
+                f"{path}: torch.load(weights_only=True) refuses it ({_reason(error)}); "
                 "convert it to safetensors where you trust it"
             ) from None
         if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
             data = data["state_dict"]
-        if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
+        if not isinstance(data, Mapping) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()
+        ):
             raise CheckpointError(f"{path}: holds no plain mapping of names to tensors")
         self._tensors: dict[str, Tensor] = dict(data)
         self.signatures: Mapping[str, Signature] = {
@@ -203,12 +232,8 @@ class SafetensorsWriter:
         data: Any = flat.numpy()
         _write_all(self._fd, memoryview(data), self._start + self._offsets[name])
 
-    def close(self, *, sync: bool) -> None:
-        try:
-            if sync:
-                os.fsync(self._fd)
-        finally:
-            os.close(self._fd)
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..check import FLOATS
-from ..errors import CheckpointError
-from ..methods.compat import Signature, agree
+from ..errors import ArgumentError, CheckpointError
+from ..methods.compat import Signature, agree, identical
 from ..methods.merge import common_dtype
 from .checkpoint import Checkpoint
 from .config import ExceptionRule, MergeConfig, arguments, layer_positions
@@ -57,19 +57,20 @@ def make_plan(
     keys = list(dict.fromkeys(key for c in checkpoints for key in c.signatures))
     positions = layer_positions(keys)
     problems = _misfits(config, checkpoints, rules)
-    tasks = []
-    for key in keys:
-        if key in problems or (key in rules and rules[key].action == "drop"):
-            continue
-        tasks.append(_task(config, checkpoints, key, rules.get(key), positions[key]))
     if problems:
         raise CheckpointError(_listing(problems))
-    for task in tasks:
-        if task.cost > memory:
-            raise CheckpointError(
-                f"tensor {task.key} needs {task.cost / 2**20:.0f} MiB for its inputs and result, "
-                f"more than the memory limit of {memory / 2**20:.0f} MiB; raise it with --memory"
-            )
+    tasks = [
+        _task(config, checkpoints, key, rules.get(key), positions[key])
+        for key in keys
+        if not (key in rules and rules[key].action == "drop")
+    ]
+    largest = max(tasks, key=lambda task: task.cost, default=None)
+    if largest is not None and largest.cost > memory:
+        raise CheckpointError(
+            f"tensor {largest.key} needs {-(-largest.cost // 2**20)} MiB for its inputs and "
+            f"result, more than the memory limit of {memory / 2**20:.1f} MiB; "
+            "raise it with --memory"
+        )
     return Plan(
         tasks=tuple(tasks),
         shards=tuple(_shards(tasks, checkpoints, shard_size)),
@@ -122,19 +123,34 @@ def _misfits(
                 problems[key] = f"missing from the base {labels[0]}"
             some = {labels[i]: {key: checkpoints[i].signatures[key]} for i in having}
             problems.update(agree(some))
-    for key, signature in checkpoints[0].signatures.items():
-        if signature.dtype in FLOATS or key in problems or key in rules:
-            continue
-        first = checkpoints[0].read(key)
-        other = [
-            label
-            for label, c in zip(labels, checkpoints, strict=True)
-            if not torch.equal(c.read(key), first)
-        ]
-        if other:
-            kind = signature.dtype_class()
-            problems[key] = f"{kind} values differ in {', '.join(other)}; they cannot be averaged"
+            models = len(having) - config.base_apart
+            if key not in problems and models:
+                try:
+                    config.method.check_count(models, config.base_apart)
+                except ArgumentError as error:
+                    problems[key] = str(error)
+    for key in dict.fromkeys(key for c in checkpoints for key in c.signatures):
+        if key not in problems and (key not in rules or rules[key].action == "present"):
+            having = [i for i, c in enumerate(checkpoints) if key in c.signatures]
+            problems.update(_unequal(key, checkpoints, having, labels))
     return problems
+
+
+def _unequal(
+    key: str, checkpoints: Sequence[Checkpoint], having: list[int], labels: list[str]
+) -> dict[str, str]:
+    """What is wrong with a tensor that is copied where all have the same, but they do not."""
+    signature = checkpoints[having[0]].signatures[key]
+    if signature.dtype in FLOATS:
+        return {}
+    first = checkpoints[having[0]].read(key)
+    other = [labels[i] for i in having[1:] if not identical(checkpoints[i].read(key), first)]
+    for i in having:
+        checkpoints[i].release(key)
+    if not other:
+        return {}
+    kind = signature.dtype_class()
+    return {key: f"{kind} values differ in {', '.join(other)}; they cannot be averaged"}
 
 
 def _task(

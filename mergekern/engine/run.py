@@ -88,7 +88,8 @@ def merge_checkpoints(
             stack.callback(checkpoints[-1].close)
         plan = make_plan(parsed, checkpoints, limit, largest)
         staging = stack.enter_context(_staged(target, plan.bytes_written))
-        carried, left_out = carry(checkpoints[0], staging)
+        home = checkpoints[parsed.paths.index(parsed.home)]
+        carried, left_out = carry(home, staging)
         write_card(parsed, staging)
         settings = _Settings(parsed, device, seed, backend)
         with bar(sum(t.cost for t in plan.tasks), shown=progress) as advance:
@@ -140,6 +141,8 @@ def _check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError:
         raise ArgumentError(f"device: unknown; got {device!r}; expected cpu or cuda") from None
+    if kind not in ("cpu", "cuda"):
+        raise ArgumentError(f"device: not served; got {device!r}; expected cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device: torch sees no CUDA GPU; got {device!r}; expected cpu")
 
@@ -163,9 +166,9 @@ def _staged(target: Path, size: int) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
-        _sync_folder(staging)
+        _sync_tree(staging)
         staging.rename(target)
-        _sync_folder(parent)
+        _sync(parent)
     except OSError as error:
         raise CheckpointError(f"{target}: writing failed ({error.strerror or error})") from error
     finally:
@@ -178,8 +181,15 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def _sync_tree(root: Path) -> None:
+    for folder, _, files in os.walk(root):
+        for name in files:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -240,7 +250,10 @@ def _stream(
             ready.put(None)
 
     def write(task: Task, result: Tensor) -> None:
-        output.write(task.key, result)
+        with contextlib.ExitStack() as failed:
+            failed.callback(budget.close)  # else the others wait for bytes that never come back
+            output.write(task.key, result)
+            failed.pop_all()
         del result
         for i in task.sources:
             checkpoints[i].release(task.key)
@@ -293,31 +306,29 @@ class _Output:
     """The weight files of the result and, where sharded, their indices."""
 
     def __init__(self, plan: Plan, staging: Path, metadata: Mapping[str, str]) -> None:
-        self._plan, self._staging = plan, staging
-        signatures = {t.key: t.result for t in plan.tasks}
+        self._plan, self._staging, self._metadata = plan, staging, {"format": "pt", **metadata}
         self._where: dict[str, tuple[SafetensorsWriter, str]] = {}
-        self._writers = []
-        for shard in plan.shards:
-            path = staging / shard.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writer = SafetensorsWriter(
-                path,
-                {name: signatures[key] for key, name in shard.names.items()},
-                {"format": "pt", **metadata},
-            )
-            self._writers.append(writer)
-            self._where.update({key: (writer, name) for key, name in shard.names.items()})
+        self._opened = contextlib.ExitStack()
 
     def write(self, key: str, tensor: Tensor) -> None:
         writer, name = self._where[key]
         writer.write(name, tensor)
 
     def __enter__(self) -> _Output:
+        signatures = {t.key: t.result for t in self._plan.tasks}
+        with contextlib.ExitStack() as opened:
+            for shard in self._plan.shards:
+                path = self._staging / shard.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                inside = {name: signatures[key] for key, name in shard.names.items()}
+                writer = SafetensorsWriter(path, inside, self._metadata)
+                opened.callback(writer.close)
+                self._where.update({key: (writer, name) for key, name in shard.names.items()})
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        for writer in self._writers:
-            writer.close(sync=kind is None)
+        self._opened.close()
         if kind is None:
             self._write_indices()
 

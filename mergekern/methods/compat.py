@@ -26,6 +26,12 @@ class Signature(NamedTuple):
         return "floating" if self.dtype in FLOATS else name_of(self.dtype)
 
 
+def identical(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors of one signature hold the same bytes (any dtype, NaN included)."""
+    a, b = (t.contiguous().view(-1).view(torch.uint8) for t in (x, y))
+    return torch.equal(a, b)
+
+
 def agree(models: Mapping[str, Mapping[str, Signature]]) -> dict[str, str]:
     """Tensor name -> what is wrong with it; empty if all models fit. Keys name the models."""
     names: dict[str, None] = {}

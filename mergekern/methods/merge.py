@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import check
 from ..errors import ArgumentError
 from . import REGISTRY
-from .compat import Signature, agree
+from .compat import Signature, agree, identical
 from .registry import Inputs, Method
 
 
@@ -102,13 +102,16 @@ def merge_state_dicts(
     models.update({f"state_dicts[{i}]": d for i, d in enumerate(state_dicts)})
     if not models:
         raise ArgumentError("merge_state_dicts: no state dicts; expected at least one")
+    spec = method_named(method)
+    spec.check_count(len(state_dicts), base is not None)
+    spec.arguments(parameters, len(models) - (base is not None and spec.base == "required"))
     problems = agree(
         {label: {k: Signature.of(t) for k, t in d.items()} for label, d in models.items()}
     )
     first = next(iter(models.values()))
     for key, x in first.items():
         if key not in problems and x.dtype not in check.FLOATS:
-            differing = [label for label, d in models.items() if not torch.equal(d[key], x)]
+            differing = [label for label, d in models.items() if not identical(d[key], x)]
             if differing:
                 problems[key] = f"values differ in {', '.join(differing)}; it cannot be averaged"
     if problems:

@@ -38,9 +38,11 @@ class Parameter:
         if self.kind is bool:
             if isinstance(given, bool) or given in (0, 1):
                 return bool(given)
-            raise ArgumentError(f"{owner}: {self.name} is no boolean; got {given!r}")
+            raise ArgumentError.of(
+                owner, f"{self.name} is no boolean", repr(given), "true or false"
+            )
         if isinstance(given, bool):
-            raise ArgumentError(f"{owner}: {self.name} is no number; got {given!r}")
+            raise ArgumentError.of(owner, f"{self.name} is no number", repr(given), "a number")
         return check.number(owner, self.name, given)
 
     def values(self, owner: str, given: Any, n: int) -> list[Any]:

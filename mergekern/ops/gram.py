@@ -39,7 +39,15 @@ def gram(
         base = check.tensor(op, base, "base")
         check.same(op, "base", base, "xs[0]", xs[0])
     n = len(xs)
-    out = check.output(op, out, xs[0], shape=(n, n), dtype=torch.float64, inputs=xs, in_place=False)
+    out = check.output(
+        op,
+        out,
+        xs[0],
+        shape=(n, n),
+        dtype=torch.float64,
+        inputs=xs if base is None else [*xs, base],
+        in_place=False,
+    )
     chosen = dispatch.select(backend, op, xs[0].device, xs[0].dtype)
     dispatch.load(chosen, op)(out, xs, base)
     return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import Tensor
 
 from .. import check, dispatch
@@ -36,10 +38,10 @@ def kth_magnitude(
     if base is not None:
         base = check.tensor(op, base, "base")
         check.same(op, "base", base, "x", x)
-    if isinstance(k, bool) or int(k) != k or not 1 <= k <= x.numel():
-        raise ArgumentError(f"{op}: k is out of range; got {k}; expected 1 to {x.numel()}")
+    if not hasattr(k, "__index__") or isinstance(k, bool) or not 1 <= k <= x.numel():
+        raise ArgumentError.of(op, "k is out of range", k, f"1 to {x.numel()}")
     chosen = dispatch.select(backend, op, x.device, x.dtype)
-    return Threshold(*dispatch.load(chosen, op)(x, base, int(k)))
+    return Threshold(*dispatch.load(chosen, op)(x, base, operator.index(k)))
 
 
 def cost(numel: int, itemsize: int, *, base: bool = False) -> Cost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ def merge_deltas(
 
     keep: None, or per model None, a `Threshold` (of `kth_magnitude`) or a `Bernoulli`.
     rescale: r_i = 1 (None); "l1": sum |delta_i| / sum |kept delta_i|, as mergekit, 1 where either
-    norm is below 1e-7; "density": one over the probability of a Bernoulli, as DARE.
+    norm is below 1e-7 or not finite; "density": one over the probability of a Bernoulli, as DARE.
     elect: None sums. "sum": per element the sign of sum_i v_i (v_i the weighted deltas), "count":
     the sign held by more of them; 0 counts as +. Only v_i of that sign are added; zeros are not.
     normalize: divide by sum_i w_i, with an election by that of the agreeing models; a sum within
@@ -69,6 +70,8 @@ def merge_deltas(
     check.choice(op, "elect", elect, ELECTIONS)
     check.choice(op, "rescale", rescale, RESCALES)
     rules = _rules(op, keep, n)
+    if out_dtype is not None and out_dtype not in check.FLOATS:
+        raise check.unsupported_dtype(op, "out_dtype", check.name_of(out_dtype))
     out = check.output(op, out, first, dtype=out_dtype, inputs=xs if base is None else [base, *xs])
     chosen = dispatch.select(backend, op, first.device, first.dtype)
 
@@ -97,20 +100,19 @@ def merge_deltas(
 def _rules(op: str, keep: Sequence[Keep] | None, n: int) -> list[Keep]:
     rules: list[Keep] = [None] * n if keep is None else list(keep)
     if len(rules) != n:
-        raise ArgumentError(f"{op}: keep has the wrong length; got {len(rules)}; expected {n}")
+        raise ArgumentError.of(op, "keep has the wrong length", len(rules), n)
     for rule in rules:
         if isinstance(rule, Bernoulli) and not 0 <= rule.density <= 1:
-            raise ArgumentError(f"{op}: density is out of range; got {rule.density}; expected 0..1")
+            raise ArgumentError.of(op, "density is out of range", rule.density, "0 to 1")
         if not (rule is None or isinstance(rule, Bernoulli | Threshold)):
-            raise ArgumentError(
-                f"{op}: keep holds a {type(rule).__name__}; expected None, Threshold or Bernoulli"
-            )
+            kinds = "None, Threshold or Bernoulli"
+            raise ArgumentError.of(op, "keep holds an unknown rule", type(rule).__name__, kinds)
     return rules
 
 
 def _l1_factor(everything: float, kept: float) -> float:
     """Rounded to float32, so that backends with another order of summation agree on it."""
-    if everything < 1e-7 or kept < 1e-7:
+    if everything < 1e-7 or kept < 1e-7 or not math.isfinite(everything):
         return 1.0
     return float(torch.tensor(everything / kept, dtype=torch.float32))
 

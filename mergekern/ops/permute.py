@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,12 +37,15 @@ def permute(
     x = check.tensor(op, x, "x", floating=False)
     chosen_index: dict[int, Tensor] = {}
     shape = list(x.shape)
+    if not isinstance(index, Mapping):
+        got, expected = type(index).__name__, "a mapping of axes to positions"
+        raise ArgumentError.of(op, "index is no mapping", got, expected)
     for axis, positions in index.items():
-        if not -x.ndim <= axis < x.ndim:
-            raise ArgumentError(f"{op}: no such axis; got {axis} for a tensor of {x.ndim} axes")
+        if not hasattr(axis, "__index__") or not -x.ndim <= axis < x.ndim:
+            raise ArgumentError.of(op, "no such axis", axis, f"one of the {x.ndim} axes of x")
         d = axis % x.ndim
         if d in chosen_index:
-            raise ArgumentError(f"{op}: axis {d} is given twice")
+            raise ArgumentError.of(op, "an axis is given twice", d, "each axis once")
         chosen_index[d] = _positions(op, d, positions, x)
         shape[d] = len(chosen_index[d])
     out = check.output(op, out, x, shape=shape, inputs=[x], in_place=False)
@@ -55,24 +59,26 @@ def permute(
     return out
 
 
+def _is_index(p: Any) -> bool:
+    return hasattr(p, "__index__") and not isinstance(p, bool)
+
+
 def _positions(op: str, axis: int, positions: Any, x: Tensor) -> Tensor:
     """A contiguous int64 index on the device of x, checked against the axis."""
-    i = torch.as_tensor(positions, device=x.device)
-    if not i.numel():
-        i = i.to(torch.int64)
+    if isinstance(positions, Sequence) and all(_is_index(p) for p in positions):
+        i = torch.tensor([operator.index(p) for p in positions], dtype=torch.int64)
+    else:
+        i = check.tensor(op, positions, f"index of axis {axis}", floating=False)
+    i = i.to(x.device)
     if i.ndim != 1 or i.is_floating_point() or i.is_complex() or i.dtype == torch.bool:
-        raise ArgumentError(
-            f"{op}: index of axis {axis} is no list of integers; "
-            f"got {check.name_of(i.dtype)} of shape {list(i.shape)}"
-        )
+        got = f"{check.name_of(i.dtype)} of shape {list(i.shape)}"
+        raise ArgumentError.of(op, f"index of axis {axis} is no list", got, "integers, 1-d")
     i = i.to(torch.int64).contiguous()
     if i.numel():
         low, high = (int(v) for v in torch.aminmax(i))
         if low < 0 or high >= x.shape[axis]:
-            raise ArgumentError(
-                f"{op}: index of axis {axis} is out of range; got {low}..{high}; "
-                f"expected 0..{x.shape[axis] - 1}"
-            )
+            what, limit = f"index of axis {axis} is out of range", x.shape[axis] - 1
+            raise ArgumentError.of(op, what, f"{low} to {high}", f"0 to {limit}")
     return i
 
 

@@ -48,10 +48,10 @@ def weighted_sum(
     if normalize:
         divisor = sum(weights)
         if divisor == 0:
-            raise ArgumentError(f"{op}: weights sum to 0, so they cannot be normalized")
+            raise ArgumentError.of(op, "weights cannot be normalized", "a sum of 0", "any other")
     first = xs[0]
     if out_dtype is not None and out_dtype not in check.FLOATS:
-        raise ArgumentError(f"{op}: out_dtype is not supported; got {check.name_of(out_dtype)}")
+        raise check.unsupported_dtype(op, "out_dtype", check.name_of(out_dtype))
     if out_dtype is None and isinstance(out, Tensor) and out.dtype in check.FLOATS:
         out_dtype = out.dtype
     out = check.output(op, out, first, dtype=out_dtype, inputs=xs)
