@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -127,6 +130,24 @@ def _overlaps(x: Tensor, y: Tensor) -> bool:
     return x0 < y1 and y0 < x1
 
 
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
+
+
+def _ask_for_huge_pages(x: Tensor) -> Tensor:
+    """Advice to Linux about a large new tensor, whose first touch costs more than the kernel.
+
+    A page of 4 KiB is handed out at a time otherwise: filling a new 256 MB tensor took four times
+    as long. Advice only: a system that does not know it goes on as before.
+    """
+    if x.device.type == "cpu" and x.nbytes >= 2 * _HUGE_PAGE and sys.platform == "linux":
+        first = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (x.data_ptr() + x.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+    return x
+
+
 def output(
     op: str,
     out: Tensor | None,
@@ -144,7 +165,7 @@ def output(
     shape = tuple(like.shape if shape is None else shape)
     dtype = like.dtype if dtype is None else dtype
     if out is None:
-        return torch.empty(shape, dtype=dtype, device=like.device)
+        return _ask_for_huge_pages(torch.empty(shape, dtype=dtype, device=like.device))
     expected = (shape, dtype, like.device)
     if not isinstance(out, Tensor) or (tuple(out.shape), out.dtype, out.device) != expected:
         got = (

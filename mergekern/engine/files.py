@@ -133,6 +133,7 @@ class SafetensorsFile:
 _UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,
+    OSError,
     EOFError,
     ValueError,
     LookupError,

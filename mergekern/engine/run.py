@@ -253,12 +253,12 @@ def _stream(
         with contextlib.ExitStack() as failed:
             failed.callback(budget.close)  # else the others wait for bytes that never come back
             output.write(task.key, result)
+            del result
+            for i in task.sources:
+                checkpoints[i].release(task.key)
+            budget.give(task.cost)
+            advance(task.cost)
             failed.pop_all()
-        del result
-        for i in task.sources:
-            checkpoints[i].release(task.key)
-        budget.give(task.cost)
-        advance(task.cost)
 
     with (
         output,
