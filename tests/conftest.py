@@ -1,0 +1,186 @@
+"""What every test shares: the backend under test, proof of who ran, and poisoned memory.
+
+`MERGEKERN_REQUIRE=cpu,triton,build,clang` turns a skip for want of one of those into a failure.
+Triton kernels run in its interpreter unless the environment says `TRITON_INTERPRET=0` (a machine
+with a GPU).
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when a kernel file is imported
+
+import functools
+import importlib.metadata
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mergekern
+from mergekern import dispatch
+
+UNDER_TEST = ("torch", "cpu", "cuda", "triton")
+REQUIRED = frozenset(os.environ.get("MERGEKERN_REQUIRE", "").replace(",", " ").split())
+
+
+def device_of(backend: str) -> str:
+    """Where the tensors of a test of `backend` live."""
+    if backend == "cuda" or (backend == "triton" and not dispatch.interpreting()):
+        return "cuda"
+    return "cpu"
+
+
+def serving(op: str) -> list[str]:
+    """The backends that have a kernel for `op`."""
+    return [b for b in UNDER_TEST if op in dispatch.KERNELS.get(b, dispatch.OPS)]
+
+
+# ---- the report's header and the markers -----------------------------------------------------
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def pytest_report_header() -> list[str]:
+    packages = ", ".join(f"{p} {_version(p)}" for p in ("torch", "numpy", "triton"))
+    lines = [f"mergekern {mergekern.__version__}; {packages}; {torch.get_num_threads()} threads"]
+    for backend in UNDER_TEST:
+        reason = dispatch.why_not(backend, "weighted_sum", device_of(backend))
+        required = " (required)" if backend in REQUIRED else ""
+        lines.append(f"backend {reason or backend + ': available'}{required}")
+    return lines
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "unpoisoned: tensors larger than memory, left untouched")
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call":
+        item.stash[FAILED] = report.failed
+    return report
+
+
+# ---- the backend under test ------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` runs over the backends that serve the module's `OP`."""
+    if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
+        metafunc.parametrize("backend", serving(metafunc.module.OP), indirect=True)
+
+
+class Calls(list[tuple[str, str]]):
+    """(backend, function) of every call that went through dispatch."""
+
+    def backends(self) -> set[str]:
+        return {backend for backend, _ in self}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Records which function of which backend module ops really call."""
+    recorded = Calls()
+    load = dispatch.load
+
+    def spy(backend: str, op: str) -> Callable[..., Any]:
+        function = load(backend, op)
+
+        @functools.wraps(function)
+        def recording(*args: Any, **kwargs: Any) -> Any:
+            home = function.__module__.removeprefix("mergekern.").removeprefix("backends.")
+            recorded.append((home.removesuffix(f".{op}"), op))
+            return function(*args, **kwargs)
+
+        return recording
+
+    monkeypatch.setattr(dispatch, "load", spy)
+    return recorded
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, calls: Calls) -> Iterator[str]:
+    """The name of one backend; the test fails if another one, or none, served its calls."""
+    name: str = request.param
+    reason = dispatch.why_not(name, request.module.OP, device_of(name))
+    if reason and name in REQUIRED:
+        pytest.fail(f"MERGEKERN_REQUIRE: {reason}")
+    if reason:
+        pytest.skip(reason)
+    yield name
+    if request.node.stash.get(FAILED, False):
+        return  # one failure is enough
+    assert calls.backends() == {name}, f"asked for {name}, served by {sorted(calls.backends())}"
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    return device_of(backend)
+
+
+@pytest.fixture
+def cpu_backend() -> Any:
+    """The module of the C++ backend, for tests of its inner branches."""
+    reason = dispatch.why_not("cpu", "weighted_sum", "cpu")
+    if reason and "cpu" in REQUIRED:
+        pytest.fail(f"MERGEKERN_REQUIRE: {reason}")
+    if reason:
+        pytest.skip(reason)
+    import mergekern.backends.cpu
+
+    return mergekern.backends.cpu
+
+
+# ---- poisoned memory -------------------------------------------------------------------------
+
+POISON_BYTE = 0xA5
+
+
+def _poison(x: torch.Tensor) -> torch.Tensor:
+    if x.is_meta or not x.numel():
+        return x
+    if x.dtype.is_floating_point or x.dtype.is_complex:
+        return x.fill_(float("nan"))
+    return x.fill_(POISON_BYTE & 1 if x.dtype == torch.bool else POISON_BYTE & 0x7F)
+
+
+def _poisoned_numpy(shape: Any, dtype: Any = float, *args: Any, **kwargs: Any) -> np.ndarray:
+    x = np.ndarray(shape, dtype, *args)
+    if x.size and not x.dtype.hasobject:
+        x.reshape(-1).view(np.uint8)[:] = POISON_BYTE
+    return x
+
+
+@pytest.fixture(autouse=True)
+def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN (0xA5 in numpy), so that an element left out is seen."""
+    if request.node.get_closest_marker("unpoisoned"):
+        return
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        allocate = getattr(owner, name)
+
+        def poisoned(*args: Any, allocate: Callable = allocate, **kwargs: Any) -> torch.Tensor:
+            return _poison(allocate(*args, **kwargs))
+
+        monkeypatch.setattr(owner, name, poisoned)
+    monkeypatch.setattr(np, "empty", _poisoned_numpy)

@@ -1,0 +1,341 @@
+"""mergekit's YAML: every key read or refused by name, values per tensor, precedence, the base."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mergekern import ArgumentError, ConfigError, MergekernError
+from mergekern.engine.config import arguments, evaluate, layer_positions, load_config
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """A small valid configuration; a change to None removes the key."""
+    data: dict[str, Any] = {
+        "merge_method": "linear",
+        "models": [
+            {"model": "a", "parameters": {"weight": 1.0}},
+            {"model": "b", "parameters": {"weight": 3.0}},
+        ],
+    }
+    data.update(changes)
+    return {k: v for k, v in data.items() if v is not None}
+
+
+def with_base(method: str = "ties", **changes: Any) -> dict[str, Any]:
+    return config(merge_method=method, base_model="base", **changes)
+
+
+# ---- reading ---------------------------------------------------------------------------------
+
+
+def test_every_supported_key(tmp_path: Path) -> None:
+    text = """
+merge_method: dare_ties
+base_model: base
+models:
+  - model: base
+  - model: a
+    parameters:
+      weight: 0.5
+      density: [1, 0.5]
+  - model: b
+    parameters: {weight: 1e-3}
+parameters:
+  lambda: 0.7
+  normalize: true
+  rescale: false
+  int8_mask: true
+  density:
+    - {filter: attn, value: 0.25}
+    - value: 0.75
+dtype: float32
+out_dtype: bfloat16
+tokenizer_source: base
+exceptions:
+  - {filter: pooler, action: drop}
+  - {filter: head, action: copy, from: a}
+  - {filter: extra, action: present}
+"""
+    path = tmp_path / "merge.yml"
+    path.write_text(text)
+    read = load_config(path)
+    assert read.method.name == "dare_ties"
+    assert [m.path for m in read.models] == ["a", "b"]
+    assert (read.base, read.base_apart, read.home) == ("base", True, "base")
+    assert read.paths == ("base", "a", "b")
+    assert (read.dtype, read.out_dtype) == (torch.float32, torch.bfloat16)
+    assert [(e.filter, e.action, e.source) for e in read.exceptions] == [
+        ("pooler", "drop", None),
+        ("head", "copy", "a"),
+        ("extra", "present", None),
+    ]
+    assert read.text == text
+    given = arguments(read, "layers.0.attn", 1.0, [0, 1])
+    assert given == {
+        "weight": [0.5, 1e-3],
+        "density": [0.5, 0.25],
+        "normalize": True,
+        "rescale": False,
+        "lambda_": 0.7,
+        "int8_mask": True,
+    }
+
+
+def test_a_mapping_with_paths_and_tuples_is_as_good_as_yaml(tmp_path: Path) -> None:
+    models = ({"model": tmp_path / "a", "parameters": {"weight": 1}},)
+    read = load_config({"merge_method": "linear", "models": models})
+    assert read.paths == (str(tmp_path / "a"),)
+    assert yaml.safe_load(read.text)["models"][0]["model"] == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "float64"])
+def test_dtypes(name: str) -> None:
+    read = load_config(config(dtype=name, out_dtype=name))
+    assert read.dtype == read.out_dtype == getattr(torch, name)
+
+
+def test_out_dtype_auto_is_the_stored_one() -> None:
+    assert load_config(config(out_dtype="auto")).out_dtype is None
+
+
+# ---- the base --------------------------------------------------------------------------------
+
+
+def test_base_is_not_a_model_of_ties() -> None:
+    listed = [{"model": "base"}, *config()["models"]]
+    for models in (listed, listed[::-1], config()["models"]):
+        read = load_config(with_base(models=models))
+        assert "base" not in [m.path for m in read.models]
+        assert read.paths[0] == "base"
+
+
+def test_base_of_linear_stays_in_its_place_or_comes_last() -> None:
+    models = config()["models"]
+    read = load_config(with_base("linear", parameters={"weight": 1}))
+    assert read.paths == ("a", "b", "base")
+    assert (read.base, read.base_apart, read.home) == (None, False, "base")
+    inside = [models[0], {"model": "base"}, models[1]]
+    read = load_config(with_base("linear", models=inside, parameters={"weight": 1}))
+    assert read.paths == ("a", "base", "b")
+
+
+@pytest.mark.parametrize("models", [["other"], ["base", "other"], ["other", "base"]])
+def test_base_of_slerp_is_first(models: list[str]) -> None:
+    listed = [{"model": m} for m in models]
+    read = load_config(with_base("slerp", models=listed, parameters={"t": 0.5}))
+    assert read.paths == ("base", "other")
+
+
+def test_slerp_without_base_takes_the_order_of_the_list() -> None:
+    listed = [{"model": "y"}, {"model": "x"}]
+    read = load_config(config(merge_method="slerp", models=listed, parameters={"t": 0.5}))
+    assert read.paths == ("y", "x")
+    assert read.home == "y"
+
+
+def test_the_same_model_may_be_listed_twice_unless_it_is_the_base() -> None:
+    twice = [config()["models"][0]] * 2
+    assert load_config(config(models=twice)).paths == ("a", "a")
+    with pytest.raises(ConfigError, match="base model is listed more than once; got a"):
+        load_config(config(models=twice, base_model="a"))
+
+
+# ---- refusals --------------------------------------------------------------------------------
+
+FILTER = {"filter": "x", "action": "drop"}
+WRONG: list[tuple[dict[str, Any], str]] = [
+    (config(slices=[]), "key 'slices' is not supported"),
+    (config(modules={}), "key 'modules' is not supported"),
+    (config(tokenizer={"source": "union"}), "key 'tokenizer' is not supported"),
+    (config(chat_template="auto"), "key 'chat_template' is not supported"),
+    (config(nonsense=1), "unknown key 'nonsense'"),
+    ({"models": []}, "key 'merge_method' is missing"),
+    (config(merge_method="della"), "unknown method; got 'della'"),
+    (config(merge_method=["linear"]), "unknown method"),
+    ({"merge_method": "linear"}, "'models' is no list"),
+    (config(models={"model": "a"}), "'models' is no list"),
+    (config(models=[]), "wrong number of models"),
+    (config(models=["a"]), "'models[0]' is no mapping"),
+    (config(models=[{"parameters": {}}]), "key 'model' is missing in models[0]"),
+    (config(models=[{"model": "a", "weight": 1}]), "unknown key 'weight' in models[0]"),
+    (config(models=[{"model": 5}]), "'models[0].model' is no path; got 5"),
+    (config(models=[{"model": {"path": "a"}}]), "'models[0].model' is no path"),
+    (config(models=[{"model": "a+lora"}]), "names a LoRA adapter"),
+    (config(base_model="a+lora"), "'base_model' names a LoRA adapter"),
+    (config(base_model=["a"]), "'base_model' is no path"),
+    (config(parameters=[1]), "'parameters' is no mapping"),
+    (config(parameters={"density": 1}), "linear: unknown parameter; got 'density'"),
+    (config(models=[{"model": "a", "parameters": {"t": 1}}]), "unknown parameter; got 't'"),
+    (config(merge_method="ties"), "ties: needs a base model"),
+    (with_base(models=[{"model": "base"}]), "ties: wrong number of models beside the base; got 0"),
+    (config(merge_method="passthrough", models=[{"model": "a"}, {"model": "b"}]), "exactly 1"),
+    (with_base("slerp", parameters={"t": 1}), "slerp: "),
+    (config(dtype="int8"), "'dtype' is unknown; got 'int8'"),
+    (config(dtype="auto"), "'dtype' is unknown; got 'auto'"),
+    (config(dtype=["float32"]), "'dtype' is unknown; got ['float32']"),
+    (config(out_dtype=16), "'out_dtype' is unknown; got 16"),
+    (config(tokenizer_source="union"), "'tokenizer_source' is only supported as 'base'"),
+    (config(tokenizer_source="a"), "'tokenizer_source'"),
+    (config(exceptions=FILTER), "'exceptions' is no list"),
+    (config(exceptions=["x"]), "'exceptions' is no mapping"),
+    (config(exceptions=[FILTER | {"why": 1}]), "unknown key 'why' in exceptions"),
+    (config(exceptions=[{"filter": "x"}]), "an exception needs a filter and an action"),
+    (config(exceptions=[{"filter": "x", "action": "keep"}]), "an exception needs"),
+    (config(exceptions=[{"filter": 3, "action": "drop"}]), "an exception needs"),
+    (config(exceptions=[{"filter": "x", "action": "copy"}]), "'from' names the model"),
+    (config(exceptions=[FILTER | {"from": "a"}]), "'from' names the model"),
+    (config(exceptions=[{"filter": "x", "action": "copy", "from": "c"}]), "got 'c'"),
+]
+
+
+@pytest.mark.parametrize(("data", "text"), WRONG, ids=[w[1][:40] for w in WRONG])
+def test_refused_in_one_sentence_naming_the_key(data: dict[str, Any], text: str) -> None:
+    with pytest.raises((ConfigError, ArgumentError)) as caught:
+        load_config(data)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"- a\n- b\n", "holds no mapping; got list"),
+        (b"", "holds no mapping; got NoneType"),
+        (b"a: [1\nb: }", "is no valid YAML"),
+        (b"a: \xff\xfe", "is no valid YAML"),
+        (b"\x00\x01", "is no valid YAML"),
+        (b"a: !!python/object/apply:os.system [true]", "is no valid YAML"),
+    ],
+)
+def test_file_that_is_no_configuration(tmp_path: Path, content: bytes, text: str) -> None:
+    path = tmp_path / "merge.yml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert text in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.yml")
+
+
+def test_mapping_that_yaml_cannot_hold() -> None:
+    with pytest.raises(MergekernError):
+        load_config(config(parameters={"weight": object()}))
+
+
+# ---- values of one tensor --------------------------------------------------------------------
+
+
+def test_positions_in_the_depth_of_each_stack() -> None:
+    names = ["embed", "head.weight"]
+    names += [f"encoder.layer.{i}.w" for i in range(5)]
+    names += [f"decoder.{i}.ffn.7.w" for i in range(3)]
+    names += ["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "conv2d.w", "1_Pooling.w"]
+    at = layer_positions(names)
+    assert [at[f"encoder.layer.{i}.w"] for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert [at[f"decoder.{i}.ffn.7.w"] for i in range(3)] == [0, 0.5, 1]
+    assert [at[f"layer1.{i}.conv1"] for i in range(2)] == [0, 1]
+    assert at["layer2.0.conv1"] == 1  # a stack of one
+    assert at["embed"] == at["head.weight"] == at["conv2d.w"] == at["1_Pooling.w"] == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "position", "value"),
+    [
+        (0.3, 0.7, 0.3),
+        ([0, 1], 0.25, 0.25),
+        ([0, 1], 1.0, 1.0),
+        ([0, 0.5, 1], 0.5, 0.5),
+        ([0, 0.5, 0], 0.75, 0.25),
+        ([7], 0.4, 7),
+        ([1, 3, 2], 0.0, 1),
+        ([True, False], 0.2, True),
+        ([True, False], 0.8, False),
+        ({"filter": "attn", "value": 2}, 0.0, 2),
+        ({"filter": "mlp", "value": 2}, 0.0, None),
+        ([{"filter": "mlp", "value": 2}, {"filter": "attn", "value": 3}, {"value": 4}], 0.0, 3),
+        ([{"filter": "mlp", "value": 2}, {"value": 4}], 0.0, 4),
+        ([{"filter": "*", "value": 5}, {"filter": "attn", "value": 3}], 0.0, 5),
+        ([{"filter": None, "value": 5}], 0.0, 5),
+        ([{"filter": "attn", "value": [0, 10]}, {"value": 1}], 0.5, 5),
+    ],
+)
+def test_value_of_a_setting(setting: Any, position: float, value: Any) -> None:
+    got = evaluate(setting, "layer.3.attn.w", position)
+    assert got == value
+    assert type(got) is type(value) or isinstance(value, int | float)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        [],
+        [1, {"value": 2}],
+        [None, 1],
+        [[1], [2]],
+        [{"filter": "x"}],
+        {"filter": "x", "values": 1},
+        [{"value": 1, "other": 2}],
+    ],
+)
+def test_setting_that_cannot_be_read(setting: Any) -> None:
+    with pytest.raises(ConfigError):
+        evaluate(setting, "x", 0.5)
+
+
+def test_gradient_over_layers_of_the_method_t() -> None:
+    models = [{"model": "a"}, {"model": "b"}]
+    t = [{"filter": "attn", "value": [0, 1]}, {"filter": "mlp", "value": [1, 0]}, {"value": 0.5}]
+    read = load_config(config(merge_method="slerp", models=models, parameters={"t": t}))
+    names = [f"layers.{i}.{part}" for i in range(5) for part in ("attn", "mlp", "norm")]
+    at = layer_positions(names)
+    for i in range(5):
+        got = [arguments(read, n, at[n], [0, 1])["t"] for n in names[3 * i : 3 * i + 3]]
+        assert got == [i / 4, 1 - i / 4, 0.5]
+
+
+def test_model_goes_before_global_and_that_before_default() -> None:
+    models = [
+        {"model": "a", "parameters": {"weight": 1, "density": 0.1}},
+        {"model": "b", "parameters": {"weight": [{"filter": "attn", "value": 2}]}},
+        {"model": "c"},
+    ]
+    everywhere = {"weight": 9, "density": [{"filter": "attn", "value": 0.3}]}
+    read = load_config(with_base(models=models, parameters=everywhere))
+    given = arguments(read, "attn", 0.0, [0, 1, 2])
+    assert given["weight"] == [1, 2, 9]
+    assert given["density"] == [0.1, 0.3, 0.3]
+    given = arguments(read, "mlp", 0.0, [0, 1, 2])
+    assert given["weight"] == [1, 9, 9]  # no filter of b fits, so the global value stands
+    assert given["density"] == [0.1, 1.0, 1.0]
+    assert arguments(read, "mlp", 0.0, [2])["weight"] == [9]
+
+
+def test_weight_zero_is_a_weight() -> None:
+    models = [{"model": m, "parameters": {"weight": w}} for m, w in (("a", 0), ("b", 0.0))]
+    read = load_config(config(models=models, parameters={"weight": 5}))
+    assert arguments(read, "x", 0.0, [0, 1])["weight"] == [0, 0]
+
+
+def test_missing_weight_names_model_and_tensor() -> None:
+    models = [{"model": "a", "parameters": {"weight": [{"filter": "attn", "value": 1}]}}]
+    read = load_config(config(models=models))
+    with pytest.raises(ConfigError, match=r"'weight' is required for a \(tensor mlp\.w\)"):
+        arguments(read, "mlp.w", 0.0, [0])
+
+
+@pytest.mark.parametrize("value", ["heavy", {"a": 1}, math.nan, math.inf, True])
+def test_value_of_the_wrong_type_is_refused(value: Any) -> None:
+    read = load_config(config(parameters={"weight": value}, models=[{"model": "a"}]))
+    with pytest.raises((ConfigError, ArgumentError)):
+        arguments(read, "x", 0.0, [0])

@@ -1,0 +1,217 @@
+"""gram: within the derived bound of the exact products, symmetric and repeatable."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from refusal import refused
+from torch import Tensor
+
+import mergekern as mk
+from mergekern import reference
+from mergekern.check import name_of
+
+import cases
+from accuracy import assert_bits_equal, assert_within
+from cases import CATALOGUE, CHUNK, Case, values
+
+OP = "gram"
+
+
+def oracle(xs: list[Tensor], base: Tensor | None) -> Tensor:
+    xs = [x.cpu() for x in xs]
+    out = torch.empty(len(xs), len(xs), dtype=torch.float64)
+    reference.gram(out, xs, None if base is None else base.cpu())
+    return out
+
+
+def magnitude(xs: list[Tensor], base: Tensor | None) -> Tensor:
+    """<|x_i - base|, |x_j - base|>, which the bound is a share of."""
+    rows = [x.cpu().double() - (0 if base is None else base.cpu().double()) for x in xs]
+    return oracle([r.abs() for r in rows], None)
+
+
+def bound(xs: list[Tensor], base: Tensor | None, sums: int = 1) -> Tensor:
+    """The docstring's (numel + 2) 2**-53, for each of `sums` float64 computations compared.
+
+    Products below the normal numbers lose up to half of the smallest one each.
+    """
+    numel = xs[0].numel()
+    return sums * (1.0001 * (numel + 2) * 2.0**-53 * magnitude(xs, base) + numel * 2.0**-1074)
+
+
+def exact(xs: list[Tensor], base: Tensor | None) -> Tensor:
+    """Products of rational numbers, rounded once."""
+    rows = [[Fraction(v) for v in x.cpu().reshape(-1).tolist()] for x in xs]
+    if base is not None:
+        zero = [Fraction(v) for v in base.cpu().reshape(-1).tolist()]
+        rows = [[v - z for v, z in zip(row, zero)] for row in rows]
+    dots = [[float(sum(a * b for a, b in zip(r, s))) for s in rows] for r in rows]
+    return torch.tensor(dots, dtype=torch.float64)
+
+
+# ---- numbers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CATALOGUE, ids=str)
+def test_near_the_oracle(case: Case, backend: str, device: str) -> None:
+    xs = case.tensors(device)
+    got = mk.gram(xs, backend=backend)
+    assert got.dtype == torch.float64
+    assert got.shape == (case.n, case.n)
+    assert_bits_equal(got, got.T)
+    assert_within(got, oracle(xs, None), bound(xs, None, sums=2))
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name_of)
+def test_near_the_oracle_with_base(
+    dtype: torch.dtype, layout: str, backend: str, device: str
+) -> None:
+    base, *xs = Case(shape=(29, 5, 7), n=5, dtype=dtype, layout=layout).tensors(device)
+    got = mk.gram(xs, base=base, backend=backend)
+    assert_within(got, oracle(xs, base), bound(xs, base, sums=2))
+    mixed = mk.gram([x.contiguous() for x in xs], base=base, backend=backend)
+    assert_within(mixed, oracle(xs, base), bound(xs, base, sums=2))
+
+
+@pytest.mark.parametrize("based", [False, True], ids=["alone", "base"])
+@pytest.mark.parametrize("kind", ["normal", "tiny", "subnormal", "ties"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name_of)
+def test_error_is_within_the_bound(
+    dtype: torch.dtype, kind: str, based: bool, backend: str, device: str
+) -> None:
+    base, *xs = Case(shape=(257,), n=4, dtype=dtype, values=kind).tensors(device)
+    origin = base if based else None
+    got = mk.gram(xs, base=origin, backend=backend)
+    assert_within(got, exact(xs, origin), bound(xs, origin))
+
+
+def test_differences_and_products_are_float64(backend: str, device: str) -> None:
+    """float32 would lose the low bits of both."""
+    x = torch.tensor([1.0, 2.0**-30], device=device)
+    base = torch.tensor([2.0**-25, 0.0], device=device)
+    got = mk.gram([x], base=base, backend=backend).item()
+    assert got == (1 - 2.0**-25) ** 2 + 2.0**-60
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_across_chunks(dtype: torch.dtype, backend: str, device: str) -> None:
+    xs = Case(shape=(2 * CHUNK + 17,), n=3, dtype=dtype).tensors(device)
+    got = mk.gram(xs, base=xs[0], backend=backend)
+    assert_within(got, oracle(xs, xs[0]), bound(xs, xs[0], sums=2))
+    assert_bits_equal(got[0], torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("special", [math.inf, math.nan], ids=str)
+def test_non_finite_values_propagate(special: float, backend: str, device: str) -> None:
+    xs = [values((300,), torch.float32, seed=i).to(device) for i in range(3)]
+    xs[1][299] = special
+    got = mk.gram(xs, backend=backend)
+    expected = oracle(xs, None)
+    assert not got[1].isfinite().any()
+    assert_within(got, expected, bound(xs, None, sums=2))
+    assert bool(got[[0, 0, 2], [0, 2, 2]].isfinite().all())
+
+
+def test_infinities_that_cancel_give_nan(backend: str, device: str) -> None:
+    a = torch.tensor([math.inf, 1.0], device=device)
+    b = torch.tensor([0.0, 1.0], device=device)
+    got = mk.gram([a, b], backend=backend)
+    assert_bits_equal(got, torch.tensor([[math.inf, math.nan], [math.nan, 1]]).double())
+    got = mk.gram([a, b], base=a, backend=backend)
+    assert_bits_equal(got, torch.tensor([[math.nan, math.nan], [math.nan, math.inf]]).double())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_bits_do_not_depend_on_threads(
+    threads: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xs = Case(shape=(2 * CHUNK + 17,), n=2).tensors(device)
+    monkeypatch.setenv("MERGEKERN_THREADS", "1")
+    once = mk.gram(xs, backend=backend)
+    monkeypatch.setenv("MERGEKERN_THREADS", str(threads))
+    for _ in range(3):
+        assert_bits_equal(mk.gram(xs, backend=backend), once)
+
+
+def test_layout_does_not_change_bits(backend: str, device: str) -> None:
+    xs = Case(shape=(64, 65), n=3).tensors(device)
+    once = mk.gram(xs, backend=backend)
+    for layout in ("transposed", "sliced", "misaligned"):
+        again = mk.gram([cases.LAYOUTS[layout](x) for x in xs], backend=backend)
+        if backend == "torch":  # its matrix products may differ in order between layouts
+            assert_within(again, once, bound(xs, None, sums=2))
+        else:
+            assert_bits_equal(again, once)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_nothing_to_sum_gives_zeros(n: int, backend: str, device: str) -> None:
+    got = mk.gram([torch.zeros(0, 4, device=device)] * n, backend=backend)
+    assert_bits_equal(got, torch.zeros(n, n, dtype=torch.float64))
+
+
+# ---- out and the door ------------------------------------------------------------------------
+
+
+def test_out(backend: str, device: str) -> None:
+    xs = Case(shape=(300,), n=3).tensors(device)
+    expected = mk.gram(xs, backend=backend)
+    for step in (1, 3):
+        buffer, out = cases.guarded((3, 3), torch.float64, device, step)
+        assert mk.gram(xs, out=out, backend=backend).data_ptr() == out.data_ptr()
+        assert_bits_equal(out, expected)
+        assert cases.untouched(buffer, out)
+
+
+def test_out_that_overlaps_is_refused() -> None:
+    buffer = torch.ones(20, dtype=torch.float64)
+    x, y = buffer[:4], buffer[10:14]
+    for out in (x.view(2, 2), y.view(2, 2), buffer[3:7].view(2, 2)):
+        with refused(OP, "overlaps an input"):
+            mk.gram([x, y], out=out)
+    with refused(OP, "overlaps an input"):
+        mk.gram([x, y], base=buffer[14:18], out=buffer[14:18].view(2, 2))
+    assert bool((buffer == 1).all())
+
+
+def test_numpy_inputs(backend: str, device: str) -> None:
+    xs = Case(shape=(31, 33)).tensors(device)
+    given_ = [x.numpy() for x in xs] if device == "cpu" else xs
+    assert_bits_equal(mk.gram(given_, backend=backend), mk.gram(xs, backend=backend))
+
+
+X = torch.zeros(3)
+REFUSALS: dict[str, tuple[tuple, dict[str, Any], str]] = {
+    "empty": (([],), {}, "xs is empty"),
+    "one tensor": ((X,), {}, "xs is no list; got one tensor"),
+    "shapes": (([X, torch.zeros(4)],), {}, "xs[1] differs from xs[0] in shape"),
+    "dtypes": (([X, X.half()],), {}, "xs[1] differs from xs[0] in dtype"),
+    "meta": (([X, X.to("meta")],), {}, "meta"),
+    "integers": (([X.int()],), {}, "int32"),
+    "base shape": (([X],), {"base": torch.zeros(2)}, "base differs from xs[0] in shape"),
+    "base dtype": (([X],), {"base": X.double()}, "base differs from xs[0] in dtype"),
+    "out dtype": (([X],), {"out": torch.zeros(1, 1)}, "out"),
+    "out shape": (([X],), {"out": torch.zeros(2, 2, dtype=torch.float64)}, "out"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_refusals(what: str) -> None:
+    args, kwargs, words = REFUSALS[what]
+    with refused(OP, words):
+        mk.gram(*args, **kwargs)
+
+
+def test_the_kernel_is_the_compiled_one(cpu_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**kwargs: object) -> None:
+        raise RuntimeError("this kernel was called")
+
+    monkeypatch.setattr(cpu_backend._cpu, OP, broken)
+    with pytest.raises(RuntimeError, match="this kernel was called"):
+        mk.gram([X], backend="cpu")
