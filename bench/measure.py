@@ -2,19 +2,20 @@
 
 Machines are shared: an absolute time says little, and a limit measured once at the start says
 little about the minute in which a kernel ran. So every timed call is preceded by a timed copy,
-and what is reported is a ratio of the best of both.
+and what is reported is the median of the ratios.
 """
 
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
 Call = Callable[[], object]
-ROUNDS = 7
+ROUNDS = 11
 
 
 def seconds(call: Call) -> float:
@@ -43,8 +44,8 @@ class Copy:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second, from the best copy so far."""
-        return 2 * self.source.nbytes / min(self.times)
+        """Bytes a second, the median of all copies so far."""
+        return 2 * self.source.nbytes / statistics.median(self.times)
 
 
 def gemm_rate(n: int = 1536) -> float:

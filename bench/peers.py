@@ -10,7 +10,7 @@ from torch import Tensor
 
 from measure import Call
 
-PEER_ELEMENTS = 1 << 22  # peers that sort take minutes on more
+PEER_ELEMENTS = 1 << 25  # peers that sort take minutes on more
 
 
 def _slice(x: Tensor) -> Tensor:

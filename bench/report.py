@@ -30,9 +30,10 @@ COLUMNS = (
 )
 NOTES = (
     "x limit: time over the least time that the bytes (or FLOPs) of cost() need at the copy "
-    "bandwidth (or GEMM rate) measured around that row; 1 is the limit. vs: how many times faster "
-    "than that tool; slow tools run on 4 M elements and are compared per element. Rows without a "
-    "limit are whole processes from a cold Python."
+    "bandwidth (or GEMM rate), each round against the copy just before it, the median; 1 is the "
+    "limit. ms: the best round. vs: how many times faster than that tool (peers run on 32 Mi "
+    "elements at most and are compared per element). Rows without a limit are whole processes "
+    "from a cold Python."
 )
 
 
@@ -44,7 +45,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-enable"]
-        command += ["--benchmark-only", f"--benchmark-json={results}", "--benchmark-columns=min"]
+        command += ["--benchmark-only", f"--benchmark-json={results}", "--benchmark-quiet"]
         command += ["-k", " or ".join(options.names)] if options.names else []
         done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1])
         if done.returncode:

@@ -167,6 +167,14 @@ inline const T* read_block(const View& v, std::int64_t begin, std::int64_t n, T*
   return scratch;
 }
 
+// Asks for elements [begin, begin + n) ahead of their use.
+template <class T>
+MK_INLINE void prefetch_block(const View& v, std::int64_t begin, std::int64_t n) {
+  if (!v.contiguous()) return;
+  const char* from = reinterpret_cast<const char*>(static_cast<const T*>(v.data) + begin);
+  for (std::int64_t i = 0; i < n * std::int64_t(sizeof(T)); i += 64) __builtin_prefetch(from + i);
+}
+
 // memcpy for destinations that will not be read soon: whole lines go to memory without being
 // fetched first. stream_fence() orders such writes before what follows.
 void stream_copy(void* to, const void* from, std::size_t bytes);

@@ -148,6 +148,27 @@ def _ask_for_huge_pages(x: Tensor) -> Tensor:
     return x
 
 
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether two elements may share memory: a stride does not step over the smaller ones."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return x.numel() > 0
+            reach += (size - 1) * stride
+    return False
+
+
+def result_dtype(op: str, wanted: torch.dtype | None, out: Any, like: Tensor) -> torch.dtype:
+    """`wanted`, else the dtype of `out`, else that of the inputs; one of FLOATS."""
+    if wanted is None:
+        floating = isinstance(out, Tensor) and out.dtype in FLOATS
+        return out.dtype if floating else like.dtype
+    if wanted not in FLOATS:
+        raise unsupported_dtype(op, "out_dtype", name_of(wanted))
+    return wanted
+
+
 def output(
     op: str,
     out: Tensor | None,
@@ -175,7 +196,7 @@ def output(
         )
         wanted = f"{name_of(dtype)}{list(shape)} on {like.device}"
         raise ArgumentError.of(op, "out does not fit the result", got, wanted)
-    if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
+    if _overlaps_itself(out):
         raise ArgumentError.of(op, "out overlaps itself", "an expanded tensor", "separate elements")
     if out.numel() and out.data_ptr() % out.element_size():
         raise ArgumentError.of(

@@ -14,7 +14,8 @@ class Threshold(NamedTuple):
     """The k-th largest magnitude of a tensor, and how to keep exactly k elements by it.
 
     Kept: magnitudes above `value`, and those equal to it at a flat (C order) index below `cut`,
-    so among ties the lowest index goes first. above < k <= above + equal.
+    so among ties the lowest index goes first. above < k <= above + equal. Where all ties are kept,
+    `cut` is any index past the last of them.
     """
 
     value: float

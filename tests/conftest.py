@@ -23,21 +23,8 @@ import torch
 import mergekern
 from mergekern import dispatch
 
-UNDER_TEST = ("torch", "cpu", "cuda", "triton")
-REQUIRED = frozenset(os.environ.get("MERGEKERN_REQUIRE", "").replace(",", " ").split())
-
-
-def device_of(backend: str) -> str:
-    """Where the tensors of a test of `backend` live."""
-    if backend == "cuda" or (backend == "triton" and not dispatch.interpreting()):
-        return "cuda"
-    return "cpu"
-
-
-def serving(op: str) -> list[str]:
-    """The backends that have a kernel for `op`."""
-    return [b for b in UNDER_TEST if op in dispatch.KERNELS.get(b, dispatch.OPS)]
-
+from required import REQUIRED
+from serving import UNDER_TEST, Calls, device_of, serving
 
 # ---- the report's header and the markers -----------------------------------------------------
 
@@ -83,13 +70,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` runs over the backends that serve the module's `OP`."""
     if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
         metafunc.parametrize("backend", serving(metafunc.module.OP), indirect=True)
-
-
-class Calls(list[tuple[str, str]]):
-    """(backend, function) of every call that went through dispatch."""
-
-    def backends(self) -> set[str]:
-        return {backend for backend, _ in self}
 
 
 @pytest.fixture
@@ -160,7 +140,7 @@ def _poison(x: torch.Tensor) -> torch.Tensor:
 
 
 def _poisoned_numpy(shape: Any, dtype: Any = float, *args: Any, **kwargs: Any) -> np.ndarray:
-    x = np.ndarray(shape, dtype, *args)
+    x = np.ndarray(shape, dtype, order=args[0] if args else kwargs.get("order", "C"))
     if x.size and not x.dtype.hasobject:
         x.reshape(-1).view(np.uint8)[:] = POISON_BYTE
     return x

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from refusal import refused
 from torch import Tensor
 
 import cases
 from accuracy import assert_backend_bits
+from refusal import refused
 
 Call = Callable[..., Tensor]  # call(xs, out=...) -> result
 

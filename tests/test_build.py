@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REQUIRED
+from required import REQUIRED
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("csrc", "mergekern", "setup.py", "pyproject.toml", "README.md", "LICENSE")

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from refusal import refused
 
 import mergekern as mk
 from mergekern import BackendError, dispatch
 from mergekern.errors import ArgumentError
 
-from conftest import UNDER_TEST, Calls, device_of, serving
+from refusal import refused
+from serving import UNDER_TEST, Calls, device_of, serving
 
 X = torch.ones(3)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from refusal import refused
 from torch import Tensor
 
 import mergekern as mk
@@ -18,6 +17,7 @@ from mergekern.check import name_of
 import cases
 from accuracy import assert_bits_equal, assert_within
 from cases import CATALOGUE, CHUNK, Case, values
+from refusal import refused
 
 OP = "gram"
 

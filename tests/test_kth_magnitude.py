@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from refusal import refused
 from torch import Tensor
 
 import mergekern as mk
@@ -22,6 +21,7 @@ from mergekern.check import accumulator, name_of
 
 import cases
 from cases import CATALOGUE, CHUNK, Case, values
+from refusal import refused
 
 OP = "kth_magnitude"
 SMALL = 1 << 15  # cpu._SMALL: up to here the C++ backend gathers all keys

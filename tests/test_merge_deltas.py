@@ -7,11 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import elementwise
 import numpy as np
 import pytest
 import torch
-from refusal import refused
 from torch import Tensor
 
 import mergekern as mk
@@ -20,8 +18,10 @@ from mergekern.check import accumulator, name_of
 from mergekern.keep import Keep
 
 import cases
+import elementwise
 from accuracy import assert_backend_bits, assert_bits_equal, assert_within, half_ulp
 from cases import CATALOGUE, CHUNK, Case, values
+from refusal import refused
 
 OP = "merge_deltas"
 NAN, INF = math.nan, math.inf

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from refusal import refused
 from torch import Tensor
 
 import mergekern as mk
@@ -21,6 +20,7 @@ from mergekern.check import name_of
 import cases
 from accuracy import assert_bytes_equal
 from cases import CHUNK
+from refusal import refused
 
 OP = "permute"
 DTYPES = (

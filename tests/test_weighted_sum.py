@@ -8,11 +8,9 @@ import sys
 from fractions import Fraction
 from typing import Any
 
-import elementwise
 import numpy as np
 import pytest
 import torch
-from refusal import refused
 from torch import Tensor
 
 import mergekern as mk
@@ -20,8 +18,10 @@ from mergekern import reference
 from mergekern.check import accumulator, name_of
 
 import cases
+import elementwise
 from accuracy import assert_backend_bits, assert_bits_equal, assert_within, half_ulp
 from cases import CATALOGUE, LARGE, Case, values
+from refusal import refused
 
 OP = "weighted_sum"
 

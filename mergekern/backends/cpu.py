@@ -2,7 +2,8 @@
 
 Kernels are serial and own nothing; threads, chunks and scratch live here. MERGEKERN_THREADS sets
 the number of threads (default: torch.get_num_threads()). Chunk borders do not depend on it, so
-results do not either.
+results do not either. One file, long as it is: the ops differ from each other only in what they
+hand to the kernel, and selection is a driver over four of them.
 """
 
 from __future__ import annotations
@@ -373,7 +374,7 @@ def _bracket(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Per chunk the counts above, at high, inside, at low; the keys inside; room per chunk."""
     count = -(-total // CHUNK)
-    room = CHUNK // 8 if high - low > 1 else 0
+    room = CHUNK // 16 if high - low > 1 else 0
     kept: np.ndarray = np.empty((count, room), _numpy(acc))
     counts = np.empty((count, 4), np.int64)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -29,6 +31,7 @@ app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, 1 for a failed command, 2 for anything the user can mend."""
+    warnings.showwarning = _one_line
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(args=given, prog_name="mergekern")
@@ -40,6 +43,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print(f"mergekern: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"mergekern: {message}", file=sys.stderr)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +17,7 @@ STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "open_clip_model")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # Weights in forms that are not read: never carried along, since the merge makes them stale.
 FOREIGN = (".h5", ".msgpack", ".onnx", ".gguf", ".ggml", ".tflite", ".ot", ".onnx_data", ".pb")
-IGNORED_FOLDERS = ("onnx", "openvino", "coreml", "__pycache__", ".git", ".cache")
+IGNORED_FOLDERS = ("onnx", "openvino", "coreml", "__pycache__")
 
 
 class Checkpoint:
@@ -36,7 +37,7 @@ class Checkpoint:
         if self.folder is None:
             self._add("", self.path, None)
         else:
-            for sub in _folders(self.folder):
+            for sub in folders(self.folder):
                 self._add_folder(sub)
         if not self._where:
             raise CheckpointError(f"{path}: no weights found (looked for *.safetensors, *.bin)")
@@ -125,11 +126,21 @@ class Checkpoint:
             file.close()
 
 
-def _folders(root: Path) -> list[Path]:
-    """The folder and all below it, sorted, but for caches and exports of other runtimes."""
-    below = sorted(p for p in root.rglob("*") if p.is_dir())
-    kept = [p for p in below if not set(p.relative_to(root).parts) & set(IGNORED_FOLDERS)]
-    return [root, *kept]
+def folders(root: Path) -> list[Path]:
+    """The folder and all below it, links followed, but for hidden ones and other runtimes' exports.
+
+    Hidden folders hold caches, version control and unfinished outputs.
+    """
+    found, seen = [], set()
+    for path, below, _ in os.walk(root, followlinks=True):
+        real = os.path.realpath(path)
+        below[:] = sorted(b for b in below if b not in IGNORED_FOLDERS and b[0] != ".")
+        if real in seen:
+            below.clear()  # a link to a folder that has been visited
+            continue
+        seen.add(real)
+        found.append(Path(path))
+    return found
 
 
 def _index_of(folder: Path) -> Path | None:

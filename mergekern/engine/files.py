@@ -218,23 +218,21 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            _write_all(self._fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
-            os.ftruncate(self._fd, self._start + offset)
-        except OSError:
-            os.close(self._fd)
-            raise
+        self._path = path
+        with path.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(self._start + offset)
 
     def write(self, name: str, tensor: Tensor) -> None:
         if not tensor.numel():
             return
         flat = tensor.contiguous().view(-1).view(torch.uint8)
         data: Any = flat.numpy()
-        _write_all(self._fd, memoryview(data), self._start + self._offsets[name])
-
-    def close(self) -> None:
-        os.close(self._fd)
+        fd = os.open(self._path, os.O_WRONLY)  # not kept: there may be thousands of shards
+        try:
+            _write_all(fd, memoryview(data), self._start + self._offsets[name])
+        finally:
+            os.close(fd)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

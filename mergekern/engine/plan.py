@@ -16,8 +16,9 @@ from ..errors import ArgumentError, CheckpointError
 from ..methods.compat import Signature, agree, identical
 from ..methods.merge import common_dtype
 from .checkpoint import Checkpoint
-from .config import ExceptionRule, MergeConfig, arguments, layer_positions
+from .config import ExceptionRule, MergeConfig
 from .files import nbytes
+from .parameters import arguments, layer_positions
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,27 @@
-"""merge_checkpoints: read, compute and write, each in its own thread, in bounded memory."""
+"""merge_checkpoints: configuration -> plan -> stream, into a folder that appears when complete."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import queue
 import re
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
-from ..methods.registry import Inputs
 from .checkpoint import Checkpoint
-from .config import MergeConfig, load_config
-from .files import SafetensorsWriter, nbytes
+from .config import load_config
 from .folder import carry, write_card
-from .plan import Plan, Task, make_plan
+from .plan import make_plan
 from .progress import bar
+from .stream import Settings, stream
 
 DEFAULT_MEMORY = "4GiB"
 DEFAULT_SHARD_SIZE = "5GB"
@@ -89,11 +83,11 @@ def merge_checkpoints(
         plan = make_plan(parsed, checkpoints, limit, largest)
         staging = stack.enter_context(_staged(target, plan.bytes_written))
         home = checkpoints[parsed.paths.index(parsed.home)]
-        carried, left_out = carry(home, staging)
+        carried, left_out = carry(home, staging, parsed.out_dtype or parsed.dtype)
         write_card(parsed, staging)
-        settings = _Settings(parsed, device, seed, backend)
+        settings = Settings(parsed, device, seed, backend)
         with bar(sum(t.cost for t in plan.tasks), shown=progress) as advance:
-            _stream(plan, checkpoints, staging, settings, limit, advance)
+            stream(plan, checkpoints, staging, settings, limit, advance)
     merged = sum(t.arguments is not None for t in plan.tasks)
     return Manifest(
         out=target,
@@ -108,14 +102,6 @@ def merge_checkpoints(
         carried=tuple(carried),
         left_out=tuple(left_out),
     )
-
-
-@dataclass(frozen=True)
-class _Settings:
-    config: MergeConfig
-    device: str
-    seed: int
-    backend: str
 
 
 def parse_size(name: str, size: int | str) -> int:
@@ -150,6 +136,8 @@ def _check_device(device: str) -> None:
 @contextlib.contextmanager
 def _staged(target: Path, size: int) -> Iterator[Path]:
     """A folder beside `target` that takes its name at the end, or vanishes on any error."""
+    if target.is_symlink() or target.name in ("", ".", ".."):
+        raise CheckpointError(f"{target}: output must be a new folder, by its own name")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target}: output exists already; remove it or choose another name")
     parent = target.absolute().parent
@@ -194,158 +182,3 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-# ---- the stream ------------------------------------------------------------------------------
-
-
-class _Budget:
-    """Bytes under way: `take` waits until they fit, `give` returns them."""
-
-    def __init__(self, limit: int) -> None:
-        self._free = limit
-        self._closed = False
-        self._changed = threading.Condition()
-
-    def take(self, size: int) -> bool:
-        """False if the run has ended meanwhile."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or size <= self._free)
-            self._free -= size
-            return not self._closed
-
-    def give(self, size: int) -> None:
-        with self._changed:
-            self._free += size
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-
-def _stream(
-    plan: Plan,
-    checkpoints: list[Checkpoint],
-    staging: Path,
-    settings: _Settings,
-    memory: int,
-    advance: Callable[[int], None],
-) -> None:
-    """Reader and writer threads around the computing one; any error ends all three."""
-    budget = _Budget(memory)
-    ready: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-    output = _Output(plan, staging, checkpoints[0].metadata)
-
-    def read() -> None:
-        try:
-            for task in plan.tasks:
-                if not budget.take(task.cost):
-                    return
-                for i in task.sources:
-                    checkpoints[i].prefetch(task.key)
-                ready.put(task)
-        finally:
-            ready.put(None)
-
-    def write(task: Task, result: Tensor) -> None:
-        with contextlib.ExitStack() as failed:
-            failed.callback(budget.close)  # else the others wait for bytes that never come back
-            output.write(task.key, result)
-            del result
-            for i in task.sources:
-                checkpoints[i].release(task.key)
-            budget.give(task.cost)
-            advance(task.cost)
-            failed.pop_all()
-
-    with (
-        output,
-        ThreadPoolExecutor(1, "mergekern-read") as reader,
-        ThreadPoolExecutor(1, "mergekern-write") as writer,
-    ):
-        reading = reader.submit(read)
-        writing: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
-        try:
-            while (task := ready.get()) is not None:
-                result = _compute(task, checkpoints, settings)
-                writing.put(writer.submit(write, task, result))
-                del result
-                while not writing.empty():  # raises what the writer raised
-                    done = writing.get()
-                    if not done.done():
-                        writing.put(done)
-                        break
-                    done.result()
-            reading.result()
-            while not writing.empty():
-                writing.get().result()
-        finally:
-            budget.close()
-
-
-def _compute(task: Task, checkpoints: list[Checkpoint], settings: _Settings) -> Tensor:
-    tensors = [checkpoints[i].read(task.key) for i in task.sources]
-    if task.arguments is None:
-        return tensors[0].to(task.result.dtype)
-    tensors = [x.to(device=settings.device, dtype=task.compute) for x in tensors]
-    apart = settings.config.base_apart
-    inputs = Inputs(
-        xs=tensors[apart:],
-        base=tensors[0] if apart else None,
-        name=task.key,
-        seed=settings.seed,
-        out_dtype=task.result.dtype,
-        backend=settings.backend,
-    )
-    return settings.config.method.merge(inputs, **task.arguments).cpu()
-
-
-class _Output:
-    """The weight files of the result and, where sharded, their indices."""
-
-    def __init__(self, plan: Plan, staging: Path, metadata: Mapping[str, str]) -> None:
-        self._plan, self._staging, self._metadata = plan, staging, {"format": "pt", **metadata}
-        self._where: dict[str, tuple[SafetensorsWriter, str]] = {}
-        self._opened = contextlib.ExitStack()
-
-    def write(self, key: str, tensor: Tensor) -> None:
-        writer, name = self._where[key]
-        writer.write(name, tensor)
-
-    def __enter__(self) -> _Output:
-        signatures = {t.key: t.result for t in self._plan.tasks}
-        with contextlib.ExitStack() as opened:
-            for shard in self._plan.shards:
-                path = self._staging / shard.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                inside = {name: signatures[key] for key, name in shard.names.items()}
-                writer = SafetensorsWriter(path, inside, self._metadata)
-                opened.callback(writer.close)
-                self._where.update({key: (writer, name) for key, name in shard.names.items()})
-            self._opened = opened.pop_all()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._opened.close()
-        if kind is None:
-            self._write_indices()
-
-    def _write_indices(self) -> None:
-        folders: dict[Path, list[tuple[str, dict[str, str]]]] = {}
-        for shard in self._plan.shards:
-            path = Path(shard.path)
-            folders.setdefault(path.parent, []).append((path.name, shard.names))
-        sizes = {t.key: t.result for t in self._plan.tasks}
-        for folder, shards in folders.items():
-            if len(shards) == 1:
-                continue
-            weight_map = {name: file for file, names in shards for name in names.values()}
-            total = sum(nbytes(sizes[key]) for _, names in shards for key in names)
-            stem = shards[0][0].partition("-0")[0]
-            text = json.dumps(
-                {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2
-            )
-            index = self._staging / folder / f"{stem}.safetensors.index.json"
-            index.write_text(text + "\n", encoding="utf-8")

@@ -77,7 +77,7 @@ SLERP = Method(
 
 def passthrough(inputs: Inputs, *, scale: list[float]) -> Tensor:
     if scale == [1.0] and inputs.out_dtype == inputs.xs[0].dtype:
-        return inputs.xs[0]
+        return inputs.xs[0].clone()
     return weighted_sum(inputs.xs, scale, out_dtype=inputs.out_dtype, backend=inputs.backend)
 
 

@@ -28,6 +28,7 @@ class Parameter:
     scope: str
     default: Any
     doc: str
+    bounds: tuple[float, float] | None = None
 
     @property
     def required(self) -> bool:
@@ -43,7 +44,13 @@ class Parameter:
             )
         if isinstance(given, bool):
             raise ArgumentError.of(owner, f"{self.name} is no number", repr(given), "a number")
-        return check.number(owner, self.name, given)
+        number = check.number(owner, self.name, given)
+        if self.bounds and not self.bounds[0] <= number <= self.bounds[1]:
+            low, high = self.bounds
+            raise ArgumentError.of(
+                owner, f"{self.name} is out of range", f"{number:g}", f"{low:g} to {high:g}"
+            )
+        return number
 
     def values(self, owner: str, given: Any, n: int) -> list[Any]:
         """One value per model: a single one stands for all."""

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..errors import ArgumentError
 from ..keep import NOTHING, Bernoulli, Keep
 from ..ops.kth_magnitude import kth_magnitude
 from ..ops.merge_deltas import merge_deltas
@@ -41,9 +40,6 @@ def _task_vectors(sparsify: str | None, elect: str | None) -> Callable[..., Tens
         lambda_: float,
         int8_mask: bool,
     ) -> Tensor:
-        for d in density:
-            if not 0 <= d <= 1:
-                raise ArgumentError(f"density is out of range; got {d:g}; expected 0 to 1")
         keep: list[Keep] | None = None
         if sparsify == "magnitude":
             keep = [_trim(inputs, x, d) for x, d in zip(inputs.xs, density, strict=True)]
@@ -82,7 +78,7 @@ def _method(
         models=(1, None),
         parameters=(
             Parameter("weight", float, "model", REQUIRED, "weight of the task vector"),
-            Parameter("density", float, "model", 1.0, used),
+            Parameter("density", float, "model", 1.0, used, bounds=(0, 1)),
             Parameter("normalize", bool, "tensor", normalize, "divide by the weights that voted"),
             Parameter(
                 "rescale", bool, "tensor", rescale, "restore the L1 norm that was lost by dropping"

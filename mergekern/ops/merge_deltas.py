@@ -43,9 +43,11 @@ def merge_deltas(
     base None: the xs are task vectors already and nothing is added.
 
     Shapes: all of one shape, any strides. `out` may be one of the inputs.
+    Dtypes: as `weighted_sum`.
     Result: the same bits on every backend, thread count and split. Arithmetic in float32 (float64
     for float64), every step rounded, models in input order, one rounding to the result; the exact
-    sequence is in csrc/merge_deltas.h. An "l1" factor is a float64 reduction rounded to float32.
+    sequence is in csrc/merge_deltas.h: at most n + 7 roundings of the sum of magnitudes. An "l1"
+    factor is a float64 reduction rounded to float32.
     NaN in a kept delta gives NaN; infinities of both signs give NaN without election or by sum.
 
     Cost: one read of base and of every x, one write; "l1" one more read. Nothing of size
@@ -70,9 +72,8 @@ def merge_deltas(
     check.choice(op, "elect", elect, ELECTIONS)
     check.choice(op, "rescale", rescale, RESCALES)
     rules = _rules(op, keep, n)
-    if out_dtype is not None and out_dtype not in check.FLOATS:
-        raise check.unsupported_dtype(op, "out_dtype", check.name_of(out_dtype))
-    out = check.output(op, out, first, dtype=out_dtype, inputs=xs if base is None else [base, *xs])
+    dtype = check.result_dtype(op, out_dtype, out, first)
+    out = check.output(op, out, first, dtype=dtype, inputs=xs if base is None else [base, *xs])
     chosen = dispatch.select(backend, op, first.device, first.dtype)
 
     factors = list(weights)

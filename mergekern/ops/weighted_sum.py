@@ -24,12 +24,14 @@ def weighted_sum(
     """out = sum_i w_i x_i, divided by sum_i w_i if `normalize`.
 
     Shapes: all of one shape, any strides. `out` may be one of the inputs.
-    Dtypes: float32, float16, bfloat16, float64; the result has the inputs' or `out_dtype`.
+    Dtypes: float32, float16, bfloat16, float64; the result has `out_dtype`, or that of `out`, or
+    the inputs'.
 
     Result: the same bits on every backend and thread count. Products and sums are rounded to
     float32 (float64 for float64 inputs) in input order, then divided, then rounded once to the
-    result. Weights are never rounded below the accumulator. |error| <= (n + 1) u sum_i |w_i x_i|
-    plus half a unit of the result's last place, u = 2**-24 (2**-53). NaN and infinities propagate
+    result. Weights are never rounded below the accumulator (beyond its range they are infinite).
+    |error| <= (n + 1) u sum_i |w_i x_i|, two u more with `normalize`, plus half a unit of the
+    result's last place, u = 2**-24 (2**-53), where nothing underflows. NaN and infinities propagate
     as in this arithmetic.
 
     Cost: reads every input and writes the result once; 2n flops an element.
@@ -50,11 +52,8 @@ def weighted_sum(
         if divisor == 0:
             raise ArgumentError.of(op, "weights cannot be normalized", "a sum of 0", "any other")
     first = xs[0]
-    if out_dtype is not None and out_dtype not in check.FLOATS:
-        raise check.unsupported_dtype(op, "out_dtype", check.name_of(out_dtype))
-    if out_dtype is None and isinstance(out, Tensor) and out.dtype in check.FLOATS:
-        out_dtype = out.dtype
-    out = check.output(op, out, first, dtype=out_dtype, inputs=xs)
+    dtype = check.result_dtype(op, out_dtype, out, first)
+    out = check.output(op, out, first, dtype=dtype, inputs=xs)
     chosen = dispatch.select(backend, op, first.device, first.dtype)
     dispatch.load(chosen, op)(out, xs, weights, divisor)
     return out

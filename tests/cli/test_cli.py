@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.models import linear, nothing_left, read_folder, tensors, ties, write_file, write_folder
 
 import mergekern as mk
 from mergekern import cli, dispatch
 
 from accuracy import assert_bits_equal
+from engine.models import linear, nothing_left, read_folder, tensors, ties, write_file, write_folder
 
 Run = Callable[..., tuple[int, str, str]]
 

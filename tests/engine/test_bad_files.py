@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from mergekern import CheckpointError, MergekernError, merge_checkpoints
+from mergekern.engine.checkpoint import Checkpoint
+
+from accuracy import assert_bits_equal, assert_bytes_equal
 from engine.models import (
     linear,
     nothing_left,
@@ -18,11 +23,6 @@ from engine.models import (
     write_file,
     write_folder,
 )
-
-from mergekern import CheckpointError, MergekernError, merge_checkpoints
-from mergekern.engine.checkpoint import Checkpoint
-
-from accuracy import assert_bits_equal, assert_bytes_equal
 
 EIGHT = torch.arange(2.0).numpy().tobytes()
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import resource
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from engine.models import tensors, write_file, write_folder
 from safetensors.torch import load_file, save_file
 
-from mergekern import CheckpointError
+from mergekern import CheckpointError, merge_checkpoints
 from mergekern.engine.checkpoint import Checkpoint
 from mergekern.engine.files import DTYPES, SafetensorsFile, SafetensorsWriter, TorchFile
 from mergekern.methods.compat import Signature
 
 from accuracy import assert_bytes_equal
+from engine.models import tensors, write_file, write_folder
 
 
 def same(path: Path, content: dict[str, torch.Tensor]) -> Checkpoint:
@@ -200,7 +201,6 @@ def test_written_files_load_with_safetensors(tmp_path: Path, dtype: torch.dtype)
     writer = _writer(path, content)
     for key in reversed(content):
         writer.write(key, content[key])
-    writer.close()
     loaded = load_file(path)
     for key, want in content.items():
         assert_bytes_equal(loaded[key], want)
@@ -214,8 +214,7 @@ def _writer(path: Path, content: dict[str, torch.Tensor]) -> SafetensorsWriter:
 def test_written_tensors_are_aligned(tmp_path: Path) -> None:
     content = {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(5).half(), "c": torch.ones(7)}
     path = tmp_path / "m.safetensors"
-    writer = _writer(path, content)
-    writer.close()
+    _writer(path, content)
     raw = path.read_bytes()
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
@@ -228,7 +227,6 @@ def test_strided_tensors_are_written_in_order(tmp_path: Path) -> None:
     x = torch.arange(12.0).reshape(3, 4)
     writer = _writer(tmp_path / "m.safetensors", {"x": x.T})
     writer.write("x", x.T)
-    writer.close()
     assert_bytes_equal(load_file(tmp_path / "m.safetensors")["x"], x.T)
 
 
@@ -244,3 +242,74 @@ def test_torch_file_keeps_what_it_read(tmp_path: Path) -> None:
     file.prefetch("head.weight")
     file.release("head.weight")
     assert_bytes_equal(file.read("head.weight"), tensors()["head.weight"])
+
+
+# ---- folders ---------------------------------------------------------------------------------
+
+
+def test_a_linked_subfolder_is_merged_and_carried_once(tmp_path: Path) -> None:
+    """Weights and files of a link belong together; a link back to a parent ends the walk."""
+    for model in "ab":
+        write_file(tmp_path / model / "model.safetensors", {"w": torch.ones(2)})
+        write_file(tmp_path / f"dense_{model}" / "model.safetensors", {"v": torch.ones(3)})
+        (tmp_path / f"dense_{model}" / "config.json").write_text("{}")
+        (tmp_path / model / "2_Dense").symlink_to(tmp_path / f"dense_{model}")
+        (tmp_path / model / "loop").symlink_to(tmp_path / model)
+    manifest = merge_checkpoints(
+        {
+            "merge_method": "linear",
+            "models": [{"model": tmp_path / m} for m in "ab"],
+            "parameters": {"weight": 1.0},
+        },
+        tmp_path / "out",
+        progress=False,
+    )
+    assert manifest.carried == ("2_Dense/config.json",)
+    assert manifest.left_out == ("loop/",)
+    assert set(manifest.weights) == {"model.safetensors", "2_Dense/model.safetensors"}
+
+
+def test_hidden_folders_are_no_part_of_a_model(tmp_path: Path) -> None:
+    write_file(tmp_path / "model.safetensors", {"w": torch.ones(2)})
+    write_file(tmp_path / ".out.k3j" / "model.safetensors", {"w": torch.ones(2)})
+    found = Checkpoint(tmp_path)
+    assert list(found.signatures) == ["w"]
+    found.close()
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_config_json_names_the_dtype_of_the_result(tmp_path: Path, key: str) -> None:
+    for model in "ab":
+        write_file(tmp_path / model / "model.safetensors", {"w": torch.ones(2)})
+        (tmp_path / model / "config.json").write_text(json.dumps({key: "float32", "size": 3}))
+    config = {
+        "merge_method": "linear",
+        "models": [{"model": tmp_path / m} for m in "ab"],
+        "parameters": {"weight": 1.0},
+    }
+    merge_checkpoints(config, tmp_path / "same", progress=False)
+    merge_checkpoints({**config, "out_dtype": "bfloat16"}, tmp_path / "bf16", progress=False)
+    assert (tmp_path / "same/config.json").read_bytes() == (tmp_path / "a/config.json").read_bytes()
+    assert json.loads((tmp_path / "bf16/config.json").read_text()) == {key: "bfloat16", "size": 3}
+
+
+def test_thousands_of_shards_need_no_descriptor_each(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    content = {f"w{i}": torch.full((4,), float(i)) for i in range(300)}
+    for model in "ab":
+        write_file(tmp_path / model / "model.safetensors", content)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        merge_checkpoints(
+            {
+                "merge_method": "linear",
+                "models": [{"model": tmp_path / m} for m in "ab"],
+                "parameters": {"weight": 1.0},
+            },
+            tmp_path / "out",
+            shard_size=16,
+            progress=False,
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list((tmp_path / "out").glob("model-*-of-00300.safetensors"))) == 300

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from mergekern import ArgumentError, ConfigError, MergekernError
-from mergekern.engine.config import arguments, evaluate, layer_positions, load_config
+from mergekern.engine.config import load_config
+from mergekern.engine.parameters import arguments, evaluate, layer_positions
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -339,3 +340,21 @@ def test_value_of_the_wrong_type_is_refused(value: Any) -> None:
     read = load_config(config(parameters={"weight": value}, models=[{"model": "a"}]))
     with pytest.raises((ConfigError, ArgumentError)):
         arguments(read, "x", 0.0, [0])
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yml"
+    path.write_text("merge_method: linear\nmodels: []\nparameters: {weight: 1, weight: 2}\n")
+    with pytest.raises(ConfigError, match=r"'weight' is given twice \(line 3\)"):
+        load_config(path)
+
+
+def test_parameters_of_a_subtracted_base_are_named_as_unused() -> None:
+    config = {
+        "merge_method": "ties",
+        "base_model": "b",
+        "models": [{"model": "a"}, {"model": "b", "parameters": {"weight": 2.0}}],
+        "parameters": {"weight": 1.0},
+    }
+    with pytest.warns(UserWarning, match="the parameters of b are not used"):
+        assert [m.path for m in load_config(config).models] == ["a"]

@@ -15,6 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import mergekern as mk
+from mergekern import ArgumentError, CheckpointError, ConfigError, merge_checkpoints
+from mergekern.engine.run import parse_size
+
+from accuracy import assert_bits_equal, assert_bytes_equal
 from engine.models import (
     linear,
     nothing_left,
@@ -25,14 +33,6 @@ from engine.models import (
     write_file,
     write_folder,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file
-
-import mergekern as mk
-from mergekern import ArgumentError, CheckpointError, ConfigError, merge_checkpoints
-from mergekern.engine.run import parse_size
-
-from accuracy import assert_bits_equal, assert_bytes_equal
 
 TASK_VECTORS = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
 
@@ -288,7 +288,7 @@ def test_sentence_transformers_folder(tmp_path: Path) -> None:
     assert set(done.left_out) == {
         "README.md",
         "pytorch_model.bin",
-        "onnx/model.onnx_data.safetensors",
+        "onnx/",
         "tf_model.h5",
         "training_args.bin",
     }
@@ -673,10 +673,10 @@ def test_parameter_found_bad_midway(blocks: list[Path], tmp_path: Path, memory: 
 def test_error_while_computing_or_reading(
     blocks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type
 ) -> None:
-    from mergekern.engine import checkpoint, run
+    from mergekern.engine import checkpoint, stream
 
     for owner, name, after in (
-        (run, "_compute", 4),
+        (stream, "_compute", 4),
         (checkpoint.Checkpoint, "prefetch", 9),
         (checkpoint.Checkpoint, "release", 5),
     ):

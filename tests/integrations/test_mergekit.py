@@ -8,15 +8,12 @@ trim, which sign wins) are found in float64, left out, and counted.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 import subprocess
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,22 +25,11 @@ import mergekern as mk
 from mergekern.check import name_of
 
 from accuracy import assert_bytes_equal, assert_within, half_ulp
-from conftest import REQUIRED
+from required import peer
 
-
-def peer(name: str) -> ModuleType:
-    """The module; without it these tests skip, or fail where MERGEKERN_REQUIRE names peers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if "peers" in REQUIRED:
-            return importlib.import_module(name)
-        reason = "mergekit: not installed (pip install 'mergekern[peers]')"
-        return pytest.importorskip(name, reason=reason)
-
-
-api = peer("mergekit.merge_methods.api")
-registry = peer("mergekit.merge_methods.registry")
-specs = peer("mergekit.merge_methods.base")
+api = peer("mergekit.merge_methods.api", "mergekit")
+registry = peer("mergekit.merge_methods.registry", "mergekit")
+specs = peer("mergekit.merge_methods.base", "mergekit")
 
 SHAPE = (64, 193)
 NUMEL = math.prod(SHAPE)

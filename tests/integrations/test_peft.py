@@ -8,10 +8,8 @@ and the divisor is the sum of the agreeing weights. With weights of 1 the two ar
 
 from __future__ import annotations
 
-import importlib
 import math
 import warnings
-from types import ModuleType
 
 import pytest
 import torch
@@ -20,20 +18,9 @@ from torch import Tensor
 import mergekern as mk
 
 from accuracy import assert_bytes_equal, assert_within
-from conftest import REQUIRED
+from required import peer
 
-
-def peer(name: str) -> ModuleType:
-    """The module; without it these tests skip, or fail where MERGEKERN_REQUIRE names peers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if "peers" in REQUIRED:
-            return importlib.import_module(name)
-        reason = "peft: not installed (pip install 'mergekern[peers]')"
-        return pytest.importorskip(name, reason=reason)
-
-
-peft = peer("peft.utils.merge_utils")
+peft = peer("peft.utils.merge_utils", "peft")
 
 SHAPE = (48, 131)
 NUMEL = math.prod(SHAPE)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine.models import tensors
 
 import mergekern as mk
 from mergekern import ArgumentError, merge_state_dicts, merge_tensors
 
 from accuracy import assert_bits_equal, assert_bytes_equal
+from engine.models import tensors
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cifar import Cifar10, Images, data, network, outputs, percent, reset_statistics, weights
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +19,7 @@ from torch.nn import functional
 import mergekern as mk
 
 from accuracy import assert_bytes_equal
+from cifar import Cifar10, Images, data, network, outputs, percent, reset_statistics, weights
 
 # The published numbers are rounded to 0.1. The images are the same, so only images at a tie of
 # two classes can change sides with the order of float32 sums: 5 of 5,000 are allowed for.

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from cifar import Cifar10, Images, network, outputs, percent, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergekern as mk
 
 from accuracy import assert_bytes_equal
+from cifar import Cifar10, Images, network, outputs, percent, weights
 
 VALUES = {"weight": 0.5, "t": 0.5, "density": 0.5}
 

@@ -1,0 +1,26 @@
+"""Which backends are under test, where their tensors live, and who served a call."""
+
+from __future__ import annotations
+
+from mergekern import dispatch
+
+UNDER_TEST = ("torch", "cpu", "cuda", "triton")
+
+
+def device_of(backend: str) -> str:
+    """Where the tensors of a test of `backend` live."""
+    if backend == "cuda" or (backend == "triton" and not dispatch.interpreting()):
+        return "cuda"
+    return "cpu"
+
+
+def serving(op: str) -> list[str]:
+    """The backends that have a kernel for `op`."""
+    return [b for b in UNDER_TEST if op in dispatch.KERNELS.get(b, dispatch.OPS)]
+
+
+class Calls(list[tuple[str, str]]):
+    """(backend, function) of every call that went through dispatch."""
+
+    def backends(self) -> set[str]:
+        return {backend for backend, _ in self}
