@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -47,7 +48,10 @@ def main() -> int:
         command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-enable"]
         command += ["--benchmark-only", f"--benchmark-json={results}", "--benchmark-quiet"]
         command += ["-k", " or ".join(options.names)] if options.names else []
-        done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1])
+        # The installed package is measured, not the source folder that pytest runs in.
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        root = Path(__file__).resolve().parents[1]
+        done = subprocess.run(command, cwd=root, env=environment)
         if done.returncode:
             return done.returncode
         rows = json.loads(results.read_text())["benchmarks"]

@@ -32,7 +32,8 @@ KERNELS = {"cuda": ("weighted_sum",), "triton": ("weighted_sum",)}
 
 
 _REMEDIES = {
-    "_cpu": "built without a C++ compiler; reinstall with MERGEKERN_BUILD=cpu to see the error",
+    "_cpu": "built without a C++ compiler (MERGEKERN_BUILD=cpu shows the error), or imported from "
+    "a source folder that was not built",
     "_cuda": "built without nvcc; reinstall with MERGEKERN_BUILD=cuda where nvcc is on PATH",
 }
 

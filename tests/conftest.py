@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when a kernel file is imported
+os.environ["PYTHONSAFEPATH"] = "1"  # child processes test the installed package, not the folder
 
 import functools
 import importlib.metadata
