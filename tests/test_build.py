@@ -58,7 +58,7 @@ def environment(tmp_path: Path, **more: str) -> dict[str, str]:
     """No compiler: PATH is an empty folder, and nothing names one."""
     nothing = tmp_path / "empty"
     nothing.mkdir(exist_ok=True)
-    kept = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    kept = {k: v for k, v in os.environ.items() if k not in (*VARIABLES, "PIP_QUIET")}
     return {**kept, "PATH": str(nothing), **more}
 
 

@@ -33,7 +33,6 @@ def unavailable(backend: str, reason: str) -> NoReturn:
 def run(command: list[str | Path], **env: str) -> str:
     """The output of a command that must succeed, in a process of its own."""
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    clean["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), clean.get("PYTHONPATH")]))
     done = subprocess.run(command, capture_output=True, text=True, env=clean | env)
     assert done.returncode == 0, done.stderr
     return done.stdout
