@@ -41,6 +41,7 @@ class Copy:
 
     def __call__(self) -> None:
         self.times.append(seconds(lambda: self.target.copy_(self.source)))
+        time.sleep(0.02)  # torch's worker threads spin for a while and would take a core away
 
     @property
     def bandwidth(self) -> float:

@@ -28,18 +28,24 @@ class Settings:
     backend: str
 
 
+# Code that torch loads on first use, scratch of the kernels, freed results that the heap keeps.
+OVERHEAD = 40 << 20
+
+
 class _Budget:
-    """Bytes under way: `take` waits until they fit, `give` returns them."""
+    """Bytes under way: `take` waits until they fit (or nothing else is), `give` returns them."""
 
     def __init__(self, limit: int) -> None:
-        self._free = limit
+        self._limit = self._free = limit
         self._closed = False
         self._changed = threading.Condition()
 
     def take(self, size: int) -> bool:
         """False if the run has ended meanwhile."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or size <= self._free)
+            self._changed.wait_for(
+                lambda: self._closed or size <= self._free or self._free == self._limit
+            )
             self._free -= size
             return not self._closed
 
@@ -63,7 +69,7 @@ def stream(
     advance: Callable[[int], None],
 ) -> None:
     """Reader and writer threads around the computing one; any error ends all three."""
-    budget = _Budget(memory)
+    budget = _Budget(max(memory - OVERHEAD, memory // 2))
     ready: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
     output = _Output(plan, staging, checkpoints[0].metadata)
 
