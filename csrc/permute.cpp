@@ -100,7 +100,7 @@ void gather_words(const T* words, const std::int32_t* positions, T* out, std::in
 
 // ---- one row ---------------------------------------------------------------------------------
 
-constexpr std::size_t kStreamedRow = 1024;  // bytes from which on streaming a row pays
+constexpr std::size_t kStreamedRow = 1 << 15;  // bytes from which on streaming a row pays
 
 template <class T>
 void gather_row(const Permute& args, const T* x, T* out) {

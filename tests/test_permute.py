@@ -118,6 +118,19 @@ def test_rows_and_widths(
             assert_bytes_equal(mk.permute(x, index, backend=backend), expected_of(x, index))
 
 
+@pytest.mark.parametrize("nbytes", [(1 << 15) - 8, 1 << 15, (1 << 15) + 8])
+def test_rows_long_enough_to_be_streamed(
+    nbytes: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows around 32 KiB, each at another place in its first cache line."""
+    if backend == "cpu":
+        monkeypatch.setattr("mergekern.backends.cpu.STREAM", 0)
+    for dtype in (torch.int8, torch.int16, torch.float32, torch.float64):
+        x = filled((5, nbytes // dtype.itemsize), dtype).to(device)
+        got = mk.permute(x, {0: order(5)}, backend=backend)
+        assert_bytes_equal(got, expected_of(x, {0: order(5)}))
+
+
 @pytest.mark.parametrize("width", [1, 40, 63, 64, 65, 200])
 @pytest.mark.parametrize("dtype", [torch.int16, torch.float32, torch.float64], ids=name_of)
 def test_results_narrower_and_wider_than_the_source(
