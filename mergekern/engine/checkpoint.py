@@ -101,9 +101,6 @@ class Checkpoint:
         for name in file.signatures:
             self._where[prefix + name] = (file, name)
 
-    def file_of(self, key: str) -> Path:
-        return self._where[key][0].path
-
     def split(self, key: str) -> tuple[str, str]:
         """The prefix of the subfolder and the name inside its weight file."""
         name = self._where[key][1]
