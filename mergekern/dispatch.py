@@ -139,13 +139,9 @@ def select(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> s
 
 
 @functools.cache
-def load(backend: str, op: str) -> Callable[..., Any]:
-    """The function of that name in that backend; imports it on first use."""
-    if backend == "reference":
-        module = importlib.import_module("mergekern.reference")
-    elif backend == "triton":
-        module = importlib.import_module(f"mergekern.backends.triton.{op}")
-    else:
-        module = importlib.import_module(f"mergekern.backends.{backend}")
-    function: Callable[..., Any] = getattr(module, op)
+def load(backend: str, op: str, part: str | None = None) -> Callable[..., Any]:
+    """The function of that name in that backend, or `part` of it; imports it on first use."""
+    home = "reference" if backend == "reference" else f"backends.{backend}.{op}"
+    module = importlib.import_module(f"mergekern.{home}")
+    function: Callable[..., Any] = getattr(module, part or op)
     return function

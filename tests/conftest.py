@@ -79,8 +79,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     recorded = Calls()
     load = dispatch.load
 
-    def spy(backend: str, op: str) -> Callable[..., Any]:
-        function = load(backend, op)
+    def spy(backend: str, op: str, part: str | None = None) -> Callable[..., Any]:
+        function = load(backend, op, part)
 
         @functools.wraps(function)
         def recording(*args: Any, **kwargs: Any) -> Any:
@@ -116,15 +116,15 @@ def device(backend: str) -> str:
 
 @pytest.fixture
 def cpu_backend() -> Any:
-    """The module of the C++ backend, for tests of its inner branches."""
+    """Threads, chunks and views of the C++ backend, for tests of its inner branches."""
     reason = dispatch.why_not("cpu", "weighted_sum", "cpu")
     if reason and "cpu" in REQUIRED:
         pytest.fail(f"MERGEKERN_REQUIRE: {reason}")
     if reason:
         pytest.skip(reason)
-    import mergekern.backends.cpu
+    import mergekern.backends.cpu.runtime
 
-    return mergekern.backends.cpu
+    return mergekern.backends.cpu.runtime
 
 
 # ---- poisoned memory -------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_each_task_runs_once(
 ) -> None:
     monkeypatch.setenv("MERGEKERN_THREADS", threads)
     done: list[int] = []
-    cpu_backend._parallel(done.append, count)
+    cpu_backend.parallel(done.append, count)
     assert sorted(done) == list(range(count))
 
 
@@ -160,7 +160,7 @@ def test_tasks_run_at_the_same_time(cpu_backend: Any, monkeypatch: pytest.Monkey
     """Three tasks that wait for each other end only if three threads work."""
     monkeypatch.setenv("MERGEKERN_THREADS", "3")
     meeting = threading.Barrier(3, timeout=20)
-    cpu_backend._parallel(lambda i: meeting.wait(), 3)
+    cpu_backend.parallel(lambda i: meeting.wait(), 3)
 
 
 @pytest.mark.parametrize("threads", ["1", "3"])
@@ -175,7 +175,7 @@ def test_an_error_in_a_task_comes_back(
                 raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
-            cpu_backend._parallel(task, 16)
+            cpu_backend.parallel(task, 16)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", ""])
@@ -226,7 +226,7 @@ def test_a_forked_child_makes_its_own_pool(
     if child == 0:
         ok = cpu_backend._pool is None
         done: list[int] = []
-        cpu_backend._parallel(done.append, 10)
+        cpu_backend.parallel(done.append, 10)
         os._exit(0 if ok and sorted(done) == list(range(10)) else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0

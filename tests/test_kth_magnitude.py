@@ -265,7 +265,7 @@ def test_property_exact(
     x, base, k = problem
     x, base = x.to(device), None if base is None else base.to(device)
     with monkeypatch.context() as patch:
-        patch.setattr("mergekern.backends.torch.CHUNK", 8)
+        patch.setattr("mergekern.backends.torch.chunks.CHUNK", 8)
         assert_exact(mk.kth_magnitude(x, k, base=base, backend=backend), x, k, base)
 
 
@@ -278,16 +278,24 @@ def test_property_exact(
 @given(problem=problems())
 def test_property_16_bit_patterns(
     problem: tuple[Tensor, Tensor | None, int],
-    cpu_backend: Any,
+    selection: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The histogram of bit patterns on small data, where hypothesis can look for trouble."""
     x, _, k = problem
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_backend, "_SMALL", 0)
+        patch.setattr(selection, "_SMALL", 0)
         for dtype in (torch.float16, torch.bfloat16):
             y = x.to(dtype)
             assert_exact(mk.kth_magnitude(y, k, backend="cpu"), y, k)
+
+
+@pytest.fixture
+def selection(cpu_backend: Any) -> Any:
+    """The driver of the C++ backend, for tests of its branches."""
+    import mergekern.backends.cpu.kth_magnitude
+
+    return mergekern.backends.cpu.kth_magnitude
 
 
 # ---- data that misleads a sample -------------------------------------------------------------
@@ -347,21 +355,21 @@ def test_hard_data_of_16_bit_differences(what: str, backend: str, device: str) -
 
 
 class Paths(list[str]):
-    """The names of the helpers of backends/cpu.py that a call went through."""
+    """The names of the helpers of backends/cpu/kth_magnitude.py that a call went through."""
 
 
 @pytest.fixture
-def paths(cpu_backend: Any, monkeypatch: pytest.MonkeyPatch) -> Paths:
+def paths(selection: Any, monkeypatch: pytest.MonkeyPatch) -> Paths:
     taken = Paths()
     for name in ("_keys", "_by_patterns", "_by_bracket", "_by_digits", "_cut"):
-        inner = getattr(cpu_backend, name)
+        inner = getattr(selection, name)
 
         def spy(*args: Any, name: str = name, inner: Any = inner) -> Any:
             result = inner(*args)
             taken.append(name if result is not None else f"{name} missed")
             return result
 
-        monkeypatch.setattr(cpu_backend, name, spy)
+        monkeypatch.setattr(selection, name, spy)
     return taken
 
 
@@ -383,7 +391,7 @@ def pretend_sample(
         for i in range(len(drawn)):
             drawn[i] = keys[i % 2]
 
-    patch.setattr(cpu._cpu, "sample_keys", sample)
+    patch.setattr(cpu.runtime._cpu, "sample_keys", sample)
 
 
 def test_path_small(paths: Paths) -> None:
@@ -427,12 +435,12 @@ BRACKETS = {
 def test_path_bracket(
     where: str,
     dtype: torch.dtype,
-    cpu_backend: Any,
+    selection: Any,
     paths: Paths,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     low, high, taken = BRACKETS[where]
-    pretend_sample(cpu_backend, monkeypatch, low, high, dtype)
+    pretend_sample(selection, monkeypatch, low, high, dtype)
     x = shuffled(N).to(dtype)
     assert_exact(mk.kth_magnitude(x, K, backend="cpu"), x, K)
     assert taken in paths
@@ -441,11 +449,11 @@ def test_path_bracket(
 
 @pytest.mark.parametrize("where", BRACKETS)
 def test_path_bracket_with_ties_across_chunks(
-    where: str, cpu_backend: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch
+    where: str, selection: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every value 20 times, so that the last kept one lies in any of the chunks."""
     low, high, taken = BRACKETS[where]
-    pretend_sample(cpu_backend, monkeypatch, low, high, torch.float32)
+    pretend_sample(selection, monkeypatch, low, high, torch.float32)
     x = torch.cat([shuffled(N).roll(777 * i) for i in range(20)])
     brute = Brute(x)
     for kept in (1, 7, 19, 20):
@@ -456,10 +464,8 @@ def test_path_bracket_with_ties_across_chunks(
     assert "_cut" in paths
 
 
-def test_path_bracket_of_nan(
-    cpu_backend: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretend_sample(cpu_backend, monkeypatch, math.inf, math.nan, torch.float32)
+def test_path_bracket_of_nan(selection: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_sample(selection, monkeypatch, math.inf, math.nan, torch.float32)
     x = shuffled(N)
     x[::2] = math.nan
     for k in (1, N // 2):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mergekern as mk
 from mergekern import Bernoulli, reference
-from mergekern.backends import torch as torch_backend
+from mergekern.backends.torch import merge_deltas as torch_backend
 
 from accuracy import assert_bits_equal, assert_bytes_equal
 
@@ -47,7 +47,7 @@ def test_weighted_sum_at_the_end(cpu_backend: Any) -> None:
     x, out = sparse(N, torch.bfloat16), sparse(N, torch.bfloat16)
     begin = TWO31 - 1000  # the range crosses the border of 32 bits
     x[begin:] = torch.arange(N - begin) % 251
-    view, target = cpu_backend._view(x), cpu_backend._view(out)
+    view, target = cpu_backend.view(x), cpu_backend.view(out)
     cpu_backend._cpu.weighted_sum(
         out=target, xs=[view, view], weights=[1.0, 0.5], divisor=1.0, begin=begin, end=N
     )
@@ -63,8 +63,8 @@ def test_weighted_sum_of_strided_tensors_at_the_end(cpu_backend: Any) -> None:
     total = rows * columns
     x[-1, -2000:] = torch.arange(2000) % 251
     cpu_backend._cpu.weighted_sum(
-        out=cpu_backend._view(out),
-        xs=[cpu_backend._view(x)],
+        out=cpu_backend.view(out),
+        xs=[cpu_backend.view(x)],
         weights=[2.0],
         divisor=1.0,
         begin=total - 2000,
@@ -83,10 +83,10 @@ def test_merge_deltas_at_the_end(cpu_backend: Any) -> None:
         cpu_backend._cpu.KeepRule.random(k0=drawn.key[0], k1=drawn.key[1], limit=drawn.limit),
         cpu_backend._cpu.KeepRule.magnitude(threshold=0x3F800000, cut=cut),
     ]
-    view = cpu_backend._view(x)
+    view = cpu_backend.view(x)
     scratch = torch.zeros(2 * cpu_backend._cpu.MERGE_BLOCK)
     cpu_backend._cpu.merge_deltas(
-        out=cpu_backend._view(out),
+        out=cpu_backend.view(out),
         base=None,
         xs=[view, view],
         weights=[1.0, 2.0],
@@ -159,7 +159,7 @@ def test_gram_at_the_end(cpu_backend: Any) -> None:
     scratch = torch.zeros(cpu_backend._cpu.GRAM_BLOCK, dtype=torch.float64)
     dots = torch.zeros(1, dtype=torch.float64)
     cpu_backend._cpu.gram(
-        xs=[cpu_backend._view(x)],
+        xs=[cpu_backend.view(x)],
         base=None,
         scratch=scratch.data_ptr(),
         dots=dots.data_ptr(),

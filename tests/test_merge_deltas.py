@@ -210,7 +210,7 @@ def test_bits_do_not_depend_on_the_split(
         for begin, end in zip(borders[-2::-1], borders[:0:-1]):
             kernel(begin, end)
 
-    monkeypatch.setattr(cpu_backend, "_chunks", odd_ranges)
+    monkeypatch.setattr(cpu_backend, "chunks", odd_ranges)
     got = mk.merge_deltas(base, xs, weights, backend="cpu", **options)
     assert_bits_equal(got, whole)
 
@@ -222,7 +222,7 @@ def test_bits_do_not_depend_on_the_chunk_of_torch(
     case = Case(shape=(5, 61))
     base, xs, weights = base_of(case, "cpu"), case.tensors(), case.weights()
     options = RECIPES["alternating"](xs, base)
-    monkeypatch.setattr("mergekern.backends.torch.CHUNK", chunk)
+    monkeypatch.setattr("mergekern.backends.torch.chunks.CHUNK", chunk)
     got = mk.merge_deltas(base, xs, weights, backend="torch", **options)
     assert_bits_equal(got, specified(base, xs, weights, **options))
 

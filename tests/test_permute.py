@@ -111,7 +111,7 @@ def test_rows_and_widths(
 ) -> None:
     """Rows are done several at a time, in lines of a cache; the rest is done as well."""
     if backend == "cpu":
-        monkeypatch.setattr("mergekern.backends.cpu.STREAM", 0 if stream else 1 << 40)
+        monkeypatch.setattr("mergekern.backends.cpu.runtime.STREAM", 0 if stream else 1 << 40)
     for dtype in (torch.int8, torch.int16, torch.float32, torch.float64, torch.complex128):
         x = filled((rows, width), dtype).to(device)
         for index in ({1: order(width)}, {0: order(rows)}, {0: order(rows), 1: order(width)}):
@@ -124,7 +124,7 @@ def test_rows_long_enough_to_be_streamed(
 ) -> None:
     """Rows around 32 KiB, each at another place in its first cache line."""
     if backend == "cpu":
-        monkeypatch.setattr("mergekern.backends.cpu.STREAM", 0)
+        monkeypatch.setattr("mergekern.backends.cpu.runtime.STREAM", 0)
     for dtype in (torch.int8, torch.int16, torch.float32, torch.float64):
         x = filled((5, nbytes // dtype.itemsize), dtype).to(device)
         got = mk.permute(x, {0: order(5)}, backend=backend)

@@ -40,6 +40,6 @@ def doctor() -> None:
 def _threads() -> int:
     if why_not("cpu", "weighted_sum", "cpu"):
         return torch.get_num_threads()
-    from ..backends.cpu import threads
+    from ..backends.cpu.runtime import threads
 
     return threads()

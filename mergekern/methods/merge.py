@@ -33,6 +33,7 @@ def merge_tensors(
     seed: int = 0,
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    host: str | None = None,
     **parameters: Any,
 ) -> Tensor:
     """One merged tensor, by the method of that name (see `methods()`).
@@ -40,6 +41,8 @@ def merge_tensors(
     Shapes: all of one shape. Dtypes: floating; mixed ones are promoted, as torch promotes.
     Parameters: those of the method, by mergekit's names (`lambda_` for lambda); one value, or for
     per-model ones a list in the order of `tensors` (a base that counts as a model comes first).
+    host: reproduce that tool's selection, rounding and sign rules (`methods()[m].parity` says how
+    far); None gives the most accurate result.
     name, seed: key of random masks. out_dtype: the result is rounded once, to this.
 
     Result: see the ops the method is made of; inputs are never rounded before the arithmetic.
@@ -51,6 +54,7 @@ def merge_tensors(
     tensor([0.7500, 0.7500])
     """
     spec = method_named(method)
+    spec.check_host(host)
     xs = [check.tensor(method, x, f"tensors[{i}]") for i, x in enumerate(tensors)]
     if base is not None:
         base = check.tensor(method, base, "base")
@@ -65,6 +69,7 @@ def merge_tensors(
         seed=seed,
         out_dtype=dtype if out_dtype is None else out_dtype,
         backend=backend,
+        host=host,
     )
     return spec.merge(inputs, **spec.arguments(parameters, len(xs)))
 
@@ -82,6 +87,7 @@ def merge_state_dicts(
     seed: int = 0,
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    host: str | None = None,
     **parameters: Any,
 ) -> dict[str, Tensor]:
     """A merged state dict: every floating tensor by `merge_tensors`, the rest copied.
@@ -103,6 +109,7 @@ def merge_state_dicts(
     if not models:
         raise ArgumentError("merge_state_dicts: no state dicts; expected at least one")
     spec = method_named(method)
+    spec.check_host(host)
     spec.check_count(len(state_dicts), base is not None)
     spec.arguments(parameters, len(models) - (base is not None and spec.base == "required"))
     problems = agree(
@@ -131,6 +138,7 @@ def merge_state_dicts(
             seed=seed,
             out_dtype=out_dtype,
             backend=backend,
+            host=host,
             **parameters,
         )
     return merged

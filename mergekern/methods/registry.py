@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class Inputs:
     seed: int
     out_dtype: torch.dtype
     backend: str
+    host: str | None = None  # reproduce this tool's selection, rounding and sign rules
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Method:
     models: tuple[int, int | None]  # fewest and most, the base not counted if required
     parameters: tuple[Parameter, ...]
     merge: Callable[..., Tensor]
+    parity: Mapping[str, str] = field(default_factory=dict)  # host -> what equals its result
 
     def parameter(self, name: str) -> Parameter:
         name = name.removesuffix("_") if name == "lambda_" else name
@@ -99,6 +101,12 @@ class Method:
                 return p
         known = ", ".join(p.name for p in self.parameters) or "none"
         raise ArgumentError(f"{self.name}: unknown parameter; got {name!r}; expected {known}")
+
+    def check_host(self, host: str | None) -> None:
+        """Whether the method can reproduce that tool; None asks for the most accurate result."""
+        if host is not None and host not in self.parity:
+            known = ", ".join(self.parity) or "none: leave host out"
+            raise ArgumentError(f"{self.name}: unknown host; got {host!r}; expected {known}")
 
     def check_count(self, n: int, base: bool) -> None:
         """Whether n models (base apart) are as many as the method takes."""

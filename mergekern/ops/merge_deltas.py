@@ -78,7 +78,7 @@ def merge_deltas(
 
     factors = list(weights)
     if rescale == "l1":
-        norms = dispatch.load(chosen, "l1_norms")(base, xs, rules)
+        norms = dispatch.load(chosen, op, "l1_norms")(base, xs, rules)
         factors = [w * _l1_factor(*pair) for w, pair in zip(weights, norms, strict=True)]
     elif rescale == "density":
         factors = [w / _probability(k) for w, k in zip(weights, rules, strict=True)]

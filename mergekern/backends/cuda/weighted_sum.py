@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..check import accumulator
-from ..dispatch import compiled
-from . import tables
+from ...check import accumulator
+from ...dispatch import compiled
+from .. import tables
 
 _cuda = compiled("_cuda")
 _DTYPES = {

@@ -1,0 +1,1 @@
+"""C++ kernels of mergekern._cpu, one file per op, over chunks of elements in a thread pool."""
