@@ -73,6 +73,13 @@ void gram(const std::vector<mk::View>& xs, const std::optional<mk::View>& base, 
            at<double>(scratch), at<double>(dots));
 }
 
+void gram_rows(const std::vector<mk::View>& xs, const std::optional<mk::View>& base, int64_t width,
+               Address scratch, Address dots, int64_t begin, int64_t end) {
+  require(!xs.empty(), "gram_rows: no inputs");
+  mk::gram_rows({xs.data(), int64_t(xs.size()), base ? &*base : nullptr}, width, begin, end,
+                at<double>(scratch), at<double>(dots));
+}
+
 mk::Magnitudes magnitudes(const mk::View& x, const std::optional<mk::View>& base) {
   return {x, base ? &*base : nullptr};
 }
@@ -168,7 +175,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
 
   m.attr("BLOCK") = mk::kBlock;
   m.attr("MERGE_BLOCK") = mk::kMergeBlock;
-  m.attr("GRAM_BLOCK") = mk::kGramBlock;
 
   m.def("weighted_sum", &weighted_sum, no_gil, kw, "out"_a, "xs"_a, "weights"_a, "divisor"_a,
         "begin"_a, "end"_a);
@@ -177,6 +183,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         "begin"_a, "end"_a);
   m.def("l1_norms", &l1_norms, no_gil, kw, "x"_a, "base"_a, "keep"_a, "sums"_a, "begin"_a, "end"_a);
   m.def("gram", &gram, no_gil, kw, "xs"_a, "base"_a, "scratch"_a, "dots"_a, "begin"_a, "end"_a);
+  m.def("gram_rows", &gram_rows, no_gil, kw, "xs"_a, "base"_a, "width"_a, "scratch"_a, "dots"_a,
+        "begin"_a, "end"_a);
+  m.def("gram_scratch", &mk::gram_scratch, kw, "n"_a);
   m.def("magnitude_keys", &magnitude_keys, no_gil, kw, "x"_a, "base"_a, "out"_a, "begin"_a,
         "end"_a);
   m.def("sample_keys", &sample_keys, no_gil, kw, "x"_a, "base"_a, "total"_a, "runs"_a, "run"_a,
