@@ -59,7 +59,7 @@ def merge_tensors(
     if base is not None:
         base = check.tensor(method, base, "base")
     spec.check_count(len(xs), base is not None)
-    if base is not None and spec.base != "required":
+    if base is not None and not spec.subtracts_base:
         xs, base = [base, *xs], None
     dtype = common_dtype([x.dtype for x in xs] + ([] if base is None else [base.dtype]))
     inputs = Inputs(
@@ -111,7 +111,7 @@ def merge_state_dicts(
     spec = method_named(method)
     spec.check_host(host)
     spec.check_count(len(state_dicts), base is not None)
-    spec.arguments(parameters, len(models) - (base is not None and spec.base == "required"))
+    spec.arguments(parameters, len(models) - (base is not None and spec.subtracts_base))
     problems = agree(
         {label: {k: Signature.of(t) for k, t in d.items()} for label, d in models.items()}
     )
