@@ -76,6 +76,13 @@ class Inputs:
     out_dtype: torch.dtype
     backend: str
     host: str | None = None  # reproduce this tool's selection, rounding and sign rules
+    models: Sequence[int] | None = None  # which of the merge's models have the tensor; None: all
+    survey: Any = None  # what the method's survey found
+
+
+# `visit(f)` reads every tensor that is merged once, in the order of the plan, and calls
+# `f(inputs, **arguments)`, with what `merge` will get. Each call is one more pass over the models.
+Visit = Callable[[Callable[..., None]], None]
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,11 @@ class Method:
 
     base "required": task vectors are taken from it. "first": if given it is the first model.
     "model": it is one model among the others.
+
+    survey: for methods that must know the whole model before they merge its first tensor, such as
+    a threshold over all tensors. It takes a `Visit`, may call it as often as it needs, and what it
+    returns is `inputs.survey` in `merge`. A visitor that keeps `inputs` keeps its memory: it takes
+    numbers out. `merge_tensors` surveys its one tensor.
     """
 
     name: str
@@ -93,6 +105,7 @@ class Method:
     parameters: tuple[Parameter, ...]
     merge: Callable[..., Tensor]
     parity: Mapping[str, str] = field(default_factory=dict)  # host -> what equals its result
+    survey: Callable[[Visit], Any] | None = None
 
     def parameter(self, name: str) -> Parameter:
         name = name.removesuffix("_") if name == "lambda_" else name
