@@ -90,7 +90,7 @@ def test_frozen_elements(models: int, backend: str, device: str) -> None:
     base = values((n,), torch.bfloat16, seed=7).to(device)
     xs = [base.clone() for _ in range(models)]
     for i, x in enumerate(xs):
-        x[i :: 97] += 1
+        x[i::97] += 1
     for share in (0.3, 0.9):
         check(xs, base, share, backend)
     check([base] * models, base, 0.5, backend)

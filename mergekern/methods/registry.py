@@ -29,6 +29,7 @@ class Parameter:
     default: Any
     doc: str
     bounds: tuple[float, float] | None = None
+    choices: tuple[str, ...] = ()  # of a text
 
     @property
     def required(self) -> bool:
@@ -36,6 +37,9 @@ class Parameter:
 
     def value(self, owner: str, given: Any) -> Any:
         """`given` as this parameter's type; strings as YAML leaves them ("1e-3") are read."""
+        if self.kind is str:
+            check.choice(owner, self.name, given, self.choices)
+            return given
         if self.kind is bool:
             if isinstance(given, bool) or given in (0, 1):
                 return bool(given)

@@ -123,7 +123,7 @@ class WholeModel:
 
     @property
     def threshold(self) -> Threshold:
-        """Keeps every tie: `cut` is past the end. Its `equal` and `above` tell how many."""
+        """Keeps every tie: `cut` is past the end."""
         value = digits.key_value(self._prefix, self._acc)
         return Threshold(value, self._above, self._equal, self._total)
 
@@ -154,14 +154,23 @@ def _of_sequence(given: Sequence[Tensor], k: int, base: Any, backend: str) -> Th
     if found.equal == left:
         return found
     for x, origin in pairs:
-        chosen = dispatch.select(backend, _OP, x.device, x.dtype)
-        place = dispatch.load(chosen, _OP, "place_of_tie")
-        ties, index = place(x, origin, found.value, left)
+        ties, cut = ties_of(x, found.value, left, origin, backend)
         if ties >= left:
-            return found._replace(cut=first + index + 1)
+            return found._replace(cut=first + cut)
         left -= ties
         first += x.numel()
     raise AssertionError("fewer ties than were counted")
+
+
+def ties_of(
+    x: Tensor, value: float, left: int, base: Tensor | None = None, backend: str = "auto"
+) -> tuple[int, int]:
+    """How many magnitudes equal `value`, at most `left`, and the cut that keeps so many."""
+    if not left or not x.numel():
+        return 0, 0
+    chosen = dispatch.select(backend, _OP, x.device, x.dtype)
+    ties, index = dispatch.load(chosen, _OP, "place_of_tie")(x, base, value, left)
+    return min(ties, left), x.numel() if ties < left else index + 1
 
 
 def cost(numel: int, itemsize: int, *, base: bool = False) -> Cost:

@@ -166,8 +166,10 @@ def _factors(
 ) -> list[float]:
     if rescale == "l1":
         norms = dispatch.load(chosen, op, "l1_norms")(base, xs, rules, stepwise)
-        dtype = xs[0].dtype if stepwise else torch.float64
-        return [l1_factor(everything, kept, dtype) for everything, kept in norms]
+        return [
+            l1_factor(everything, kept, _norm_dtype(xs[0].dtype, k) if stepwise else torch.float64)
+            for (everything, kept), k in zip(norms, rules, strict=True)
+        ]
     if rescale == "density":
         return [1 / _probability(k) for k in rules]
     return [1.0] * len(xs)
@@ -176,12 +178,18 @@ def _factors(
 def l1_factor(everything: float, kept: float, dtype: torch.dtype = torch.float64) -> float:
     """What restores an L1 norm; `dtype`: that of a tool that holds its norms in it.
 
-    Rounded to float32, so that backends with another order of summation agree on it.
+    Rounded to float32, so that backends with another order of summation agree on it. 1 where
+    either norm is below 1e-7 or not finite.
     """
     norms = torch.tensor([everything, kept], dtype=torch.float64).to(dtype)
     if not bool((norms >= 1e-7).all()) or not bool(norms.isfinite().all()):
         return 1.0
     return float((norms[0] / norms[1]).to(torch.float32))
+
+
+def _norm_dtype(dtype: torch.dtype, keep: Keep) -> torch.dtype:
+    """mergekit draws masks in float32 where the tensor is float16, and takes norms in that type."""
+    return torch.float32 if dtype == torch.float16 and isinstance(keep, Mask) else dtype
 
 
 def _probability(keep: Keep) -> float:
