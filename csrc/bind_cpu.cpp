@@ -13,6 +13,8 @@
 #include "kth_magnitude.h"
 #include "merge_deltas.h"
 #include "permute.h"
+#include "rank_mask.h"
+#include "variance_mask.h"
 #include "weighted_sum.h"
 
 namespace py = pybind11;
@@ -48,22 +50,74 @@ void weighted_sum(const mk::View& out, const std::vector<mk::View>& xs,
   mk::weighted_sum({out, xs.data(), weights.data(), int64_t(xs.size()), divisor}, begin, end);
 }
 
-void merge_deltas(const mk::View& out, const std::optional<mk::View>& base,
-                  const std::vector<mk::View>& xs, const std::vector<double>& weights,
-                  const std::vector<double>& factors, const std::vector<mk::KeepRule>& keep,
-                  mk::Elect elect, bool normalize, double total, double scale, Address scratch,
-                  int64_t begin, int64_t end) {
-  require(!xs.empty() && xs.size() == weights.size() && xs.size() == factors.size() &&
-              xs.size() == keep.size(),
-          "merge_deltas: one weight, factor and rule per input");
-  mk::merge_deltas({out, base ? &*base : nullptr, xs.data(), weights.data(), factors.data(),
-                    keep.data(), int64_t(xs.size()), elect, normalize, total, scale},
-                   begin, end, at<void>(scratch));
+// Task vectors as selection and masks take them: the views live as long as the object.
+struct KeySource {
+  std::vector<mk::View> xs;
+  std::optional<mk::View> base;
+  bool rounded, variance;
+  mk::Magnitudes get() const {
+    return {xs.data(), int64_t(xs.size()), {base ? &*base : nullptr, rounded}, variance};
+  }
+};
+
+KeySource make_source(const std::vector<mk::View>& xs, const std::optional<mk::View>& base,
+                      bool rounded, bool variance) {
+  require(!xs.empty() && (variance || xs.size() == 1), "KeySource: one tensor, or a variance");
+  return {xs, base, rounded, variance};
 }
 
-void l1_norms(const mk::View& x, const std::optional<mk::View>& base, const mk::KeepRule& keep,
-              Address sums, int64_t begin, int64_t end) {
-  mk::l1_norms(x, base ? &*base : nullptr, keep, begin, end, at<double>(sums));
+// The numbers of a merge that do not depend on the range.
+struct Recipe {
+  std::vector<mk::KeepRule> keep;
+  std::vector<double> before, after, weights, alone, rescale;
+  mk::Elect elect;
+  mk::Zero zero;
+  bool max, normalize, stepwise;
+  double total, least, instead, scale;
+};
+
+void merge_deltas(const mk::View& out, const std::optional<mk::View>& base,
+                  const std::vector<mk::View>& xs, const Recipe& r, Address scratch, int64_t begin,
+                  int64_t end) {
+  const std::size_t n = xs.size();
+  require(n && r.keep.size() == n && r.before.size() == n && r.after.size() == n &&
+              r.weights.size() == n && r.rescale.size() == n &&
+              (r.alone.empty() || r.alone.size() == n),
+          "merge_deltas: one rule and one of each factor per input");
+  mk::merge_deltas(
+      {out, base ? &*base : nullptr, xs.data(), r.keep.data(), r.before.data(), r.after.data(),
+       r.weights.data(), r.alone.empty() ? nullptr : r.alone.data(), r.rescale.data(), int64_t(n),
+       r.elect, r.zero, r.max, r.normalize, r.stepwise, r.total, r.least, r.instead, r.scale},
+      begin, end, at<void>(scratch));
+}
+
+void l1_norms(const std::vector<mk::View>& xs, const std::optional<mk::View>& base, bool rounded,
+              const std::vector<mk::KeepRule>& keep, Address sums, int64_t begin, int64_t end) {
+  require(!xs.empty() && keep.size() == xs.size(), "l1_norms: one rule per input");
+  mk::l1_norms(xs.data(), int64_t(xs.size()), {base ? &*base : nullptr, rounded}, keep.data(),
+               begin, end, at<double>(sums));
+}
+
+mk::RankMask make_rank_mask(const KeySource& source, int64_t units, int64_t length, int64_t inner,
+                            Address limits, std::uint32_t k0, std::uint32_t k1, int64_t first,
+                            Address bits) {
+  require(!source.variance, "rank_mask: ranks magnitudes");
+  return {source.xs[0],
+          source.get().from,
+          units,
+          length,
+          inner,
+          at<const std::uint32_t>(limits),
+          {k0, k1},
+          first,
+          at<std::uint8_t>(bits)};
+}
+
+void variance_mask(const KeySource& source, bool all, uint64_t threshold, int64_t cut, Address bits,
+                   Address squares, int64_t begin, int64_t end) {
+  require(source.variance && begin % 8 == 0, "variance_mask: a variance, from a whole byte on");
+  mk::variance_mask({source.get(), all, threshold, cut, at<std::uint8_t>(bits)}, begin, end,
+                    at<double>(squares));
 }
 
 void gram(const std::vector<mk::View>& xs, const std::optional<mk::View>& base, Address scratch,
@@ -80,32 +134,40 @@ void gram_rows(const std::vector<mk::View>& xs, const std::optional<mk::View>& b
                 at<double>(scratch), at<double>(dots));
 }
 
-mk::Magnitudes magnitudes(const mk::View& x, const std::optional<mk::View>& base) {
-  return {x, base ? &*base : nullptr};
+void magnitude_keys(const KeySource& source, Address out, int64_t begin, int64_t end) {
+  mk::magnitude_keys(source.get(), begin, end, at<void>(out));
 }
 
-void magnitude_keys(const mk::View& x, const std::optional<mk::View>& base, Address out,
-                    int64_t begin, int64_t end) {
-  mk::magnitude_keys(magnitudes(x, base), begin, end, at<void>(out));
-}
-
-void sample_keys(const mk::View& x, const std::optional<mk::View>& base, int64_t total,
-                 int64_t runs, int64_t run, Address out, int64_t begin, int64_t end) {
+void sample_keys(const KeySource& source, int64_t total, int64_t runs, int64_t run, Address out,
+                 int64_t begin, int64_t end) {
   require(runs > 0 && run > 0 && total / runs >= run, "sample_keys: more runs than elements");
-  mk::sample_keys(magnitudes(x, base), total, runs, run, begin, end, at<void>(out));
+  mk::sample_keys(source.get(), total, runs, run, begin, end, at<void>(out));
 }
 
-auto bracket_count(const mk::View& x, const std::optional<mk::View>& base, uint64_t low,
-                   uint64_t high, Address kept, int64_t capacity, int64_t begin, int64_t end) {
-  require(low <= high, "bracket_count: low is above high");
-  const mk::BracketCount c =
-      mk::bracket_count(magnitudes(x, base), begin, end, low, high, at<void>(kept), capacity);
-  return std::make_tuple(c.above, c.at_high, c.inside, c.at_low);
+// brackets: (source, low, high) side by side by source; bracket i keeps keys from
+// kept + i * capacity keys on and its four counts from counts + 4 i on.
+void bracket_count(const std::vector<const KeySource*>& sources,
+                   const std::vector<std::tuple<int64_t, uint64_t, uint64_t>>& brackets,
+                   Address kept, int64_t capacity, Address counts, int64_t begin, int64_t end) {
+  std::vector<mk::Magnitudes> magnitudes;
+  for (const KeySource* source : sources) magnitudes.push_back(source->get());
+  std::vector<mk::Bracket> all;
+  for (const auto& [of, low, high] : brackets) {
+    require(low <= high && of >= 0 && of < int64_t(sources.size()), "bracket_count: bad bracket");
+    const int64_t width = sources[std::size_t(of)]->xs[0].dtype == mk::DType::f64 ? 8 : 4;
+    all.push_back(
+        {of, low, high, at<char>(kept) + int64_t(all.size()) * capacity * width, capacity, {}});
+  }
+  mk::bracket_count(magnitudes.data(), all.data(), int64_t(all.size()), begin, end);
+  int64_t* row = at<int64_t>(counts);
+  for (const mk::Bracket& b : all)
+    for (int64_t count : {b.count.above, b.count.at_high, b.count.inside, b.count.at_low})
+      *row++ = count;
 }
 
-void digit_histogram(const mk::View& x, const std::optional<mk::View>& base, uint64_t prefix,
-                     int shift, Address histogram, int64_t begin, int64_t end) {
-  mk::digit_histogram(magnitudes(x, base), begin, end, prefix, shift, at<int64_t>(histogram));
+void digit_histogram(const KeySource& source, uint64_t prefix, int shift, Address histogram,
+                     int64_t begin, int64_t end) {
+  mk::digit_histogram(source.get(), begin, end, prefix, shift, at<int64_t>(histogram));
 }
 
 void pattern_histogram(const mk::View& x, Address histogram, int64_t begin, int64_t end) {
@@ -114,9 +176,8 @@ void pattern_histogram(const mk::View& x, Address histogram, int64_t begin, int6
   mk::pattern_histogram(x, begin, end, at<int64_t>(histogram));
 }
 
-int64_t find_key(const mk::View& x, const std::optional<mk::View>& base, uint64_t key, int64_t rank,
-                 int64_t begin, int64_t end) {
-  return mk::find_key(magnitudes(x, base), begin, end, key, rank);
+int64_t find_key(const KeySource& source, uint64_t key, int64_t rank, int64_t begin, int64_t end) {
+  return mk::find_key(source.get(), begin, end, key, rank);
 }
 
 // axes: (size, stride in elements, address of int64 offsets or 0) for each axis of the result.
@@ -152,51 +213,108 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       .value("f16", mk::DType::f16)
       .value("bf16", mk::DType::bf16);
   py::enum_<mk::Elect>(m, "Elect")
-      .value("none", mk::Elect::none)
+      .value("everyone", mk::Elect::everyone)
+      .value("present", mk::Elect::present)
       .value("sum", mk::Elect::sum)
       .value("count", mk::Elect::count);
+  py::enum_<mk::Zero>(m, "Zero")
+      .value("positive", mk::Zero::positive)
+      .value("negative", mk::Zero::negative)
+      .value("none", mk::Zero::none);
 
   py::class_<mk::View>(m, "View").def(py::init(&make_view), kw, "data"_a, "dtype"_a, "shape"_a,
                                       "strides"_a, "stream"_a = false);
   py::class_<mk::KeepRule>(m, "KeepRule")
       .def(py::init<>())
       .def_static(
-          "magnitude",
-          [](uint64_t threshold, int64_t cut) {
-            return mk::KeepRule{mk::Keep::magnitude, threshold, cut, {0, 0}, 0};
+          "interval",
+          [](uint64_t low, int64_t low_cut, uint64_t high, int64_t high_cut) {
+            mk::KeepRule rule{mk::Keep::interval};
+            rule.low = low, rule.low_cut = low_cut, rule.high = high, rule.high_cut = high_cut;
+            return rule;
           },
-          kw, "threshold"_a, "cut"_a)
+          kw, "low"_a, "low_cut"_a, "high"_a, "high_cut"_a)
       .def_static(
           "random",
           [](std::uint32_t k0, std::uint32_t k1, std::uint32_t limit) {
-            return mk::KeepRule{mk::Keep::random, 0, 0, {k0, k1}, limit};
+            mk::KeepRule rule{mk::Keep::random};
+            rule.key = {k0, k1}, rule.limit = limit;
+            return rule;
           },
-          kw, "k0"_a, "k1"_a, "limit"_a);
+          kw, "k0"_a, "k1"_a, "limit"_a)
+      .def_static(
+          "bits",
+          [](Address bits) {
+            mk::KeepRule rule{mk::Keep::bits};
+            rule.bits = at<const std::uint8_t>(bits);
+            return rule;
+          },
+          kw, "bits"_a);
+  py::class_<KeySource>(m, "KeySource")
+      .def(py::init(&make_source), kw, "xs"_a, "base"_a, "rounded"_a = false, "variance"_a = false);
+  py::class_<Recipe>(m, "Recipe")
+      .def(py::init([](std::vector<mk::KeepRule> keep, std::vector<double> before,
+                       std::vector<double> after, std::vector<double> weights,
+                       std::vector<double> alone, std::vector<double> rescale, mk::Elect elect,
+                       mk::Zero zero, bool max, bool normalize, bool stepwise, double total,
+                       double least, double instead, double scale) {
+             return Recipe{std::move(keep),
+                           std::move(before),
+                           std::move(after),
+                           std::move(weights),
+                           std::move(alone),
+                           std::move(rescale),
+                           elect,
+                           zero,
+                           max,
+                           normalize,
+                           stepwise,
+                           total,
+                           least,
+                           instead,
+                           scale};
+           }),
+           kw, "keep"_a, "before"_a, "after"_a, "weights"_a, "alone"_a, "rescale"_a, "elect"_a,
+           "zero"_a, "max"_a, "normalize"_a, "stepwise"_a, "total"_a, "least"_a, "instead"_a,
+           "scale"_a);
+  py::class_<mk::RankMask>(m, "RankMask")
+      .def(py::init(&make_rank_mask), kw, "source"_a, "units"_a, "length"_a, "inner"_a, "limits"_a,
+           "k0"_a, "k1"_a, "first"_a, "bits"_a, py::keep_alive<1, 2>())
+      .def_property_readonly("scratch_bytes", &mk::rank_mask_scratch);
 
   m.attr("BLOCK") = mk::kBlock;
   m.attr("MERGE_BLOCK") = mk::kMergeBlock;
+  m.attr("MASK_UNITS") = mk::kMaskUnits;
 
   m.def("weighted_sum", &weighted_sum, no_gil, kw, "out"_a, "xs"_a, "weights"_a, "divisor"_a,
         "begin"_a, "end"_a);
-  m.def("merge_deltas", &merge_deltas, no_gil, kw, "out"_a, "base"_a, "xs"_a, "weights"_a,
-        "factors"_a, "keep"_a, "elect"_a, "normalize"_a, "total"_a, "scale"_a, "scratch"_a,
+  m.def("merge_deltas", &merge_deltas, no_gil, kw, "out"_a, "base"_a, "xs"_a, "recipe"_a,
+        "scratch"_a, "begin"_a, "end"_a);
+  m.def("l1_norms", &l1_norms, no_gil, kw, "xs"_a, "base"_a, "rounded"_a, "keep"_a, "sums"_a,
         "begin"_a, "end"_a);
-  m.def("l1_norms", &l1_norms, no_gil, kw, "x"_a, "base"_a, "keep"_a, "sums"_a, "begin"_a, "end"_a);
+  m.def(
+      "rank_mask",
+      [](const mk::RankMask& args, Address scratch, Address sums, int64_t begin, int64_t end) {
+        require(begin % mk::kMaskUnits == 0, "rank_mask: from whole bytes on");
+        mk::rank_mask(args, begin, end, at<void>(scratch), at<double>(sums));
+      },
+      no_gil, kw, "args"_a, "scratch"_a, "sums"_a, "begin"_a, "end"_a);
+  m.def("variance_mask", &variance_mask, no_gil, kw, "source"_a, "all"_a, "threshold"_a, "cut"_a,
+        "bits"_a, "squares"_a, "begin"_a, "end"_a);
   m.def("gram", &gram, no_gil, kw, "xs"_a, "base"_a, "scratch"_a, "dots"_a, "begin"_a, "end"_a);
   m.def("gram_rows", &gram_rows, no_gil, kw, "xs"_a, "base"_a, "width"_a, "scratch"_a, "dots"_a,
         "begin"_a, "end"_a);
   m.def("gram_scratch", &mk::gram_scratch, kw, "n"_a);
-  m.def("magnitude_keys", &magnitude_keys, no_gil, kw, "x"_a, "base"_a, "out"_a, "begin"_a,
-        "end"_a);
-  m.def("sample_keys", &sample_keys, no_gil, kw, "x"_a, "base"_a, "total"_a, "runs"_a, "run"_a,
-        "out"_a, "begin"_a, "end"_a);
-  m.def("bracket_count", &bracket_count, no_gil, kw, "x"_a, "base"_a, "low"_a, "high"_a, "kept"_a,
-        "capacity"_a, "begin"_a, "end"_a);
-  m.def("digit_histogram", &digit_histogram, no_gil, kw, "x"_a, "base"_a, "prefix"_a, "shift"_a,
+  m.def("magnitude_keys", &magnitude_keys, no_gil, kw, "source"_a, "out"_a, "begin"_a, "end"_a);
+  m.def("sample_keys", &sample_keys, no_gil, kw, "source"_a, "total"_a, "runs"_a, "run"_a, "out"_a,
+        "begin"_a, "end"_a);
+  m.def("bracket_count", &bracket_count, no_gil, kw, "sources"_a, "brackets"_a, "kept"_a,
+        "capacity"_a, "counts"_a, "begin"_a, "end"_a);
+  m.def("digit_histogram", &digit_histogram, no_gil, kw, "source"_a, "prefix"_a, "shift"_a,
         "histogram"_a, "begin"_a, "end"_a);
   m.def("pattern_histogram", &pattern_histogram, no_gil, kw, "x"_a, "histogram"_a, "begin"_a,
         "end"_a);
-  m.def("find_key", &find_key, no_gil, kw, "x"_a, "base"_a, "key"_a, "rank"_a, "begin"_a, "end"_a);
+  m.def("find_key", &find_key, no_gil, kw, "source"_a, "key"_a, "rank"_a, "begin"_a, "end"_a);
   m.def("permute", &permute, no_gil, kw, "out"_a, "x"_a, "itemsize"_a, "axes"_a, "stream"_a,
         "positions"_a, "row_size"_a, "scratch"_a, "begin"_a, "end"_a);
 }

@@ -24,6 +24,15 @@ void write_any(const View& v, std::int64_t begin, std::int64_t n, const A* value
   });
 }
 
+template <class A, class T>
+MK_CLONES void round_in_place(A* values, std::int64_t n, T*) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    T rounded;
+    narrow(values[i], &rounded);
+    values[i] = widen(rounded);
+  }
+}
+
 }  // namespace
 
 void stream_copy(void* to, const void* from, std::size_t bytes) {
@@ -48,5 +57,11 @@ void write_block(const View& v, std::int64_t begin, std::int64_t n, const float*
 void write_block(const View& v, std::int64_t begin, std::int64_t n, const double* values) {
   write_any(v, begin, n, values);
 }
+
+void round_block(DType dtype, float* values, std::int64_t n) {
+  if (dtype == DType::bf16) round_in_place(values, n, static_cast<bf16*>(nullptr));
+  if (dtype == DType::f16) round_in_place(values, n, static_cast<f16*>(nullptr));
+}
+void round_block(DType, double*, std::int64_t) {}
 
 }  // namespace mk

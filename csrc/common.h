@@ -197,6 +197,10 @@ MK_INLINE void stream_line(void* to, const void* from) {
 void write_block(const View& v, std::int64_t begin, std::int64_t n, const float* values);
 void write_block(const View& v, std::int64_t begin, std::int64_t n, const double* values);
 
+// Rounds n accumulators to `dtype`, whose accumulator they are, and widens them again.
+void round_block(DType dtype, float* values, std::int64_t n);
+void round_block(DType dtype, double* values, std::int64_t n);
+
 // ---- magnitudes: the bits of |x| order as unsigned integers, every NaN above infinity ----------
 
 constexpr std::uint32_t kNanKey32 = 0x7f800001u;

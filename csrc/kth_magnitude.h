@@ -1,17 +1,22 @@
-// Building blocks of exact selection by magnitude, each over elements [begin, end) of |x - base|.
+// Building blocks of exact selection by magnitude, each over elements [begin, end).
 //
-// Keys are the bits of the magnitude: 32 bits wide (64 for f64), ordered as unsigned integers,
-// every NaN equal and above infinity. The driver samples keys, brackets the wanted rank by two
-// of them and counts once; where the sample misleads it, or keys are short, it counts digits.
+// Keys are the bits of a magnitude: 32 bits wide (64 for f64), ordered as unsigned integers,
+// every NaN equal and above infinity. The driver samples keys, brackets the wanted ranks by two
+// of them each and counts once; where the sample misleads it, or keys are short, it counts digits.
 #pragma once
 
-#include "common.h"
+#include "deltas.h"
 
 namespace mk {
 
+// What is ranked: |x - base| of one x, or the variance of x_i - base over n of them:
+//   mean = (0 + d_0 + d_1 + ...) / n;  variance = (0 + (d_0 - mean)^2 + ...) / n
+// in float (double for f64), every step rounded.
 struct Magnitudes {
-  View x;
-  const View* base;  // nullptr: magnitudes of x itself
+  const View* xs;
+  std::int64_t n;  // 1 unless variance
+  Deltas from;
+  bool variance;
 };
 
 // out[i] = key of element begin + i. `out` holds 32-bit keys, 64-bit ones for f64.
@@ -32,9 +37,17 @@ struct BracketCount {
 // Counts keys against [low, high] and stores those strictly inside, in any order, into `kept`.
 // Storing stops once fewer than kBlock places are left: where inside + kBlock > capacity the keys
 // are not all there (the counts are right in any case).
-BracketCount bracket_count(const Magnitudes& args, std::int64_t begin, std::int64_t end,
-                           std::uint64_t low, std::uint64_t high, void* kept,
-                           std::int64_t capacity);
+struct Bracket {
+  std::int64_t of;  // which of the Magnitudes
+  std::uint64_t low, high;
+  void* kept;
+  std::int64_t capacity;
+  BracketCount count;  // added to
+};
+
+// All brackets in one pass; those of the same Magnitudes stand side by side.
+void bracket_count(const Magnitudes* args, Bracket* brackets, std::int64_t n, std::int64_t begin,
+                   std::int64_t end);
 
 // Adds to histogram[65536] the 16-bit digit at `shift` of every key that equals `prefix` above
 // it (key >> (shift + 16) == prefix).

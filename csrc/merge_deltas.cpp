@@ -5,270 +5,313 @@
 namespace mk {
 namespace {
 
-constexpr std::int64_t kDraws = 8;  // per Philox block
-constexpr std::int64_t kFew = 4;    // models up to which all of them fit in registers
-
-// Blocks of x - base, each difference rounded once; x itself without base.
-template <class T>
-MK_CLONES void subtract(const T* x, const T* base, acc_t<T>* out, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = widen(x[i]) - widen(base[i]);
-}
-
-template <class T>
-MK_CLONES void copy_widened(const T* x, acc_t<T>* out, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = widen(x[i]);
-}
-
-// base == nullptr stands for zero.
-template <class T>
-void delta_block(const View& x, const T* base, std::int64_t begin, std::int64_t n, T* gathered,
-                 acc_t<T>* out) {
-  const T* values = read_block(x, begin, n, gathered);
-  if (base)
-    subtract(values, base, out, n);
-  else
-    copy_widened(values, out, n);
-}
-
-// Masks are integers rather than ?: on floats: compilers keep such loops in vector registers.
+// Whether u takes part under the elected signs; a NaN does under either.
 template <class A>
-MK_INLINE A masked(A value, key_t<A> mask) {
-  return bit_cast<A>(key_t<A>(bit_cast<key_t<A>>(value) & mask));
-}
-template <class A>
-MK_INLINE key_t<A> mask_if(bool condition) {
-  return condition ? ~key_t<A>(0) : key_t<A>(0);
-}
-// Whether v takes part under the elected sign; a NaN always does.
-template <class A>
-MK_INLINE key_t<A> agreement(A v, A elected) {
-  const key_t<A> positive = mask_if<A>(elected >= 0);
-  return (positive & ~mask_if<A>(v <= 0)) | (~positive & ~mask_if<A>(v >= 0));
+MK_INLINE key_t<A> agreement(A u, key_t<A> positive, key_t<A> negative) {
+  return (positive & ~mask_if<A>(u <= 0)) | (negative & ~mask_if<A>(u >= 0));
 }
 
-template <class A>
-MK_CLONES void trim(A* v, std::int64_t n, key_t<A> threshold) {
-  for (std::int64_t i = 0; i < n; ++i)
-    v[i] = masked(v[i], mask_if<A>(magnitude_key(v[i]) >= threshold));
-}
+// ---- few models: the commonest recipes in registers from load to sum ----------------------------
 
-MK_CLONES void draw(PhiloxKey key, std::uint64_t counter, std::int64_t blocks,
-                    std::uint32_t* words) {
-  for (std::int64_t q = 0; q < blocks; ++q) {
-    std::uint32_t c[4];
-    philox_block(key, counter + std::uint64_t(q), c);
-    for (int w = 0; w < 4; ++w) words[4 * q + w] = c[w];
-  }
-}
+constexpr std::int64_t kFew = 4;  // models up to which all of them fit
 
-template <class A>
-MK_CLONES void drop(A* v, const std::uint16_t* draws, std::int64_t n, std::uint32_t limit) {
-  for (std::int64_t i = 0; i < n; ++i)
-    v[i] = masked(v[i], mask_if<A>(std::uint32_t(draws[i]) < limit));
-}
+enum class Recipe { plain, elect, elect_mean, present_mean };
 
-// Zeroes what the rule does not keep among elements [at, at + n), n <= kMergeBlock.
-template <class A>
-void apply(const KeepRule& rule, std::int64_t at, std::int64_t n, A* v) {
-  using K = key_t<A>;
-  if (rule.kind == Keep::magnitude) {
-    const std::int64_t ties = std::clamp<std::int64_t>(rule.cut - at, 0, n);
-    trim(v, ties, K(rule.threshold));
-    trim(v + ties, n - ties, K(rule.threshold + 1));
-  } else if (rule.kind == Keep::random && rule.limit < 65536) {
-    alignas(64) std::uint32_t words[(kMergeBlock / kDraws + 1) * 4];
-    std::uint16_t draws[(kMergeBlock / kDraws + 1) * kDraws];
-    const std::int64_t first = at / kDraws, last = (at + n - 1) / kDraws;
-    draw(rule.key, std::uint64_t(first), last - first + 1, words);
-    for (std::int64_t i = 0; i < (last - first + 1) * 4; ++i) {
-      draws[2 * i] = std::uint16_t(words[i]);
-      draws[2 * i + 1] = std::uint16_t(words[i] >> 16);
-    }
-    drop(v, draws + at % kDraws, n, rule.limit);
-  }
-}
-
-template <class A>
-MK_CLONES void weigh(A* v, A factor, A* sum, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    v[i] *= factor;
-    sum[i] += v[i];
-  }
-}
-
-template <class A>
-MK_CLONES void vote(const A* v, A* votes, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const A up = v[i] > 0 ? A(1) : A(0);
-    const A down = v[i] < 0 ? A(1) : A(0);
-    votes[i] += up - down;
-  }
-}
-
-template <class A>
-MK_CLONES void gather(const A* v, const A* elected, A weight, A* sum, A* q, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const key_t<A> agrees = agreement(v[i], elected[i]);
-    sum[i] += masked(v[i], agrees);
-    q[i] += masked(weight, agrees);
-  }
-}
-
-template <class A>
-MK_CLONES void divide(A* sum, const A* q, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) sum[i] /= q[i] == 0 ? A(1) : q[i];
-}
-
-template <class A>
-MK_CLONES void spread_nan(A* sum, const A* s, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) sum[i] = s[i] != s[i] ? s[i] : sum[i];
-}
-
-template <class A>
-MK_CLONES void scale_by(A* sum, A scale, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) sum[i] *= scale;
-}
-
-template <class T>
-MK_CLONES void add_base(acc_t<T>* sum, const T* base, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) sum[i] = widen(base[i]) + sum[i];
-}
-
-// The two commonest recipes for few models, in registers from load to sum: TIES (kElect: by sum,
-// normalized) and plain weighted task vectors. Same steps in the same order as the general path.
 template <class T>
 struct Few {
   const T* x[kFew];
-  key_t<T> threshold[kFew];
-  acc_t<T> factor[kFew], weight[kFew];
-  acc_t<T> scale;
+  const std::uint16_t* draws[kFew];
+  std::uint32_t limit[kFew];
+  key_t<T> low[kFew], width[kFew];
+  acc_t<T> before[kFew], after[kFew], weight[kFew];
+  acc_t<T> scale, least, instead;
 };
-template <int kModels, bool kElect, class T>
+
+// kDrawn: elements are kept by draws, else by an interval of magnitudes.
+template <int kModels, Recipe kRecipe, bool kDrawn, class T>
 MK_CLONES void merge_few(const Few<T>& few, const T* base, acc_t<T>* out, std::int64_t n) {
   using A = acc_t<T>;
   const Few<T> f = few;
   for (std::int64_t i = 0; i < n; ++i) {
     const A b = widen(base[i]);
-    A v[kModels], m = 0;
+    A u[kModels], m = 0;
 #pragma GCC unroll 4
     for (int j = 0; j < kModels; ++j) {
       const A d = widen(f.x[j][i]) - b;
-      v[j] = masked(d, mask_if<A>(magnitude_key(d) >= f.threshold[j])) * f.factor[j];
-      m += v[j];
+      const key_t<A> kept = kDrawn ? mask_if<A>(std::uint32_t(f.draws[j][i]) < f.limit[j])
+                                   : mask_if<A>(key_t<A>(magnitude_key(d) - f.low[j]) < f.width[j]);
+      u[j] = masked(d, kept) * f.before[j];
+      m += u[j];
     }
-    if (kElect) {
+    if (kRecipe != Recipe::plain) {
       const A s = m;
+      const key_t<A> positive = mask_if<A>(s >= 0);
       A q = 0;
       m = 0;
 #pragma GCC unroll 4
       for (int j = 0; j < kModels; ++j) {
-        const key_t<A> agrees = agreement(v[j], s);
-        m += masked(v[j], agrees);
+        const key_t<A> agrees = kRecipe == Recipe::present_mean
+                                    ? mask_if<A>(u[j] != 0)
+                                    : agreement(u[j], positive, key_t<A>(~positive));
+        m += masked(A(u[j] * f.after[j]), agrees);
         q += masked(f.weight[j], agrees);
       }
-      m = s != s ? s : m;
-      m /= q == 0 ? A(1) : q;
+      if (kRecipe != Recipe::present_mean) m = s != s ? s : m;
+      if (kRecipe != Recipe::elect) m /= (q < 0 ? -q : q) <= f.least ? f.instead : q;
     }
     out[i] = b + m * f.scale;
   }
 }
-template <bool kElect, class T>
+template <Recipe kRecipe, bool kDrawn, class T>
 void merge_few(std::int64_t models, const Few<T>& few, const T* base, acc_t<T>* out,
                std::int64_t n) {
   switch (models) {
     case 1:
-      return merge_few<1, kElect>(few, base, out, n);
+      return merge_few<1, kRecipe, kDrawn>(few, base, out, n);
     case 2:
-      return merge_few<2, kElect>(few, base, out, n);
+      return merge_few<2, kRecipe, kDrawn>(few, base, out, n);
     case 3:
-      return merge_few<3, kElect>(few, base, out, n);
+      return merge_few<3, kRecipe, kDrawn>(few, base, out, n);
     case 4:
-      return merge_few<4, kElect>(few, base, out, n);
+      return merge_few<4, kRecipe, kDrawn>(few, base, out, n);
+  }
+}
+template <bool kDrawn, class T>
+void merge_few(Recipe recipe, std::int64_t models, const Few<T>& few, const T* base, acc_t<T>* out,
+               std::int64_t n) {
+  switch (recipe) {
+    case Recipe::plain:
+      return merge_few<Recipe::plain, kDrawn>(models, few, base, out, n);
+    case Recipe::elect:
+      return merge_few<Recipe::elect, kDrawn>(models, few, base, out, n);
+    case Recipe::elect_mean:
+      return merge_few<Recipe::elect_mean, kDrawn>(models, few, base, out, n);
+    case Recipe::present_mean:
+      return merge_few<Recipe::present_mean, kDrawn>(models, few, base, out, n);
   }
 }
 
+bool is_drawn(const KeepRule& rule) {
+  return rule.kind == Keep::bits || (rule.kind == Keep::random && rule.limit < 65536);
+}
+
 bool suits_few(const MergeDeltas& args) {
-  const bool ties = args.elect == Elect::sum && args.normalize;
-  const bool plain = args.elect == Elect::none && !args.normalize;
-  return args.base && args.n <= kFew && (ties || plain) &&
-         std::none_of(args.keep, args.keep + args.n,
-                      [](const KeepRule& rule) { return rule.kind == Keep::random; });
+  const bool plain = args.elect == Elect::everyone && !args.normalize;
+  const bool mean = args.elect == Elect::present && args.normalize;
+  const bool elected = args.elect == Elect::sum && args.zero == Zero::positive;
+  const KeepRule* end = args.keep + args.n;
+  const auto drawn = std::count_if(args.keep, end, is_drawn);
+  return args.base && args.n <= kFew && !args.max && !args.alone && !args.stepwise &&
+         (plain || mean || elected) && (drawn == 0 || drawn == args.n);
 }
 
 template <class T>
 void run_few(const MergeDeltas& args, std::int64_t begin, std::int64_t end) {
+  using A = acc_t<T>;
   alignas(64) T gathered[kFew + 1][kMergeBlock];
-  alignas(64) acc_t<T> sum[kMergeBlock];
+  alignas(64) std::uint16_t draws[kFew][kMergeBlock];
+  alignas(64) A sum[kMergeBlock];
+  const Recipe recipe = args.elect == Elect::everyone  ? Recipe::plain
+                        : args.elect == Elect::present ? Recipe::present_mean
+                        : args.normalize               ? Recipe::elect_mean
+                                                       : Recipe::elect;
+  const bool drawn = is_drawn(args.keep[0]);
+  Few<T> few;
+  few.scale = A(args.scale), few.least = A(args.least), few.instead = A(args.instead);
+  for (std::int64_t i = 0; i < args.n; ++i) {
+    few.draws[i] = draws[i];
+    few.limit[i] = draw_limit(args.keep[i]);
+    few.before[i] = A(args.before[i]);
+    few.after[i] = A(args.after[i]);
+    few.weight[i] = A(args.weights[i]);
+  }
   for (std::int64_t at = begin, n; at < end; at += n) {
     n = std::min(kMergeBlock, end - at);
-    for (std::int64_t i = 0; i < args.n; ++i)  // a block lies on one side of every cut
-      if (args.keep[i].cut > at) n = std::min(n, args.keep[i].cut - at);
-    Few<T> few;
+    for (std::int64_t i = 0; i < args.n; ++i) n = up_to_cut(args.keep[i], at, n);
     for (std::int64_t i = 0; i < args.n; ++i) {
-      const KeepRule& rule = args.keep[i];
       few.x[i] = read_block(args.xs[i], at, n, gathered[i]);
-      few.threshold[i] = key_t<T>(rule.kind == Keep::all ? 0 : rule.threshold + (at >= rule.cut));
-      few.factor[i] = acc_t<T>(args.factors[i]);
-      few.weight[i] = acc_t<T>(args.weights[i]);
+      if (drawn) {
+        draw_block(args.keep[i], at, n, draws[i]);
+      } else {
+        const Interval kept = interval_at<A>(args.keep[i], at);
+        few.low[i] = key_t<T>(kept.low), few.width[i] = key_t<T>(kept.width);
+      }
     }
-    few.scale = acc_t<T>(args.scale);
     const T* base = read_block(*args.base, at, n, gathered[kFew]);
-    if (args.elect == Elect::sum)
-      merge_few<true>(args.n, few, base, sum, n);
+    if (drawn)
+      merge_few<true>(recipe, args.n, few, base, sum, n);
     else
-      merge_few<false>(args.n, few, base, sum, n);
+      merge_few<false>(recipe, args.n, few, base, sum, n);
     write_block(args.out, at, n, sum);
   }
+}
+
+// ---- any number of models and any recipe, step by step over blocks in the first cache -----------
+
+template <class A>
+MK_CLONES void multiply(A* v, A factor, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) v[i] *= factor;
+}
+
+template <class A>
+MK_CLONES void add(A* sum, const A* v, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) sum[i] += v[i];
+}
+
+template <class A>
+MK_CLONES void vote(const A* u, A* votes, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const A up = u[i] > 0 ? A(1) : A(0);
+    const A down = u[i] < 0 ? A(1) : A(0);
+    votes[i] += up - down;
+  }
+}
+
+template <class A>
+MK_CLONES void select_present(const A* u, key_t<A>* agrees, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) agrees[i] = mask_if<A>(u[i] != 0);
+}
+
+template <class A>
+MK_CLONES void select_elected(const A* u, const A* votes, bool zero_positive, bool zero_negative,
+                              key_t<A>* agrees, std::int64_t n) {
+  const key_t<A> up = mask_if<A>(zero_positive), down = mask_if<A>(zero_negative);
+  for (std::int64_t i = 0; i < n; ++i) {
+    const key_t<A> zero = mask_if<A>(votes[i] == 0);
+    const key_t<A> positive = mask_if<A>(votes[i] > 0) | (zero & up);
+    const key_t<A> negative = ~(mask_if<A>(votes[i] >= 0)) | (zero & down);
+    agrees[i] = agreement(u[i], positive, negative);
+  }
+}
+
+template <class A>
+MK_CLONES void add_masked(A* sum, const A* v, const key_t<A>* mask, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) sum[i] += masked(v[i], mask[i]);
+}
+
+template <class A>
+MK_CLONES void count_masked(A* q, A weight, const key_t<A>* mask, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) q[i] += masked(weight, mask[i]);
+}
+
+template <class A>
+MK_CLONES void take_larger(A* m, const A* v, const key_t<A>* mask, std::int64_t n) {
+  using K = key_t<A>;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const K take = mask_if<A>(magnitude_key(v[i]) > magnitude_key(m[i])) & mask[i];
+    m[i] = bit_cast<A>(K((bit_cast<K>(v[i]) & take) | (bit_cast<K>(m[i]) & ~take)));
+  }
+}
+
+template <class A>
+MK_CLONES void take_where_alone(A* m, const A* single, const A* count, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) m[i] = count[i] == 1 ? single[i] : m[i];
+}
+
+template <class A>
+MK_CLONES void divide(A* m, const A* q, A least, A instead, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) m[i] /= (q[i] < 0 ? -q[i] : q[i]) <= least ? instead : q[i];
+}
+
+template <class A>
+MK_CLONES void spread_nan(A* m, const A* s, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) m[i] = s[i] != s[i] ? s[i] : m[i];
 }
 
 template <class T>
-void run(const MergeDeltas& args, std::int64_t begin, std::int64_t end, acc_t<T>* v) {
-  using A = acc_t<T>;
-  alignas(64) T gathered[kMergeBlock], gathered_base[kMergeBlock];
-  alignas(64) A sum[kMergeBlock], elected[kMergeBlock], q[kMergeBlock];
-  for (std::int64_t at = begin; at < end; at += kMergeBlock) {
-    const std::int64_t n = std::min(kMergeBlock, end - at);
-    const T* base = args.base ? read_block(*args.base, at, n, gathered_base) : nullptr;
-    std::fill_n(sum, n, A(0));
-    for (std::int64_t i = 0; i < args.n; ++i) {
-      A* vi = v + i * kMergeBlock;
-      delta_block(args.xs[i], base, at, n, gathered, vi);
-      apply(args.keep[i], at, n, vi);
-      weigh(vi, A(args.factors[i]), sum, n);
-    }
-    if (args.elect == Elect::none) {
-      if (args.normalize) {
-        q[0] = A(args.total);
-        std::fill_n(q + 1, n - 1, q[0]);
-        divide(sum, q, n);
-      }
-    } else {
-      std::copy_n(sum, n, elected);
-      if (args.elect == Elect::count) {
-        std::fill_n(elected, n, A(0));
-        for (std::int64_t i = 0; i < args.n; ++i) vote(v + i * kMergeBlock, elected, n);
-      }
-      std::fill_n(sum, n, A(0));
-      std::fill_n(q, n, A(0));
-      for (std::int64_t i = 0; i < args.n; ++i)
-        gather(v + i * kMergeBlock, elected, A(args.weights[i]), sum, q, n);
-      if (args.elect == Elect::sum) spread_nan(sum, elected, n);
-      if (args.normalize) divide(sum, q, n);
-    }
-    scale_by(sum, A(args.scale), n);
-    if (base) add_base(sum, base, n);
-    write_block(args.out, at, n, sum);
-  }
+MK_CLONES void add_base(acc_t<T>* m, const T* base, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) m[i] = widen(base[i]) + m[i];
 }
 
-// 16 interleaved sums vectorise without reordering any of them.
-constexpr int kLanes = 16;
+// The weighted deltas of one block, model i at u + i * kMergeBlock, and their sum.
 template <class A>
-MK_CLONES void add_magnitudes(const A* v, std::int64_t n, double* lanes) {
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += __builtin_fabs(double(v[i + l]));
-  for (int l = 0; i < n; ++i, ++l) lanes[l] += __builtin_fabs(double(v[i]));
+void weigh_block(const MergeDeltas& args, std::int64_t at, std::int64_t n, A* u, A* sum) {
+  const DType dtype = args.xs[0].dtype;
+  std::fill_n(sum, n, A(0));
+  for (std::int64_t i = 0; i < args.n; ++i) {
+    A* ui = u + i * kMergeBlock;
+    delta_block(args.xs[i], {args.base, args.stepwise}, at, n, ui);
+    keep_block(args.keep[i], at, n, ui);
+    if (args.stepwise && args.rescale[i] != 1) {
+      multiply(ui, A(args.rescale[i]), n);
+      round_block(dtype, ui, n);
+    }
+    multiply(ui, A(args.before[i]), n);
+    if (args.stepwise) round_block(dtype, ui, n);
+    add(sum, ui, n);
+  }
+  if (args.stepwise) round_block(dtype, sum, n);
+}
+
+template <class A>
+void select(const MergeDeltas& args, const A* u, const A* votes, key_t<A>* agrees, std::int64_t n) {
+  if (args.elect == Elect::present)
+    select_present(u, agrees, n);
+  else
+    select_elected(u, votes, args.zero == Zero::positive, args.zero == Zero::negative, agrees, n);
+}
+
+// m and q of one block from its weighted deltas and their sum.
+template <class A>
+void combine_block(const MergeDeltas& args, std::int64_t n, A* u, const A* sum, A* m, A* q) {
+  const DType dtype = args.xs[0].dtype;
+  alignas(64) A votes[kMergeBlock], single[kMergeBlock];
+  alignas(64) key_t<A> agrees[kMergeBlock];
+  std::copy_n(sum, n, votes);
+  if (args.elect == Elect::count) {
+    std::fill_n(votes, n, A(0));
+    for (std::int64_t i = 0; i < args.n; ++i) vote(u + i * kMergeBlock, votes, n);
+  }
+  std::fill_n(m, n, A(0));
+  std::fill_n(q, n, A(0));
+  std::fill_n(single, n, A(0));
+  for (std::int64_t i = 0; i < args.n; ++i) {
+    A* ui = u + i * kMergeBlock;
+    select(args, ui, votes, agrees, n);
+    count_masked(q, A(args.weights[i]), agrees, n);
+    if (args.alone) {
+      alignas(64) A scaled[kMergeBlock];
+      std::copy_n(ui, n, scaled);
+      multiply(scaled, A(args.alone[i]), n);
+      add_masked(single, scaled, agrees, n);
+    }
+    if (args.after[i] != 1) {
+      multiply(ui, A(args.after[i]), n);
+      if (args.stepwise) round_block(dtype, ui, n);
+    }
+    if (args.max)
+      take_larger(m, ui, agrees, n);
+    else
+      add_masked(m, ui, agrees, n);
+  }
+  if (args.elect == Elect::sum) spread_nan(m, sum, n);
+  if (args.stepwise) round_block(dtype, m, n), round_block(dtype, q, n);
+  if (args.normalize) divide(m, q, A(args.least), A(args.instead), n);
+  if (args.alone) take_where_alone(m, single, q, n);
+}
+
+template <class T>
+void run(const MergeDeltas& args, std::int64_t begin, std::int64_t end, acc_t<T>* u) {
+  using A = acc_t<T>;
+  const DType dtype = args.xs[0].dtype;
+  alignas(64) T gathered[kMergeBlock];
+  alignas(64) A sum[kMergeBlock], m[kMergeBlock], q[kMergeBlock];
+  for (std::int64_t at = begin; at < end; at += kMergeBlock) {
+    const std::int64_t n = std::min(kMergeBlock, end - at);
+    weigh_block(args, at, n, u, sum);
+    if (args.elect == Elect::everyone) {
+      std::copy_n(sum, n, m);
+      std::fill_n(q, n, A(args.total));
+      if (args.normalize) divide(m, q, A(args.least), A(args.instead), n);
+    } else {
+      combine_block(args, n, u, sum, m, q);
+    }
+    if (args.stepwise && args.normalize) round_block(dtype, m, n);
+    if (!args.stepwise || args.scale != 1) multiply(m, A(args.scale), n);
+    if (args.stepwise) round_block(dtype, m, n);
+    if (args.base) add_base(m, read_block(*args.base, at, n, gathered), n);
+    write_block(args.out, at, n, m);
+  }
 }
 
 }  // namespace
@@ -282,28 +325,6 @@ void merge_deltas(const MergeDeltas& args, std::int64_t begin, std::int64_t end,
       run<T>(args, begin, end, static_cast<acc_t<T>*>(scratch));
   });
   if (args.out.stream) stream_fence();
-}
-
-void l1_norms(const View& x, const View* base, const KeepRule& keep, std::int64_t begin,
-              std::int64_t end, double* sums) {
-  with_type(x.dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    alignas(64) T gathered[kMergeBlock], gathered_base[kMergeBlock];
-    alignas(64) acc_t<T> v[kMergeBlock];
-    double all[kLanes] = {}, kept[kLanes] = {};
-    for (std::int64_t at = begin; at < end; at += kMergeBlock) {
-      const std::int64_t n = std::min(kMergeBlock, end - at);
-      const T* b = base ? read_block(*base, at, n, gathered_base) : nullptr;
-      delta_block(x, b, at, n, gathered, v);
-      add_magnitudes(v, n, all);
-      apply(keep, at, n, v);
-      add_magnitudes(v, n, kept);
-    }
-    for (int l = 0; l < kLanes; ++l) {
-      sums[0] += all[l];
-      sums[1] += kept[l];
-    }
-  });
 }
 
 }  // namespace mk

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from .engine.run import Manifest, merge_checkpoints
 from .errors import ArgumentError, BackendError, CheckpointError, ConfigError, MergekernError
-from .keep import Bernoulli, Threshold
+from .keep import Band, Bernoulli, MagPrune, Mask, Threshold
 from .methods import methods
 from .methods.merge import merge_state_dicts, merge_tensors
 from .ops.gram import gram
 from .ops.kth_magnitude import kth_magnitude
 from .ops.merge_deltas import merge_deltas
 from .ops.permute import permute
+from .ops.rank_mask import rank_mask
+from .ops.variance_mask import variance_mask
 from .ops.weighted_sum import weighted_sum
 
 __version__ = "0.1.0"
@@ -18,10 +20,13 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "Band",
     "Bernoulli",
     "CheckpointError",
     "ConfigError",
+    "MagPrune",
     "Manifest",
+    "Mask",
     "MergekernError",
     "Threshold",
     "gram",
@@ -32,5 +37,7 @@ __all__ = [
     "merge_tensors",
     "methods",
     "permute",
+    "rank_mask",
+    "variance_mask",
     "weighted_sum",
 ]

@@ -110,6 +110,17 @@ def numbers(op: str, name: str, values: Any, n: int) -> list[float]:
     return [number(op, f"{name}[{i}]", v) for i, v in enumerate(values)]
 
 
+def mask(op: str, bits: Any, like: Tensor) -> None:
+    """Bits of a stored mask: one per element of `like`, packed as numpy.packbits does."""
+    expected = f"uint8 [{(like.numel() + 7) // 8}] on {like.device}, contiguous"
+    if not isinstance(bits, Tensor):
+        raise ArgumentError.of(op, "mask is no tensor", type(bits).__name__, expected)
+    got = f"{name_of(bits.dtype)} {list(bits.shape)} on {bits.device}"
+    got += ", contiguous" if bits.is_contiguous() else ""
+    if got != expected:
+        raise ArgumentError.of(op, "mask does not fit", got, expected)
+
+
 def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         known = ", ".join(map(str, allowed))

@@ -20,7 +20,15 @@ import torch
 from .check import FLOATS, name_of
 from .errors import BackendError
 
-OPS = ("weighted_sum", "merge_deltas", "kth_magnitude", "gram", "permute")
+OPS = (
+    "weighted_sum",
+    "merge_deltas",
+    "kth_magnitude",
+    "rank_mask",
+    "variance_mask",
+    "gram",
+    "permute",
+)
 BACKENDS = ("reference", "torch", "cpu", "cuda", "triton")
 
 # Tried in this order. The order for CUDA is the design's guess until rows of a real GPU stand

@@ -8,11 +8,15 @@ the arithmetic that the kernels promise, and so the bits to compare with.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .keep import Bernoulli, Keep, Threshold
+from .keep import NOTHING, Band, Bernoulli, Keep, MagPrune, Mask, Recipe, Threshold
+
+Selected = tuple[float, int, int, int]  # a Threshold's fields
 
 
 def _round(values: Tensor, out: Tensor) -> None:
@@ -46,33 +50,49 @@ def weighted_sum(
     _round(total / torch.tensor(divisor, dtype=acc), out)
 
 
-def kth_magnitude(x: Tensor, base: Tensor | None, k: int) -> tuple[float, int, int, int]:
-    d = x if base is None else _subtract(x, base)
-    flat = [(math.inf, 1) if v != v else (abs(v), 0) for v in d.double().reshape(-1).tolist()]
-    value, nan = sorted(flat, reverse=True)[k - 1]
-    above = sum(f > (value, nan) for f in flat)
-    ties = [i for i, f in enumerate(flat) if f == (value, nan)]
+def kth_magnitude(
+    xs: list[Tensor], base: Tensor | None, ranks: list[list[int]], rounded: bool = False
+) -> list[list[Selected]]:
+    return [
+        [_select(_subtract(x, base, rounded), k) for k in ks]
+        for x, ks in zip(xs, ranks, strict=True)
+    ]
+
+
+def _select(d: Tensor, k: int) -> Selected:
+    flat = [_rank(v) for v in d.double().reshape(-1).tolist()]
+    value, nan = kth = sorted(flat, reverse=True)[k - 1]
+    above = sum(f > kth for f in flat)
+    ties = [i for i, f in enumerate(flat) if f == kth]
     return math.nan if nan else value, above, len(ties), ties[k - above - 1] + 1
 
 
-def _subtract(x: Tensor, base: Tensor) -> Tensor:
+def _rank(v: float) -> tuple[float, bool]:
+    """Magnitudes in order, NaN above infinity."""
+    return (math.inf, True) if v != v else (abs(v), False)
+
+
+def _subtract(x: Tensor, base: Tensor | None, rounded: bool = False) -> Tensor:
     """The difference in the accumulator type: thresholds are taken of what the kernel sees."""
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.to(acc) - base.to(acc)
+    d = x.to(acc) if base is None else x.to(acc) - base.to(acc)
+    return d.to(x.dtype).to(acc) if rounded else d
 
 
-def kept(keep: Keep, x: Tensor, base: Tensor | None) -> list[bool]:
+def kept(keep: Keep, x: Tensor, base: Tensor | None, rounded: bool = False) -> list[bool]:
     """Which elements of x - base survive, in flat order."""
-    d = (x if base is None else _subtract(x, base)).double().reshape(-1).tolist()
+    d = _subtract(x, base, rounded).double().reshape(-1).tolist()
     if isinstance(keep, Threshold):
-
-        def rank(v: float) -> tuple[float, bool]:
-            return (math.inf, True) if v != v else (abs(v), False)
-
-        t = rank(keep.value)
-        return [rank(v) > t or (rank(v) == t and i < keep.cut) for i, v in enumerate(d)]
+        t = _rank(keep.value)
+        return [_rank(v) > t or (_rank(v) == t and i < keep.cut) for i, v in enumerate(d)]
+    if isinstance(keep, Band):
+        least, most = (kept(t, x, base, rounded) for t in keep)
+        return [low and not high for low, high in zip(least, most, strict=True)]
     if isinstance(keep, Bernoulli):
         return [_draw(keep.key, i) < keep.limit for i in range(len(d))]
+    if isinstance(keep, Mask):
+        bits = np.unpackbits(keep.bits.cpu().numpy(), count=len(d))
+        return [bool(b) for b in bits]
     return [True] * len(d)
 
 
@@ -96,41 +116,67 @@ def merge_deltas(
     out: Tensor,
     base: Tensor | None,
     xs: list[Tensor],
-    weights: list[float],
-    factors: list[float],
-    keep: list[Keep],
-    elect: str | None,
-    normalize: bool,
-    total: float,
-    scale: float,
+    recipe: Recipe,
     acc: torch.dtype = torch.float64,
 ) -> None:
+    def step(v: Tensor) -> Tensor:
+        return v.to(xs[0].dtype).to(acc) if recipe.stepwise else v
+
+    nothing = torch.zeros(out.shape, dtype=acc)
     origin = None if base is None else base.to(acc)
-    vs = []
-    for x, factor, k in zip(xs, factors, keep, strict=True):
-        d = x.to(acc) if origin is None else x.to(acc) - origin
-        mask = torch.tensor(kept(k, x, base), dtype=torch.bool).reshape(x.shape)
-        vs.append(torch.where(mask, d, torch.zeros((), dtype=acc)) * factor)
-    s = torch.zeros(out.shape, dtype=acc)
-    for v in vs:
-        s = s + v
-    m, q = s, torch.full_like(s, total)
-    if elect:
-        votes = s
-        if elect == "count":
-            votes = torch.stack([(v > 0).to(acc) - (v < 0).to(acc) for v in vs]).sum(0)
-        m, q = torch.zeros_like(s), torch.zeros_like(s)
-        for v, w in zip(vs, weights, strict=True):
-            agrees = torch.where(votes >= 0, ~(v <= 0), ~(v >= 0))
-            m = m + torch.where(agrees, v, torch.zeros_like(v))
-            q = q + agrees.to(acc) * torch.tensor(w, dtype=acc)
-        if elect == "sum":
-            m = torch.where(s.isnan(), s, m)
-        q = torch.where(q == 0, torch.ones_like(q), q)
-    if normalize:
-        m = m / q
-    m = m * scale
+    us = []
+    for x, k, r, w in zip(xs, recipe.keep, recipe.rescale, recipe.before, strict=True):
+        d = step(x.to(acc) if origin is None else x.to(acc) - origin)
+        mask = torch.tensor(kept(k, x, base, recipe.stepwise), dtype=torch.bool).reshape(x.shape)
+        u = torch.where(mask, d, nothing)
+        if recipe.stepwise and r != 1:
+            u = step(u * r)
+        us.append(step(u * w))
+    s = nothing
+    for u in us:
+        s = s + u
+    s = step(s)
+    if recipe.elect == "everyone":
+        m, q, alone = s, torch.full_like(s, recipe.total), None
+    else:
+        m, q, alone = _elected(us, s, recipe, step)
+    if recipe.normalize:
+        m = step(m / torch.where(q.abs() <= recipe.least, torch.full_like(q, recipe.instead), q))
+    if alone is not None:
+        m = torch.where(q == 1, alone, m)
+    if not recipe.stepwise or recipe.scale != 1:
+        m = step(m * recipe.scale)
     _round(m if origin is None else origin + m, out)
+
+
+def _elected(
+    us: list[Tensor], s: Tensor, recipe: Recipe, step: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """m, q and, if asked for, what stands where one model is alone."""
+    nothing = torch.zeros_like(s)
+    votes = s
+    if recipe.elect == "count":
+        votes = torch.stack([(u > 0).to(s.dtype) - (u < 0).to(s.dtype) for u in us]).sum(0)
+    tied = votes == 0
+    positive = (votes > 0) | (tied & (recipe.zero == "positive"))
+    negative = (votes < 0) | (tied & (recipe.zero == "negative")) | votes.isnan()
+    m, q, alone = nothing, nothing, nothing
+    for i, u in enumerate(us):
+        agrees = (positive & ~(u <= 0)) | (negative & ~(u >= 0))
+        if recipe.elect == "present":
+            agrees = u != 0
+        v = u if recipe.after[i] == 1 else step(u * recipe.after[i])
+        q = q + agrees.to(s.dtype) * torch.tensor(recipe.weights[i], dtype=s.dtype)
+        if recipe.alone:
+            alone = alone + torch.where(agrees, u * recipe.alone[i], nothing)
+        if recipe.combine == "max":
+            larger = (v.abs() > m.abs()) | (v.isnan() & ~m.isnan())
+            m = torch.where(agrees & larger, v, m)
+        else:
+            m = m + torch.where(agrees, v, nothing)
+    if recipe.elect == "sum":
+        m = torch.where(s.isnan(), s, m)
+    return step(m), step(q), alone if recipe.alone else None
 
 
 def _sum(values: list[float]) -> float:
@@ -141,13 +187,64 @@ def _sum(values: list[float]) -> float:
         return math.inf
 
 
-def l1_norms(base: Tensor | None, xs: list[Tensor], keep: list[Keep]) -> list[tuple[float, float]]:
+def l1_norms(
+    base: Tensor | None, xs: list[Tensor], keep: list[Keep], rounded: bool
+) -> list[tuple[float, float]]:
     norms = []
     for x, k in zip(xs, keep, strict=True):
-        d = (x if base is None else _subtract(x, base)).double().reshape(-1).abs().tolist()
-        survivors = [v for v, m in zip(d, kept(k, x, base), strict=True) if m]
+        d = _subtract(x, base, rounded).double().reshape(-1).abs().tolist()
+        survivors = [v for v, m in zip(d, kept(k, x, base, rounded), strict=True) if m]
         norms.append((_sum(d), _sum(survivors)))
     return norms
+
+
+def _pack(mask: list[bool], bits: Tensor) -> None:
+    bits.copy_(torch.from_numpy(np.packbits(np.array(mask, dtype=bool))))
+
+
+def rank_mask(
+    bits: Tensor, x: Tensor, base: Tensor | None, rule: MagPrune, first: int
+) -> tuple[float, float]:
+    rows = x.movedim(1, -1) if x.ndim > 1 else x.reshape(1, -1)
+    magnitudes = _subtract(x, base).double()
+    ranked = magnitudes.movedim(1, -1) if x.ndim > 1 else magnitudes.reshape(1, -1)
+    limits = torch.empty(rows.shape, dtype=torch.int64)
+    by_rank = rule.limits(rows.shape[-1]).tolist()
+    flat = limits.reshape(-1, rows.shape[-1])
+    for row, target in zip(ranked.reshape(flat.shape).tolist(), flat, strict=True):
+        order = sorted(range(len(row)), key=lambda i: (_rank(row[i]), i))
+        for rank, i in enumerate(order):
+            target[i] = by_rank[rank]
+    limits = limits.movedim(-1, 1) if x.ndim > 1 else limits
+    d = magnitudes.reshape(-1).abs().tolist()
+    mask = [_draw(rule.key, first + i) < m for i, m in enumerate(limits.reshape(-1).tolist())]
+    _pack(mask, bits)
+    return _sum(d), _sum([v for v, m in zip(d, mask, strict=True) if m])
+
+
+def variance_mask(
+    bits: Tensor | None, xs: list[Tensor], base: Tensor | None, share: float
+) -> list[float]:
+    acc = torch.float64 if xs[0].dtype == torch.float64 else torch.float32
+    ds = [_subtract(x, base) for x in xs]
+    mean = torch.zeros_like(ds[0])
+    for d in ds:
+        mean = mean + d
+    mean = mean / torch.tensor(len(ds), dtype=acc)
+    variance = torch.zeros_like(mean)
+    for d in ds:
+        variance = variance + (d - mean) * (d - mean)
+    variance = variance / torch.tensor(len(ds), dtype=acc)
+    mask = [True] * mean.numel()
+    if bits is not None:
+        k = int(int((variance != 0).sum()) * share)
+        threshold = Threshold(*_select(variance, k)) if k else NOTHING
+        mask = kept(threshold, variance, None)
+        _pack(mask, bits)
+    return [
+        _sum([v * v for v, m in zip(d.double().reshape(-1).tolist(), mask, strict=True) if m])
+        for d in ds
+    ]
 
 
 def gram(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:

@@ -18,6 +18,7 @@ import mergekern as mk
 from mergekern import Threshold, reference
 from mergekern.backends import digits
 from mergekern.check import accumulator, name_of
+from mergekern.ops.kth_magnitude import kth_magnitudes
 
 import cases
 from cases import CATALOGUE, CHUNK, Case, values
@@ -113,7 +114,8 @@ def test_agrees_with_the_reference(
     for b in (None, base):
         for k in range(1, 24):
             value, above, equal, cut = mk.kth_magnitude(x, k, base=b, backend=backend)
-            expected = reference.kth_magnitude(x.cpu(), None if b is None else b.cpu(), k)
+            origin = None if b is None else b.cpu()
+            ((expected,),) = reference.kth_magnitude([x.cpu()], origin, [[k]])
             assert repr((value, above, equal)) == repr(expected[:3])
             assert cut == expected[3] or equal == k - above
 
@@ -351,6 +353,51 @@ def test_hard_data_of_16_bit_differences(what: str, backend: str, device: str) -
         brute.check(mk.kth_magnitude(x, k, base=base, backend=backend), k)
 
 
+# ---- several at once -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 300, SMALL + 1, CHUNK + 5])
+@pytest.mark.parametrize("rounded", [False, True], ids=["exact", "rounded"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name_of)
+def test_several_ranks_of_several_models(
+    dtype: torch.dtype, rounded: bool, n: int, backend: str, device: str
+) -> None:
+    """The same as one by one; `rounded` ranks differences that are held in the dtype."""
+    base = values((n,), dtype, seed=8).to(device)
+    xs = [(base.float() + 0.01 * values((n,), dtype, seed=i).float()).to(dtype) for i in range(3)]
+    ranks = [[1, n], [max(1, n // 3)], [max(1, n // 2), max(1, n // 5), n]]
+    found = kth_magnitudes(xs, ranks, base=base, rounded=rounded, backend=backend)
+    for x, ks, thresholds in zip(xs, ranks, found, strict=True):
+        brute = Brute((x - base) if rounded else x, None if rounded else base)
+        assert len(thresholds) == len(ks)
+        for k, threshold in zip(ks, thresholds, strict=True):
+            brute.check(threshold, k)
+
+
+@pytest.mark.parametrize("based", [False, True], ids=["alone", "base"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "nan", "zeros"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name_of)
+def test_a_sequence_is_one_vector(
+    dtype: torch.dtype, kind: str, based: bool, backend: str, device: str
+) -> None:
+    shapes = [(7, 5), (), (0,), (3, 4, 2), (1,), (257,)]
+    xs = [values(s, dtype, kind, seed=i).to(device) for i, s in enumerate(shapes)]
+    bases = [values(s, dtype, kind, seed=9 + i).to(device) for i, s in enumerate(shapes)]
+    whole = torch.cat([x.reshape(-1) for x in xs])
+    origin = torch.cat([b.reshape(-1) for b in bases]) if based else None
+    brute = Brute(whole, origin)
+    for k in (1, 17, 200, whole.numel()):
+        base = bases if based else None
+        threshold = mk.kth_magnitude(xs, k, base=base, backend=backend)
+        brute.check(threshold, k)
+        first, kept = 0, 0
+        for x, b in zip(xs, bases, strict=True):
+            part = threshold.from_index(first)
+            kept += sum(reference.kept(part, x.cpu(), b.cpu() if based else None))
+            first += x.numel()
+        assert kept == k
+
+
 # ---- each branch of the C++ backend, by name -------------------------------------------------
 
 
@@ -414,7 +461,7 @@ def test_path_patterns_with_all_ties_kept(paths: Paths) -> None:
     assert_exact(mk.kth_magnitude(x, 10, backend="cpu"), x, 10)
     assert paths == ["_by_patterns"]
     assert_exact(mk.kth_magnitude(x, 9, backend="cpu"), x, 9)
-    assert paths == ["_by_patterns", "_by_patterns", "_cut"]
+    assert paths == ["_by_patterns", "_cut", "_by_patterns"]
 
 
 N, K = 40_000, 20_000  # of the tests below; the wanted value is N + 1 - K = 20001
@@ -503,7 +550,14 @@ REFUSALS = {
     "k NaN": ((X, math.nan), {}, "got nan"),
     "empty": ((torch.zeros(0), 1), {}, "k is out of range; got 1"),
     "integers": ((X.int(), 1), {}, "int32"),
-    "no tensor": (([1.0], 1), {}, "x is no tensor"),
+    "no tensor": ((1.0, 1), {}, "x is no tensor"),
+    "a list of no tensors": (([1.0], 1), {}, "x[0] is no tensor"),
+    "an empty list": (([], 1), {}, "k is out of range"),
+    "k beyond a list": (([X, X], 2 * X.numel() + 1), {}, f"1 to {2 * X.numel()}"),
+    "too few bases": (([X, X], 1), {"base": [X]}, "base has the wrong length; got 1; expected 2"),
+    "one base for a list": (([X, X], 1), {"base": X}, "base has the wrong length"),
+    "base shape in a list": (([X], 1), {"base": [torch.zeros(2)]}, "base[0] differs from x[0]"),
+    "widths in a list": (([X, X.double()], 1), {}, "float64 mixed"),
     "meta": ((X.to("meta"), 1), {}, "meta"),
     "base shape": ((X, 1), {"base": torch.zeros(2)}, "base differs from x in shape"),
     "base dtype": ((X, 1), {"base": X.double()}, "base differs from x in dtype"),

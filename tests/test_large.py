@@ -73,6 +73,27 @@ def test_weighted_sum_of_strided_tensors_at_the_end(cpu_backend: Any) -> None:
     assert_bits_equal(out[-1, -2000:], ((torch.arange(2000) % 251) * 2).to(torch.bfloat16))
 
 
+def plain_sum(cpu_backend: Any, rules: list[object], weights: list[float]) -> object:
+    ones = [1.0] * len(rules)
+    return cpu_backend._cpu.Recipe(
+        keep=rules,
+        before=weights,
+        after=ones,
+        weights=weights,
+        alone=[],
+        rescale=ones,
+        elect=cpu_backend._cpu.Elect.everyone,
+        zero=cpu_backend._cpu.Zero.positive,
+        max=False,
+        normalize=False,
+        stepwise=False,
+        total=1.0,
+        least=0.0,
+        instead=1.0,
+        scale=1.0,
+    )
+
+
 def test_merge_deltas_at_the_end(cpu_backend: Any) -> None:
     """The draws of elements beyond 2**31, and a cut among ties there."""
     x, out = sparse(N, torch.bfloat16), sparse(N, torch.bfloat16)
@@ -81,7 +102,9 @@ def test_merge_deltas_at_the_end(cpu_backend: Any) -> None:
     drawn, cut = Bernoulli(0.5, seed=3, name="embed"), TWO31 + 7
     rules = [
         cpu_backend._cpu.KeepRule.random(k0=drawn.key[0], k1=drawn.key[1], limit=drawn.limit),
-        cpu_backend._cpu.KeepRule.magnitude(threshold=0x3F800000, cut=cut),
+        cpu_backend._cpu.KeepRule.interval(
+            low=0x3F800000, low_cut=cut, high=0x7F800002, high_cut=0
+        ),
     ]
     view = cpu_backend.view(x)
     scratch = torch.zeros(2 * cpu_backend._cpu.MERGE_BLOCK)
@@ -89,13 +112,7 @@ def test_merge_deltas_at_the_end(cpu_backend: Any) -> None:
         out=cpu_backend.view(out),
         base=None,
         xs=[view, view],
-        weights=[1.0, 2.0],
-        factors=[1.0, 2.0],
-        keep=rules,
-        elect=cpu_backend._cpu.Elect.none,
-        normalize=False,
-        total=1.0,
-        scale=1.0,
+        recipe=plain_sum(cpu_backend, rules, [1.0, 2.0]),
         scratch=scratch.data_ptr(),
         begin=begin,
         end=end,
@@ -112,7 +129,7 @@ def test_draws_use_both_words_of_the_counter(first: int, cpu_backend: Any) -> No
     """Element 2**35 begins block 2**32. A stride of 0 makes a view that long out of one number."""
     drawn = Bernoulli(0.5, seed=4)
     expected = [reference._draw(drawn.key, e) for e in range(first, first + 40)]
-    got = torch_backend._draws(drawn.key, first, 40, torch.device("cpu"))
+    got = torch_backend.draws(drawn.key, first, 40, torch.device("cpu"))
     assert got.tolist() == expected
 
     one, out = torch.ones(1), torch.zeros(1)
@@ -129,13 +146,7 @@ def test_draws_use_both_words_of_the_counter(first: int, cpu_backend: Any) -> No
             out=target,
             base=None,
             xs=[x],
-            weights=[1.0],
-            factors=[1.0],
-            keep=[rule],
-            elect=cpu_backend._cpu.Elect.none,
-            normalize=False,
-            total=1.0,
-            scale=1.0,
+            recipe=plain_sum(cpu_backend, [rule], [1.0]),
             scratch=scratch.data_ptr(),
             begin=e,
             end=e + 1,

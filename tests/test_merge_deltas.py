@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import mergekern as mk
-from mergekern import Bernoulli, Threshold, reference
+from mergekern import Band, Bernoulli, Mask, Threshold, reference
 from mergekern.check import accumulator, name_of
-from mergekern.keep import Keep
+from mergekern.keep import Keep, Recipe, above
 
 import cases
 import elementwise
@@ -31,16 +31,26 @@ NAN, INF = math.nan, math.inf
 
 
 def factors_of(
-    base: Tensor | None, xs: list[Tensor], weights: list[float], keep: list[Keep], rescale: Any
+    base: Tensor | None,
+    xs: list[Tensor],
+    keep: list[Keep],
+    rescale: Any,
+    stepwise: bool = False,
 ) -> list[float]:
     if rescale == "density":
         limits = [k.limit if isinstance(k, Bernoulli) else 65536 for k in keep]
-        return [w / ((limit or 65536) / 65536) for w, limit in zip(weights, limits)]
+        return [1 / ((limit or 65536) / 65536) for limit in limits]
     if rescale == "l1":
-        norms = reference.l1_norms(base, xs, keep)
+        norms = reference.l1_norms(base, xs, keep, stepwise)
+        if stepwise:  # held in the dtype of the tensors
+            norms = [
+                torch.tensor(pair, dtype=torch.float64).to(xs[0].dtype).tolist() for pair in norms
+            ]
         ratios = [a / b if 1e-7 <= a < INF and b >= 1e-7 else 1.0 for a, b in norms]
-        return [w * float(np.float32(r)) for w, r in zip(weights, ratios)]
-    return list(weights)
+        if stepwise:
+            return torch.tensor(ratios, dtype=torch.float64).to(xs[0].dtype).float().tolist()
+        return [float(np.float32(r)) for r in ratios]
+    return [1.0] * len(xs) if rescale is None else list(rescale)
 
 
 def specified(
@@ -49,31 +59,52 @@ def specified(
     weights: Sequence[float],
     *,
     keep: Sequence[Keep] | None = None,
-    rescale: str | None = None,
+    rescale: Any = None,
     elect: str | None = None,
-    normalize: bool = False,
+    zero: str = "positive",
+    weigh: str = "before",
+    combine: str = "sum",
+    alone: list[float] | None = None,
+    normalize: bool | str = False,
+    floor: float = 0.0,
     scale: float = 1.0,
+    rounding: str = "once",
     dtype: torch.dtype | None = None,
     acc: torch.dtype | None = None,
 ) -> Tensor:
     """What csrc/merge_deltas.h promises, step by step in `acc` (the accumulator if None)."""
     xs, base = [x.cpu() for x in xs], None if base is None else base.cpu()
-    weights = [float(w) for w in weights]
-    rules: list[Keep] = [None] * len(xs) if keep is None else list(keep)
+    n, stepwise, weights = len(xs), rounding == "host", [float(w) for w in weights]
+    if stepwise:
+        weights = torch.tensor(weights, dtype=xs[0].dtype).tolist()
+    rules: list[Keep] = [None] * n if keep is None else list(keep)
     out = torch.empty(xs[0].shape, dtype=dtype or xs[0].dtype)
-    reference.merge_deltas(
-        out,
-        base,
-        xs,
-        weights,
-        factors_of(base, xs, weights, rules, rescale),
-        rules,
-        elect,
-        normalize,
-        sum(weights) if abs(sum(weights)) >= 1e-8 else 1.0,
-        scale,
-        acc=acc or accumulator(xs[0].dtype),
+    factors = factors_of(base, xs, rules, rescale, stepwise)
+    if elect is None and (combine == "max" or normalize == "count"):
+        elect = "present"
+    ones = [1.0] * n
+    before, after = (ones, weights) if elect and weigh == "after" else (weights, ones)
+    if not stepwise:
+        before = [b * f for b, f in zip(before, factors, strict=True)]
+    total = float(torch.tensor(weights, dtype=xs[0].dtype).sum()) if stepwise else sum(weights)
+    recipe = Recipe(
+        keep=rules,
+        before=before,
+        after=after,
+        weights=ones if normalize == "count" else weights,
+        alone=alone or [],
+        rescale=factors,
+        elect=elect or "everyone",
+        zero=zero,
+        combine=combine,
+        normalize=bool(normalize),
+        stepwise=stepwise,
+        total=total if abs(total) >= 1e-8 else 1.0,
+        least=floor,
+        instead=floor or 1.0,
+        scale=scale,
     )
+    reference.merge_deltas(out, base, xs, recipe, acc=acc or accumulator(xs[0].dtype))
     return out
 
 
@@ -85,7 +116,21 @@ def trims(xs: list[Tensor], base: Tensor | None, share: float = 0.2) -> list[Kee
         return [None] * len(xs)
     k = max(1, int(share * xs[0].numel()))
     origin = None if base is None else base.cpu()
-    return [Threshold(*reference.kth_magnitude(x.cpu(), origin, k)) for x in xs]
+    found = reference.kth_magnitude([x.cpu() for x in xs], origin, [[k]] * len(xs))
+    return [Threshold(*one) for (one,) in found]
+
+
+def bands(xs: list[Tensor], base: Tensor | None) -> list[Keep]:
+    """The largest 70 % without the largest 20 %."""
+    pairs = zip(trims(xs, base, 0.7), trims(xs, base, 0.2))
+    return [None if most is None else Band(least, most) for least, most in pairs]
+
+
+def masks(xs: list[Tensor], density: float = 0.4) -> list[Keep]:
+    generator = torch.Generator().manual_seed(xs[0].numel())
+    drawn = [torch.rand(x.numel(), generator=generator) < density for x in xs]
+    packed = [torch.from_numpy(np.packbits(d.numpy())) for d in drawn]
+    return [Mask(bits.to(xs[0].device)) for bits in packed]
 
 
 def draws(xs: list[Tensor], density: float = 0.3) -> list[Keep]:
@@ -113,6 +158,48 @@ RECIPES: dict[str, Callable[[list[Tensor], Tensor | None], dict[str, Any]]] = {
         "scale": -0.5,
     },
     "alternating": lambda xs, base: {"keep": alternating(xs, base), "elect": "sum"},
+    "breadcrumbs": lambda xs, base: {"keep": bands(xs, base), "elect": "sum"},
+    "masks": lambda xs, base: {"keep": masks(xs), "rescale": [1.5] * len(xs)},
+    "masked ties": lambda xs, base: {"keep": masks(xs), "elect": "sum", "normalize": True},
+    "sce": lambda xs, base: {
+        "keep": masks(xs),
+        "elect": "sum",
+        "weigh": "after",
+        "normalize": True,
+        "floor": 1e-6,
+    },
+    "peft": lambda xs, base: {
+        "keep": trims(xs, base),
+        "elect": "sum",
+        "weigh": "after",
+        "normalize": "count",
+    },
+    "peft frequency": lambda xs, base: {"elect": "count", "weigh": "after", "normalize": "count"},
+    "ram": lambda xs, base: {"keep": [above(0.5)] * len(xs), "normalize": "count"},
+    "ram plus": lambda xs, base: {
+        "keep": [above(0.5)] * len(xs),
+        "normalize": "count",
+        "alone": [1.0 + 0.25 * i for i in range(len(xs))],
+    },
+    "magmax": lambda xs, base: {"combine": "max", "scale": 0.5},
+    "elected max": lambda xs, base: {"keep": trims(xs, base), "elect": "sum", "combine": "max"},
+    "tie negative": lambda xs, base: {"elect": "count", "zero": "negative"},
+    "tie none": lambda xs, base: {"elect": "sum", "zero": "none", "normalize": "count"},
+    "tie sum negative": lambda xs, base: {"elect": "sum", "zero": "negative"},
+    "host ties": lambda xs, base: {
+        "elect": "sum",
+        "normalize": True,
+        "scale": 0.7,
+        "rounding": "host",
+    },
+    "host dare": lambda xs, base: {"keep": masks(xs), "rescale": "l1", "rounding": "host"},
+    "host normalized": lambda xs, base: {"normalize": True, "scale": 1.25, "rounding": "host"},
+    "host after": lambda xs, base: {
+        "elect": "count",
+        "weigh": "after",
+        "normalize": "count",
+        "rounding": "host",
+    },
 }
 
 

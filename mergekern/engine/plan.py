@@ -30,6 +30,7 @@ class Task:
     arguments: dict[str, Any] | None  # of the method; None: copy
     compute: torch.dtype
     result: Signature
+    read: int  # bytes in the files
     cost: int  # bytes in memory while the task runs
 
 
@@ -76,7 +77,7 @@ def make_plan(
         tasks=tuple(tasks),
         shards=tuple(_shards(tasks, checkpoints, shard_size)),
         dropped=tuple(key for key, rule in rules.items() if rule.action == "drop"),
-        bytes_read=sum(nbytes(checkpoints[i].signatures[t.key]) for t in tasks for i in t.sources),
+        bytes_read=sum(t.read for t in tasks),
         bytes_written=sum(nbytes(t.result) for t in tasks),
     )
 
@@ -177,6 +178,7 @@ def _task(
     if merged:
         config.method.check_count(len(models), config.base_apart)
     shape = signatures[0].shape
+    read = sum(map(nbytes, signatures))
     converted = sum(nbytes(Signature(compute, shape)) for s in signatures if s.dtype != compute)
     return Task(
         key=key,
@@ -184,7 +186,8 @@ def _task(
         arguments=arguments(config, key, position, models) if merged else None,
         compute=compute,
         result=Signature(result, shape),
-        cost=sum(map(nbytes, signatures)) + nbytes(Signature(result, shape)) + converted,
+        read=read,
+        cost=read + nbytes(Signature(result, shape)) + converted,
     )
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+
+
+class Bar:
+    """What is to be done and what is done, in bytes; may be called from any thread."""
+
+    def expect(self, size: int) -> None:
+        """So much more will be done."""
+
+    def advance(self, size: int) -> None:
+        """So much more is done."""
 
 
 @contextlib.contextmanager
-def bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(bytes)`, which may be called from any thread."""
+def bar(*, shown: bool) -> Iterator[Bar]:
     if not shown:
-        yield lambda size: None
+        yield Bar()
         return
     from rich.console import Console
     from rich.progress import (
@@ -31,5 +40,16 @@ def bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
         console=Console(stderr=True),
         refresh_per_second=4,
     ) as progress:
-        task = progress.add_task("merging", total=total)
-        yield lambda size: progress.advance(task, size)
+        task = progress.add_task("merging", total=0)
+
+        class Shown(Bar):
+            total = 0
+
+            def expect(self, size: int) -> None:
+                self.total += size
+                progress.update(task, total=self.total)
+
+            def advance(self, size: int) -> None:
+                progress.advance(task, size)
+
+        yield Shown()

@@ -53,6 +53,7 @@ def merge_checkpoints(
     device: str = "cpu",
     seed: int = 0,
     backend: str = "auto",
+    host: str | None = None,
     progress: bool = True,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
@@ -65,13 +66,15 @@ def merge_checkpoints(
     `out` appears, complete and synced to disk, or not at all.
 
     dtype in the configuration only sets the dtype of the result (out_dtype goes before it):
-    inputs are never rounded, the result is, once. float64 computes in float64.
+    inputs are never rounded, the result is, once. float64 computes in float64. host: reproduce
+    that tool's selection, rounding and sign rules, as in `merge_tensors`.
 
     Raises: ConfigError, CheckpointError, ArgumentError; OSError where the disk refuses.
     Source: mergekit `mergekit-yaml`, `mergekit-pytorch`.
     """
     started = time.perf_counter()
     parsed = load_config(config)
+    parsed.method.check_host(host)
     target = Path(out)
     _check_device(device)
     limit, largest = parse_size("memory", memory), parse_size("shard_size", shard_size)
@@ -85,9 +88,9 @@ def merge_checkpoints(
         home = checkpoints[parsed.paths.index(parsed.home)]
         carried, left_out = carry(home, staging, parsed.out_dtype or parsed.dtype)
         write_card(parsed, staging)
-        settings = Settings(parsed, device, seed, backend)
-        with bar(sum(t.cost for t in plan.tasks), shown=progress) as advance:
-            stream(plan, checkpoints, staging, settings, limit, advance)
+        with bar(shown=progress) as shown:
+            settings = Settings(parsed, device, seed, backend, host, limit, shown)
+            bytes_read = stream(plan, checkpoints, staging, settings)
     merged = sum(t.arguments is not None for t in plan.tasks)
     return Manifest(
         out=target,
@@ -95,7 +98,7 @@ def merge_checkpoints(
         merged=merged,
         copied=len(plan.tasks) - merged,
         dropped=plan.dropped,
-        bytes_read=plan.bytes_read,
+        bytes_read=bytes_read,
         bytes_written=plan.bytes_written,
         seconds=time.perf_counter() - started,
         weights=tuple(s.path for s in plan.shards),

@@ -6,10 +6,11 @@ import contextlib
 import json
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from .checkpoint import Checkpoint
 from .config import MergeConfig
 from .files import SafetensorsWriter, nbytes
 from .plan import Plan, Task
+from .progress import Bar
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Settings:
     device: str
     seed: int
     backend: str
+    host: str | None
+    memory: int
+    bar: Bar
 
 
 # Code that torch loads on first use, scratch of the kernels, freed results that the heap keeps.
@@ -60,22 +65,20 @@ class _Budget:
             self._changed.notify_all()
 
 
-def stream(
-    plan: Plan,
-    checkpoints: list[Checkpoint],
-    staging: Path,
-    settings: Settings,
-    memory: int,
-    advance: Callable[[int], None],
-) -> None:
-    """Reader and writer threads around the computing one; any error ends all three."""
+@contextlib.contextmanager
+def _ahead(
+    tasks: Sequence[Task], checkpoints: list[Checkpoint], memory: int
+) -> Iterator[tuple[Iterator[Task], _Budget]]:
+    """The tasks, each when its tensors are in memory, read by a thread as far as the budget goes.
+
+    Who has done a task gives its cost back. Any error, here or there, ends both.
+    """
     budget = _Budget(max(memory - OVERHEAD, memory // 2))
     ready: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-    output = _Output(plan, staging, checkpoints[0].metadata)
 
     def read() -> None:
         try:
-            for task in plan.tasks:
+            for task in tasks:
                 if not budget.take(task.cost):
                     return
                 for i in task.sources:
@@ -83,6 +86,64 @@ def stream(
                 ready.put(task)
         finally:
             ready.put(None)
+
+    with ThreadPoolExecutor(1, "mergekern-read") as reader:
+        reading = reader.submit(read)
+        try:
+            yield iter(ready.get, None), budget
+            reading.result()
+        finally:
+            budget.close()
+
+
+def stream(
+    plan: Plan,
+    checkpoints: list[Checkpoint],
+    staging: Path,
+    settings: Settings,
+) -> int:
+    """The survey, if the method has one, then the merge; all bytes read."""
+    read = plan.bytes_read
+
+    def visit(visitor: Callable[..., None]) -> None:
+        nonlocal read
+        read += _visit(visitor, plan, checkpoints, settings)
+
+    settings.bar.expect(sum(task.cost for task in plan.tasks))
+    survey = settings.config.method.survey
+    _merge(plan, checkpoints, staging, settings, None if survey is None else survey(visit))
+    return read
+
+
+def _visit(
+    visitor: Callable[..., None],
+    plan: Plan,
+    checkpoints: list[Checkpoint],
+    settings: Settings,
+) -> int:
+    """One pass over every tensor that is merged; the bytes it reads."""
+    tasks = [task for task in plan.tasks if task.arguments is not None]
+    size = sum(task.read for task in tasks)
+    settings.bar.expect(size)
+    with _ahead(tasks, checkpoints, settings.memory) as (ready, budget):
+        for task in ready:
+            visitor(_inputs(task, checkpoints, settings), **(task.arguments or {}))
+            for i in task.sources:
+                checkpoints[i].release(task.key)
+            budget.give(task.cost)
+            settings.bar.advance(task.read)
+    return size
+
+
+def _merge(
+    plan: Plan,
+    checkpoints: list[Checkpoint],
+    staging: Path,
+    settings: Settings,
+    survey: Any,
+) -> None:
+    """Reader and writer threads around the computing one; any error ends all three."""
+    output = _Output(plan, staging, checkpoints[0].metadata)
 
     def write(task: Task, result: Tensor) -> None:
         with contextlib.ExitStack() as failed:
@@ -92,48 +153,51 @@ def stream(
             for i in task.sources:
                 checkpoints[i].release(task.key)
             budget.give(task.cost)
-            advance(task.cost)
+            settings.bar.advance(task.cost)
             failed.pop_all()
 
     with (
-        ThreadPoolExecutor(1, "mergekern-read") as reader,
+        _ahead(plan.tasks, checkpoints, settings.memory) as (ready, budget),
         ThreadPoolExecutor(1, "mergekern-write") as writer,
     ):
-        reading = reader.submit(read)
         writing: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
-        try:
-            while (task := ready.get()) is not None:
-                result = _compute(task, checkpoints, settings)
-                writing.put(writer.submit(write, task, result))
-                del result
-                while not writing.empty():  # raises what the writer raised
-                    done = writing.get()
-                    if not done.done():
-                        writing.put(done)
-                        break
-                    done.result()
-            reading.result()
-            while not writing.empty():
-                writing.get().result()
-        finally:
-            budget.close()
+        for task in ready:
+            result = _compute(task, checkpoints, settings, survey)
+            writing.put(writer.submit(write, task, result))
+            del result
+            while not writing.empty():  # raises what the writer raised
+                done = writing.get()
+                if not done.done():
+                    writing.put(done)
+                    break
+                done.result()
+        while not writing.empty():
+            writing.get().result()
 
 
-def _compute(task: Task, checkpoints: list[Checkpoint], settings: Settings) -> Tensor:
-    tensors = [checkpoints[i].read(task.key) for i in task.sources]
+def _compute(task: Task, checkpoints: list[Checkpoint], settings: Settings, survey: Any) -> Tensor:
     if task.arguments is None:
-        return tensors[0].to(task.result.dtype)
-    tensors = [x.to(device=settings.device, dtype=task.compute) for x in tensors]
+        return checkpoints[task.sources[0]].read(task.key).to(task.result.dtype)
+    inputs = replace(_inputs(task, checkpoints, settings), survey=survey)
+    return settings.config.method.merge(inputs, **task.arguments).cpu()
+
+
+def _inputs(task: Task, checkpoints: list[Checkpoint], settings: Settings) -> Inputs:
+    tensors = [
+        checkpoints[i].read(task.key).to(device=settings.device, dtype=task.compute)
+        for i in task.sources
+    ]
     apart = settings.config.base_apart
-    inputs = Inputs(
+    return Inputs(
         xs=tensors[apart:],
         base=tensors[0] if apart else None,
         name=task.key,
         seed=settings.seed,
         out_dtype=task.result.dtype,
         backend=settings.backend,
+        host=settings.host,
+        models=[i - apart for i in task.sources[apart:]],
     )
-    return settings.config.method.merge(inputs, **task.arguments).cpu()
 
 
 class _Output:

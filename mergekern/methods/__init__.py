@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import geometry, interpolation, task_vectors
+from . import della, geometry, interpolation, ram, sce, task_vectors, whole_model
 from .registry import Inputs, Method, Parameter
 
 REGISTRY: dict[str, Method] = {
@@ -19,6 +19,15 @@ REGISTRY: dict[str, Method] = {
         task_vectors.TIES,
         task_vectors.DARE_LINEAR,
         task_vectors.DARE_TIES,
+        task_vectors.BREADCRUMBS,
+        task_vectors.BREADCRUMBS_TIES,
+        task_vectors.MAGNITUDE_PRUNE,
+        della.DELLA,
+        della.DELLA_LINEAR,
+        sce.SCE,
+        ram.RAM,
+        ram.RAMPLUS_TL,
+        whole_model.TIES_GLOBAL,
     )
 }
 

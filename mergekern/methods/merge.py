@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,14 +56,32 @@ def merge_tensors(
     """
     spec = method_named(method)
     spec.check_host(host)
-    xs = [check.tensor(method, x, f"tensors[{i}]") for i, x in enumerate(tensors)]
+    inputs = _inputs(spec, tensors, base, name, seed, out_dtype, backend, host)
+    arguments = spec.arguments(parameters, len(inputs.xs))
+    if spec.survey is not None:
+        inputs = replace(inputs, survey=spec.survey(lambda visitor: visitor(inputs, **arguments)))
+    return spec.merge(inputs, **arguments)
+
+
+def _inputs(
+    spec: Method,
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    name: str,
+    seed: int,
+    out_dtype: torch.dtype | None,
+    backend: str,
+    host: str | None,
+) -> Inputs:
+    """Checked tensors of one dtype, the base in its place."""
+    xs = [check.tensor(spec.name, x, f"tensors[{i}]") for i, x in enumerate(tensors)]
     if base is not None:
-        base = check.tensor(method, base, "base")
+        base = check.tensor(spec.name, base, "base")
     spec.check_count(len(xs), base is not None)
     if base is not None and not spec.subtracts_base:
         xs, base = [base, *xs], None
     dtype = common_dtype([x.dtype for x in xs] + ([] if base is None else [base.dtype]))
-    inputs = Inputs(
+    return Inputs(
         xs=[x.to(dtype) for x in xs],
         base=None if base is None else base.to(dtype),
         name=name,
@@ -71,7 +90,6 @@ def merge_tensors(
         backend=backend,
         host=host,
     )
-    return spec.merge(inputs, **spec.arguments(parameters, len(xs)))
 
 
 def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -111,7 +129,8 @@ def merge_state_dicts(
     spec = method_named(method)
     spec.check_host(host)
     spec.check_count(len(state_dicts), base is not None)
-    spec.arguments(parameters, len(models) - (base is not None and spec.subtracts_base))
+    apart = base is not None and spec.subtracts_base
+    arguments = spec.arguments(parameters, len(models) - apart)
     problems = agree(
         {label: {k: Signature.of(t) for k, t in d.items()} for label, d in models.items()}
     )
@@ -125,20 +144,19 @@ def merge_state_dicts(
         lines = "; ".join(f"{key}: {what}" for key, what in problems.items())
         raise ArgumentError(f"merge_state_dicts: {len(problems)} tensors do not fit: {lines}")
 
-    merged = {}
-    for key, x in first.items():
-        if x.dtype not in check.FLOATS:
-            merged[key] = x.clone()
-            continue
-        merged[key] = merge_tensors(
-            [d[key] for d in state_dicts],
-            method,
-            base=None if base is None else base[key],
-            name=key,
-            seed=seed,
-            out_dtype=out_dtype,
-            backend=backend,
-            host=host,
-            **parameters,
-        )
-    return merged
+    def inputs_of(key: str) -> Inputs:
+        tensors, its_base = [d[key] for d in state_dicts], None if base is None else base[key]
+        return _inputs(spec, tensors, its_base, key, seed, out_dtype, backend, host)
+
+    def visit(visitor: Callable[..., None]) -> None:
+        for key, x in first.items():
+            if x.dtype in check.FLOATS:
+                visitor(inputs_of(key), **arguments)
+
+    survey = None if spec.survey is None else spec.survey(visit)
+    return {
+        key: spec.merge(replace(inputs_of(key), survey=survey), **arguments)
+        if x.dtype in check.FLOATS
+        else x.clone()
+        for key, x in first.items()
+    }

@@ -29,6 +29,7 @@ class Parameter:
     default: Any
     doc: str
     bounds: tuple[float, float] | None = None
+    choices: tuple[str, ...] = ()  # of a text
 
     @property
     def required(self) -> bool:
@@ -36,6 +37,9 @@ class Parameter:
 
     def value(self, owner: str, given: Any) -> Any:
         """`given` as this parameter's type; strings as YAML leaves them ("1e-3") are read."""
+        if self.kind is str:
+            check.choice(owner, self.name, given, self.choices)
+            return given
         if self.kind is bool:
             if isinstance(given, bool) or given in (0, 1):
                 return bool(given)
@@ -80,6 +84,13 @@ class Inputs:
     out_dtype: torch.dtype
     backend: str
     host: str | None = None  # reproduce this tool's selection, rounding and sign rules
+    models: Sequence[int] | None = None  # which of the merge's models have the tensor; None: all
+    survey: Any = None  # what the method's survey found
+
+
+# `visit(f)` reads every tensor that is merged once, in the order of the plan, and calls
+# `f(inputs, **arguments)`, with what `merge` will get. Each call is one more pass over the models.
+Visit = Callable[[Callable[..., None]], None]
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,11 @@ class Method:
 
     base "required": task vectors are taken from it. "optional": so if given. "first": if given it
     is the first model. "model": it is one model among the others.
+
+    survey: for methods that must know the whole model before they merge its first tensor, such as
+    a threshold over all tensors. It takes a `Visit`, may call it as often as it needs, and what it
+    returns is `inputs.survey` in `merge`. A visitor that keeps `inputs` keeps its memory: it takes
+    numbers out. `merge_tensors` surveys its one tensor.
     """
 
     name: str
@@ -97,6 +113,7 @@ class Method:
     parameters: tuple[Parameter, ...]
     merge: Callable[..., Tensor]
     parity: Mapping[str, str] = field(default_factory=dict)  # host -> what equals its result
+    survey: Callable[[Visit], Any] | None = None
 
     @property
     def subtracts_base(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +9,11 @@ from torch import Tensor
 
 from .. import check, dispatch
 from ..errors import ArgumentError
-from ..keep import Bernoulli, Keep, Threshold
+from ..keep import Band, Bernoulli, Keep, Mask, Recipe, Threshold
 from ._cost import Cost
 
-ELECTIONS = (None, "sum", "count")
+ELECTIONS = (None, "present", "sum", "count")
+ZEROS = ("positive", "negative", "none")
 RESCALES = (None, "l1", "density")
 
 
@@ -23,23 +23,38 @@ def merge_deltas(
     weights: Sequence[float],
     *,
     keep: Sequence[Keep] | None = None,
-    rescale: str | None = None,
+    rescale: str | Sequence[float] | None = None,
     elect: str | None = None,
-    normalize: bool = False,
+    zero: str = "positive",
+    weigh: str = "before",
+    combine: str = "sum",
+    alone: Sequence[float] | None = None,
+    normalize: bool | str = False,
+    floor: float = 0.0,
     scale: float = 1.0,
+    rounding: str = "once",
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """out = base + scale * combine_i(w_i r_i keep_i(x_i - base)).
 
-    keep: None, or per model None, a `Threshold` (of `kth_magnitude`) or a `Bernoulli`.
+    keep: None, or per model None, a `Threshold` (of `kth_magnitude`), a `Band`, a `Bernoulli` or
+    a `Mask`.
     rescale: r_i = 1 (None); "l1": sum |delta_i| / sum |kept delta_i|, as mergekit, 1 where either
-    norm is below 1e-7 or not finite; "density": one over the probability of a Bernoulli, as DARE.
-    elect: None sums. "sum": per element the sign of sum_i v_i (v_i the weighted deltas), "count":
-    the sign held by more of them; 0 counts as +. Only v_i of that sign are added; zeros are not.
-    normalize: divide by sum_i w_i, with an election by that of the agreeing models; a sum within
-    1e-8 of 0 (exactly 0 with an election) divides by 1.
+    norm is below 1e-7 or not finite; "density": one over the probability of a Bernoulli, as DARE;
+    or one number per model.
+    elect: who takes part, per element. None: all. "present": the kept deltas that are not 0.
+    "sum": those of the sign of sum_i v_i (v_i the weighted deltas), "count": those of the sign
+    that more of them have. zero: the sign of a tied vote; with "none" nobody takes part then.
+    weigh: w_i goes in "before" the vote (mergekit) or "after" it (PEFT).
+    combine: "sum", or "max": the first v_i of the largest magnitude, with its sign.
+    normalize: True divides by sum_i w_i, with an election by that of those who take part; "count"
+    by their number. A sum within 1e-8 of 0 (with an election: within `floor`) divides by 1 (by
+    `floor` if that is not 0).
+    alone: with "present" and "count", factors instead of the weights where one model is alone.
+    rounding: "once", at the store; "host": after every step, as tools do that compute in the
+    dtype of the tensors (see csrc/merge_deltas.h: stepwise).
     base None: the xs are task vectors already and nothing is added.
 
     Shapes: all of one shape, any strides. `out` may be one of the inputs.
@@ -53,8 +68,8 @@ def merge_deltas(
     Cost: one read of base and of every x, one write; "l1" one more read. Nothing of size
     N x numel is allocated.
     Raises: ArgumentError for unequal inputs, non-finite weights, unknown options.
-    Source: task arithmetic (2212.04089), TIES (2306.01708), DARE (2311.03099); mergekit
-    `generalized_task_arithmetic`.
+    Source: task arithmetic (2212.04089), TIES (2306.01708), DARE (2311.03099), RAM (2601.13572);
+    mergekit `generalized_task_arithmetic`, PEFT `merge_utils`.
 
     >>> import torch
     >>> base, a, b = torch.zeros(3), torch.tensor([1.0, -1.0, 4.0]), torch.tensor([3.0, 2.0, 0.0])
@@ -68,58 +83,124 @@ def merge_deltas(
         base = check.tensor(op, base, "base")
         check.same(op, "base", base, "xs[0]", first)
     weights = check.numbers(op, "weights", weights, n)
-    scale = check.number(op, "scale", scale)
+    scale, floor = check.number(op, "scale", scale), check.number(op, "floor", floor)
     check.choice(op, "elect", elect, ELECTIONS)
-    check.choice(op, "rescale", rescale, RESCALES)
-    rules = _rules(op, keep, n)
+    check.choice(op, "zero", zero, ZEROS)
+    check.choice(op, "weigh", weigh, ("before", "after"))
+    check.choice(op, "combine", combine, ("sum", "max"))
+    check.choice(op, "normalize", normalize, (False, True, "count"))
+    check.choice(op, "rounding", rounding, ("once", "host"))
+    if combine == "max" and normalize:
+        raise ArgumentError.of(op, "a maximum is not normalized", normalize, "normalize=False")
+    if elect is None and (combine == "max" or normalize == "count"):
+        elect = "present"
+    rules = _rules(op, keep, first, n)
     dtype = check.result_dtype(op, out_dtype, out, first)
     out = check.output(op, out, first, dtype=dtype, inputs=xs if base is None else [base, *xs])
     chosen = dispatch.select(backend, op, first.device, first.dtype)
 
-    factors = list(weights)
-    if rescale == "l1":
-        norms = dispatch.load(chosen, op, "l1_norms")(base, xs, rules)
-        factors = [w * _l1_factor(*pair) for w, pair in zip(weights, norms, strict=True)]
-    elif rescale == "density":
-        factors = [w / _probability(k) for w, k in zip(weights, rules, strict=True)]
-    total = sum(weights)
-    dispatch.load(chosen, op)(
-        out,
-        base,
-        xs,
-        weights,
-        factors,
-        rules,
-        elect,
-        normalize,
-        total if abs(total) >= 1e-8 else 1.0,
-        scale,
+    stepwise = rounding == "host"
+    if stepwise:  # such tools hold their weights in a tensor of that dtype
+        weights = torch.tensor(weights, dtype=first.dtype).tolist()
+    if isinstance(rescale, str | None):
+        check.choice(op, "rescale", rescale, RESCALES)
+        factors = _factors(op, chosen, rescale, base, xs, rules, stepwise)
+    else:
+        factors = check.numbers(op, "rescale", rescale, n)
+    first_factors = [1.0] * n if elect and weigh == "after" else weights
+    recipe = Recipe(
+        keep=rules,
+        before=first_factors
+        if stepwise
+        else [w * r for w, r in zip(first_factors, factors, strict=True)],
+        after=weights if elect and weigh == "after" else [1.0] * n,
+        weights=[1.0] * n if normalize == "count" else weights,
+        alone=[] if alone is None else _alone(op, alone, elect, normalize, n),
+        rescale=factors,
+        elect=elect or "everyone",
+        zero=zero,
+        combine=combine,
+        normalize=bool(normalize),
+        stepwise=stepwise,
+        total=_total(weights, first.dtype, stepwise),
+        least=floor,
+        instead=floor or 1.0,
+        scale=scale,
     )
+    dispatch.load(chosen, op)(out, base, xs, recipe)
     return out
 
 
-def _rules(op: str, keep: Sequence[Keep] | None, n: int) -> list[Keep]:
+def _rules(op: str, keep: Sequence[Keep] | None, like: Tensor, n: int) -> list[Keep]:
     rules: list[Keep] = [None] * n if keep is None else list(keep)
     if len(rules) != n:
         raise ArgumentError.of(op, "keep has the wrong length", len(rules), n)
     for rule in rules:
         if isinstance(rule, Bernoulli) and not 0 <= rule.density <= 1:
             raise ArgumentError.of(op, "density is out of range", rule.density, "0 to 1")
-        if not (rule is None or isinstance(rule, Bernoulli | Threshold)):
-            kinds = "None, Threshold or Bernoulli"
+        if isinstance(rule, Mask):
+            check.mask(op, rule.bits, like)
+        elif not (rule is None or isinstance(rule, Bernoulli | Threshold | Band)):
+            kinds = "None, Threshold, Band, Bernoulli or Mask"
             raise ArgumentError.of(op, "keep holds an unknown rule", type(rule).__name__, kinds)
     return rules
 
 
-def _l1_factor(everything: float, kept: float) -> float:
-    """Rounded to float32, so that backends with another order of summation agree on it."""
-    if everything < 1e-7 or kept < 1e-7 or not math.isfinite(everything):
+def _alone(
+    op: str, alone: Sequence[float], elect: str | None, normalize: bool | str, n: int
+) -> list[float]:
+    if elect != "present" or normalize != "count":
+        needed = "elect='present' and normalize='count'"
+        raise ArgumentError.of(op, "alone goes with a mean of those present", elect, needed)
+    return check.numbers(op, "alone", alone, n)
+
+
+def _factors(
+    op: str,
+    chosen: str,
+    rescale: str | None,
+    base: Tensor | None,
+    xs: list[Tensor],
+    rules: list[Keep],
+    stepwise: bool,
+) -> list[float]:
+    if rescale == "l1":
+        norms = dispatch.load(chosen, op, "l1_norms")(base, xs, rules, stepwise)
+        return [
+            l1_factor(everything, kept, _norm_dtype(xs[0].dtype, k) if stepwise else torch.float64)
+            for (everything, kept), k in zip(norms, rules, strict=True)
+        ]
+    if rescale == "density":
+        return [1 / _probability(k) for k in rules]
+    return [1.0] * len(xs)
+
+
+def l1_factor(everything: float, kept: float, dtype: torch.dtype = torch.float64) -> float:
+    """What restores an L1 norm; `dtype`: that of a tool that holds its norms in it.
+
+    Rounded to float32, so that backends with another order of summation agree on it. 1 where
+    either norm is below 1e-7 or not finite.
+    """
+    norms = torch.tensor([everything, kept], dtype=torch.float64).to(dtype)
+    if not bool((norms >= 1e-7).all()) or not bool(norms.isfinite().all()):
         return 1.0
-    return float(torch.tensor(everything / kept, dtype=torch.float32))
+    return float((norms[0] / norms[1]).to(torch.float32))
+
+
+def _norm_dtype(dtype: torch.dtype, keep: Keep) -> torch.dtype:
+    """mergekit draws masks in float32 where the tensor is float16, and takes norms in that type."""
+    return torch.float32 if dtype == torch.float16 and isinstance(keep, Mask) else dtype
 
 
 def _probability(keep: Keep) -> float:
     return keep.limit / 65536 if isinstance(keep, Bernoulli) and keep.limit else 1.0
+
+
+def _total(weights: list[float], dtype: torch.dtype, stepwise: bool) -> float:
+    total = sum(weights)
+    if stepwise:
+        total = float(torch.tensor(weights, dtype=dtype).sum())
+    return total if abs(total) >= 1e-8 else 1.0
 
 
 def cost(n: int, numel: int, itemsize: int, *, base: bool = True) -> Cost:

@@ -6,55 +6,54 @@ import torch
 from torch import Tensor
 
 from ...check import accumulator
-from ...keep import Bernoulli, Keep, Threshold
+from ...keep import Band, Bernoulli, Keep, Mask, Recipe, Threshold
 from .. import digits
 from . import runtime
 
 _cpu = runtime._cpu
-_ELECT = {None: _cpu.Elect.none, "sum": _cpu.Elect.sum, "count": _cpu.Elect.count}
+_ELECT = {e.name: e for e in (_cpu.Elect.everyone, _cpu.Elect.present, _cpu.Elect.sum)}
+_ELECT["count"] = _cpu.Elect.count
+_ZERO = {z.name: z for z in (_cpu.Zero.positive, _cpu.Zero.negative, _cpu.Zero.none)}
 
 
 def _rule(keep: Keep, acc: torch.dtype) -> object:
     if isinstance(keep, Threshold):
-        return runtime._cpu.KeepRule.magnitude(
-            threshold=digits.value_key(keep.value, acc), cut=keep.cut
+        low = digits.value_key(keep.value, acc)
+        past = digits.NAN_KEY[acc] + 1
+        return _cpu.KeepRule.interval(low=low, low_cut=keep.cut, high=past, high_cut=0)
+    if isinstance(keep, Band):
+        least, most = (digits.value_key(t.value, acc) for t in keep)
+        return _cpu.KeepRule.interval(
+            low=least, low_cut=keep.least.cut, high=most, high_cut=keep.most.cut
         )
     if isinstance(keep, Bernoulli):
         k0, k1 = keep.key
-        return runtime._cpu.KeepRule.random(k0=k0, k1=k1, limit=keep.limit)
-    return runtime._cpu.KeepRule()
+        return _cpu.KeepRule.random(k0=k0, k1=k1, limit=keep.limit)
+    if isinstance(keep, Mask):
+        return _cpu.KeepRule.bits(bits=keep.bits.data_ptr())
+    return _cpu.KeepRule()
 
 
-def merge_deltas(
-    out: Tensor,
-    base: Tensor | None,
-    xs: list[Tensor],
-    weights: list[float],
-    factors: list[float],
-    keep: list[Keep],
-    elect: str | None,
-    normalize: bool,
-    total: float,
-    scale: float,
-) -> None:
+def merge_deltas(out: Tensor, base: Tensor | None, xs: list[Tensor], recipe: Recipe) -> None:
     acc = accumulator(xs[0].dtype)
     target, origin = runtime.view(out, output=True), runtime.optional_view(base)
     views = [runtime.view(x) for x in xs]
-    rules = [_rule(k, acc) for k in keep]
+    numbers = recipe._asdict() | {
+        "keep": [_rule(k, acc) for k in recipe.keep],
+        "elect": _ELECT[recipe.elect],
+        "zero": _ZERO[recipe.zero],
+        "max": recipe.combine == "max",
+    }
+    del numbers["combine"]
+    compiled = _cpu.Recipe(**numbers)
 
     def kernel(begin: int, end: int) -> None:
-        scratch = torch.empty(len(xs) * runtime._cpu.MERGE_BLOCK, dtype=acc)
-        runtime._cpu.merge_deltas(
+        scratch = torch.empty(len(xs) * _cpu.MERGE_BLOCK, dtype=acc)
+        _cpu.merge_deltas(
             out=target,
             base=origin,
             xs=views,
-            weights=weights,
-            factors=factors,
-            keep=rules,
-            elect=_ELECT[elect],
-            normalize=normalize,
-            total=total,
-            scale=scale,
+            recipe=compiled,
             scratch=scratch.data_ptr(),
             begin=begin,
             end=end,
@@ -63,20 +62,24 @@ def merge_deltas(
     runtime.chunks(kernel, out.numel())
 
 
-def l1_norms(base: Tensor | None, xs: list[Tensor], keep: list[Keep]) -> list[tuple[float, float]]:
-    origin = runtime.optional_view(base)
-    norms = []
-    for x, k in zip(xs, keep, strict=True):
-        view, rule = runtime.view(x), _rule(k, accumulator(x.dtype))
-        sums = torch.zeros(-(-x.numel() // runtime.CHUNK), 2, dtype=torch.float64)
+def l1_norms(
+    base: Tensor | None, xs: list[Tensor], keep: list[Keep], rounded: bool
+) -> list[tuple[float, float]]:
+    total, acc = xs[0].numel(), accumulator(xs[0].dtype)
+    views, origin = [runtime.view(x) for x in xs], runtime.optional_view(base)
+    rules = [_rule(k, acc) for k in keep]
+    sums = torch.zeros(-(-total // runtime.CHUNK), len(xs), 2, dtype=torch.float64)
 
-        def kernel(
-            begin: int, end: int, view: object = view, rule: object = rule, sums: Tensor = sums
-        ) -> None:
-            row = sums[begin // runtime.CHUNK].data_ptr()
-            runtime._cpu.l1_norms(x=view, base=origin, keep=rule, sums=row, begin=begin, end=end)
+    def kernel(begin: int, end: int) -> None:
+        _cpu.l1_norms(
+            xs=views,
+            base=origin,
+            rounded=rounded,
+            keep=rules,
+            sums=sums[begin // runtime.CHUNK].data_ptr(),
+            begin=begin,
+            end=end,
+        )
 
-        runtime.chunks(kernel, x.numel())
-        everything, kept = sums.sum(0).tolist()
-        norms.append((everything, kept))
-    return norms
+    runtime.chunks(kernel, total)
+    return [(everything, kept) for everything, kept in sums.sum(0).tolist()]

@@ -2,86 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ...check import accumulator
-from ...keep import Bernoulli, Keep, Threshold
+from ...keep import Band, Bernoulli, Keep, Mask, Recipe, Threshold
 from .. import digits
 from . import chunks
 
 
-def merge_deltas(
-    out: Tensor,
-    base: Tensor | None,
-    xs: list[Tensor],
-    weights: list[float],
-    factors: list[float],
-    keep: list[Keep],
-    elect: str | None,
-    normalize: bool,
-    total: float,
-    scale: float,
-) -> None:
-    acc = accumulator(xs[0].dtype)
+def merge_deltas(out: Tensor, base: Tensor | None, xs: list[Tensor], recipe: Recipe) -> None:
+    acc, dtype = accumulator(xs[0].dtype), xs[0].dtype
     flat = chunks.flat([out, *xs] if base is None else [out, base, *xs])
     out, base, xs = (flat[0], None, flat[1:]) if base is None else (flat[0], flat[1], flat[2:])
+
+    def step(v: Tensor) -> Tensor:
+        return v.to(dtype).to(acc) if recipe.stepwise else v
+
     for begin, end, first in chunks.rows(xs):
         origin = None if base is None else chunks.part(base, begin, end, acc)
-        vs = []
-        for x, factor, k in zip(xs, factors, keep, strict=True):
+        us = []
+        for x, k, r, w in zip(xs, recipe.keep, recipe.rescale, recipe.before, strict=True):
             d = chunks.part(x, begin, end, acc)
-            d = d if origin is None else d - origin
-            vs.append(torch.where(_kept(k, d, first), d, 0) * chunks.scalar(factor, d))
-        m = torch.zeros_like(vs[0])
-        for v in vs:
-            m += v
-        if elect:
-            m, q = _elected(vs, m, weights, elect)
-        else:
-            q = chunks.scalar(total, m)
-        if normalize:
-            m /= torch.where(q == 0, 1, q)
-        m *= chunks.scalar(scale, m)
+            d = d if origin is None else step(d - origin)
+            u = torch.where(kept(k, d, first), d, 0)
+            if recipe.stepwise and r != 1:
+                u = step(u * chunks.scalar(r, d))
+            us.append(step(u * chunks.scalar(w, d)))
+        s = torch.zeros_like(us[0])
+        for u in us:
+            s += u
+        m, q, alone = _combined(us, step(s), recipe, step)
+        if recipe.normalize:
+            least, instead = chunks.scalar(recipe.least, m), chunks.scalar(recipe.instead, m)
+            m = step(m / torch.where(q.abs() <= least, instead, q))
+        if alone is not None:
+            m = torch.where(q == 1, alone, m)
+        if not recipe.stepwise or recipe.scale != 1:
+            m = step(m * chunks.scalar(recipe.scale, m))
         chunks.store(out, begin, end, m if origin is None else origin + m)
 
 
-def _elected(
-    vs: list[Tensor], s: Tensor, weights: list[float], elect: str
-) -> tuple[Tensor, Tensor]:
-    """The sum of values that agree with the elected sign, and the sum of their weights."""
+def _combined(
+    us: list[Tensor], s: Tensor, recipe: Recipe, step: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """m, q and, if asked for, what stands where one model is alone."""
+    if recipe.elect == "everyone":
+        return s, chunks.scalar(recipe.total, s), None
     votes = s
-    if elect == "count":
+    if recipe.elect == "count":
         votes = torch.zeros_like(s)
-        for v in vs:
-            votes += (v > 0).to(s.dtype) - (v < 0).to(s.dtype)
-    m, q = torch.zeros_like(s), torch.zeros_like(s)
-    for v, w in zip(vs, weights, strict=True):
-        agrees = torch.where(votes >= 0, ~(v <= 0), ~(v >= 0))
-        m += torch.where(agrees, v, 0)
-        q += torch.where(agrees, chunks.scalar(w, s), chunks.scalar(0, s))
-    if elect == "sum":
+        for u in us:
+            votes += (u > 0).to(s.dtype) - (u < 0).to(s.dtype)
+    positive = votes >= 0 if recipe.zero == "positive" else votes > 0
+    negative = ~(votes > 0) if recipe.zero == "negative" else ~(votes >= 0)
+    m, q, alone = torch.zeros_like(s), torch.zeros_like(s), torch.zeros_like(s)
+    zero = chunks.scalar(0, s)
+    for i, u in enumerate(us):
+        agrees = (
+            u != 0 if recipe.elect == "present" else positive & ~(u <= 0) | negative & ~(u >= 0)
+        )
+        v = u if recipe.after[i] == 1 else step(u * chunks.scalar(recipe.after[i], u))
+        q += torch.where(agrees, chunks.scalar(recipe.weights[i], s), zero)
+        if recipe.alone:
+            alone += torch.where(agrees, u * chunks.scalar(recipe.alone[i], u), 0)
+        if recipe.combine == "max":
+            larger = chunks.magnitude_keys(v) > chunks.magnitude_keys(m)
+            m = torch.where(agrees & larger, v, m)
+        else:
+            m += torch.where(agrees, v, 0)
+    if recipe.elect == "sum":
         m = torch.where(s.isnan(), s, m)
-    return m, q
+    return step(m), step(q), alone if recipe.alone else None
 
 
-def l1_norms(base: Tensor | None, xs: list[Tensor], keep: list[Keep]) -> list[tuple[float, float]]:
-    acc = accumulator(xs[0].dtype)
+def l1_norms(
+    base: Tensor | None, xs: list[Tensor], keep: list[Keep], rounded: bool
+) -> list[tuple[float, float]]:
+    acc, dtype = accumulator(xs[0].dtype), xs[0].dtype
     flat = chunks.flat(xs if base is None else [base, *xs])
     base, xs = (None, flat) if base is None else (flat[0], flat[1:])
     norms = []
     for x, k in zip(xs, keep, strict=True):
-        everything = kept = 0.0
+        everything = survivors = 0.0
         for begin, end, first in chunks.rows([x]):
             d = chunks.part(x, begin, end, acc)
             d = d if base is None else d - chunks.part(base, begin, end, acc)
+            d = d.to(dtype).to(acc) if rounded else d
             everything += float(d.abs().sum(dtype=torch.float64))
-            kept += float(torch.where(_kept(k, d, first), d, 0).abs().sum(dtype=torch.float64))
-        norms.append((everything, kept))
+            survivors += float(torch.where(kept(k, d, first), d, 0).abs().sum(dtype=torch.float64))
+        norms.append((everything, survivors))
     return norms
 
 
-def _kept(keep: Keep, d: Tensor, first: int) -> Tensor:
+def kept(keep: Keep, d: Tensor, first: int) -> Tensor:
     """Which of the elements from flat index `first` on survive."""
     if isinstance(keep, Threshold):
         keys = chunks.magnitude_keys(d)
@@ -90,12 +106,19 @@ def _kept(keep: Keep, d: Tensor, first: int) -> Tensor:
         mask = keys > key
         mask[:ties] = keys[:ties] >= key
         return mask
+    if isinstance(keep, Band):
+        return kept(keep.least, d, first) & ~kept(keep.most, d, first)
     if isinstance(keep, Bernoulli) and keep.limit < 65536:
-        return _draws(keep.key, first, d.numel(), d.device) < keep.limit
+        return draws(keep.key, first, d.numel(), d.device) < keep.limit
+    if isinstance(keep, Mask):
+        part = keep.bits[first // 8 : (first + d.numel() + 7) // 8]
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=d.device)
+        bits = (part[:, None] >> shifts & 1).view(-1)
+        return bits[first % 8 :][: d.numel()].bool()
     return torch.ones((), dtype=torch.bool, device=d.device)
 
 
-def _draws(key: tuple[int, int], first: int, n: int, device: torch.device) -> Tensor:
+def draws(key: tuple[int, int], first: int, n: int, device: torch.device) -> Tensor:
     """Philox4x32-10: the 16-bit draws of elements [first, first + n), as int64."""
     low, high = 0xFFFFFFFF, 32
     q = torch.arange(first // 8, (first + n - 1) // 8 + 1, dtype=torch.int64, device=device)

@@ -1,0 +1,194 @@
+#include "deltas.h"
+
+#include <algorithm>
+
+namespace mk {
+namespace {
+
+template <class T>
+MK_CLONES void subtract(const T* x, const T* base, acc_t<T>* out, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = widen(x[i]) - widen(base[i]);
+}
+
+template <class T>
+MK_CLONES void copy_widened(const T* x, acc_t<T>* out, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = widen(x[i]);
+}
+
+template <class A>
+void any_delta_block(const View& x, const Deltas& from, std::int64_t begin, std::int64_t n,
+                     A* out) {
+  with_type(x.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    if constexpr (std::is_same_v<acc_t<T>, A>) {
+      alignas(64) T gathered[kDeltaBlock], gathered_base[kDeltaBlock];
+      const T* values = read_block(x, begin, n, gathered);
+      if (from.base)
+        subtract(values, read_block(*from.base, begin, n, gathered_base), out, n);
+      else
+        copy_widened(values, out, n);
+      if (from.rounded && from.base) round_block(x.dtype, out, n);
+    }
+  });
+}
+
+template <class A>
+MK_CLONES void keep_interval(A* v, std::int64_t n, key_t<A> low, key_t<A> width) {
+  for (std::int64_t i = 0; i < n; ++i)
+    v[i] = masked(v[i], mask_if<A>(key_t<A>(magnitude_key(v[i]) - low) < width));
+}
+
+template <class A>
+MK_CLONES void keep_drawn(A* v, const std::uint16_t* draws, std::int64_t n, std::uint32_t limit) {
+  for (std::int64_t i = 0; i < n; ++i)
+    v[i] = masked(v[i], mask_if<A>(std::uint32_t(draws[i]) < limit));
+}
+
+template <class A>
+void any_keep_block(const KeepRule& rule, std::int64_t begin, std::int64_t n, A* v) {
+  if (rule.kind == Keep::interval) {
+    for (std::int64_t at = 0, m; at < n; at += m) {
+      m = up_to_cut(rule, begin + at, n - at);
+      const Interval kept = interval_at<A>(rule, begin + at);
+      keep_interval(v + at, m, key_t<A>(kept.low), key_t<A>(kept.width));
+    }
+  } else if (rule.kind != Keep::all) {
+    alignas(64) std::uint16_t draws[kDeltaBlock];
+    draw_block(rule, begin, n, draws);
+    keep_drawn(v, draws, n, draw_limit(rule));
+  }
+}
+
+constexpr std::int64_t kDraws = 8;  // per Philox block
+constexpr std::int64_t kBlocks = kDeltaBlock / kDraws + 1;
+
+// Word w of all blocks lies at words + w * kBlocks, so that neighbouring lanes hold neighbouring
+// blocks and no lane is shuffled before the end.
+MK_CLONES void philox_words(PhiloxKey key, std::uint64_t counter, std::int64_t blocks,
+                            std::uint32_t* words) {
+  for (std::int64_t q = 0; q < blocks; ++q) {
+    std::uint32_t c[4];
+    philox_block(key, counter + std::uint64_t(q), c);
+    for (int w = 0; w < 4; ++w) words[w * kBlocks + q] = c[w];
+  }
+}
+
+MK_CLONES void interleave(const std::uint32_t* words, std::int64_t blocks, std::uint32_t* out) {
+  for (std::int64_t q = 0; q < blocks; ++q)
+    for (int w = 0; w < 4; ++w) out[4 * q + w] = words[w * kBlocks + q];
+}
+
+// For each byte, 0 where its bit is set, all ones where not.
+struct BitTable {
+  std::uint16_t dropped[256][8];
+  constexpr BitTable() : dropped() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int i = 0; i < 8; ++i) dropped[byte][i] = byte >> (7 - i) & 1 ? 0 : 0xffff;
+  }
+};
+constexpr BitTable kBits;
+
+// Elements over which all models take their turn: the base stays in the caches meanwhile.
+constexpr std::int64_t kShare = 1 << 14;
+
+constexpr int kLanes = 16;
+template <bool kSquare, class A>
+MK_CLONES void add_lanes(const A* v, std::int64_t n, double* lanes) {
+  double sums[kLanes];
+  for (int l = 0; l < kLanes; ++l) sums[l] = lanes[l];
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) {
+      const double x = double(v[i + l]);
+      sums[l] += kSquare ? x * x : __builtin_fabs(x);
+    }
+  for (int l = 0; i < n; ++i, ++l) {
+    const double x = double(v[i]);
+    sums[l] += kSquare ? x * x : __builtin_fabs(x);
+  }
+  for (int l = 0; l < kLanes; ++l) lanes[l] = sums[l];
+}
+
+MK_CLONES void pack(const std::uint8_t* kept, std::int64_t bytes, std::uint8_t* bits) {
+  for (std::int64_t q = 0; q < bytes; ++q) {
+    std::uint64_t eight;
+    std::memcpy(&eight, kept + 8 * q, 8);
+    bits[q] = std::uint8_t(eight * 0x8040201008040201ull >> 56);
+  }
+}
+
+}  // namespace
+
+void delta_block(const View& x, const Deltas& from, std::int64_t begin, std::int64_t n,
+                 float* out) {
+  any_delta_block(x, from, begin, n, out);
+}
+void delta_block(const View& x, const Deltas& from, std::int64_t begin, std::int64_t n,
+                 double* out) {
+  any_delta_block(x, from, begin, n, out);
+}
+
+void keep_block(const KeepRule& rule, std::int64_t begin, std::int64_t n, float* v) {
+  any_keep_block(rule, begin, n, v);
+}
+void keep_block(const KeepRule& rule, std::int64_t begin, std::int64_t n, double* v) {
+  any_keep_block(rule, begin, n, v);
+}
+
+void draw_block(const KeepRule& rule, std::int64_t begin, std::int64_t n, std::uint16_t* draws) {
+  alignas(64) std::uint16_t whole[kBlocks * kDraws];
+  const std::int64_t first = begin / kDraws, last = (begin + n - 1) / kDraws;
+  if (rule.kind == Keep::random) {
+    alignas(64) std::uint32_t words[4 * kBlocks], ordered[4 * kBlocks];
+    philox_words(rule.key, std::uint64_t(first), last - first + 1, words);
+    interleave(words, last - first + 1, ordered);
+    for (std::int64_t i = 0; i < (last - first + 1) * 4; ++i) {
+      whole[2 * i] = std::uint16_t(ordered[i]);
+      whole[2 * i + 1] = std::uint16_t(ordered[i] >> 16);
+    }
+  } else {
+    for (std::int64_t q = first; q <= last; ++q)
+      std::memcpy(whole + (q - first) * kDraws, kBits.dropped[rule.bits[q]],
+                  sizeof(kBits.dropped[0]));
+  }
+  std::memcpy(draws, whole + begin % kDraws, std::size_t(n) * sizeof(*draws));
+}
+
+void pack_bits(const std::uint8_t* kept, std::int64_t n, std::uint8_t* bits) {
+  pack(kept, (n + 7) / 8, bits);
+}
+
+void LaneSum::add_magnitudes(const float* v, std::int64_t n) { add_lanes<false>(v, n, lanes_); }
+void LaneSum::add_magnitudes(const double* v, std::int64_t n) { add_lanes<false>(v, n, lanes_); }
+void LaneSum::add_squares(const float* v, std::int64_t n) { add_lanes<true>(v, n, lanes_); }
+void LaneSum::add_squares(const double* v, std::int64_t n) { add_lanes<true>(v, n, lanes_); }
+double LaneSum::total() const {
+  double sum = 0;
+  for (double lane : lanes_) sum += lane;
+  return sum;
+}
+
+void l1_norms(const View* xs, std::int64_t n, const Deltas& from, const KeepRule* keep,
+              std::int64_t begin, std::int64_t end, double* sums) {
+  with_type(xs[0].dtype, [&](auto* tag) {
+    using A = acc_t<std::remove_pointer_t<decltype(tag)>>;
+    alignas(64) A v[kDeltaBlock];
+    for (std::int64_t first = begin; first < end; first += kShare) {
+      const std::int64_t last = std::min(end, first + kShare);
+      for (std::int64_t i = 0; i < n; ++i) {
+        LaneSum all, kept;
+        for (std::int64_t at = first; at < last; at += kDeltaBlock) {
+          const std::int64_t m = std::min(kDeltaBlock, last - at);
+          delta_block(xs[i], from, at, m, v);
+          all.add_magnitudes(v, m);
+          keep_block(keep[i], at, m, v);
+          kept.add_magnitudes(v, m);
+        }
+        sums[2 * i] += all.total();
+        sums[2 * i + 1] += kept.total();
+      }
+    }
+  });
+}
+
+}  // namespace mk

@@ -1,0 +1,184 @@
+#include "rank_mask.h"
+
+#include <algorithm>
+
+namespace mk {
+namespace {
+
+template <class K>
+struct Item {
+  K key;
+  std::uint32_t index;
+  bool operator<(const Item& other) const {
+    return key < other.key || (key == other.key && index < other.index);
+  }
+};
+
+constexpr std::int64_t kBins = 4096;
+constexpr std::int64_t kInsertion = 24;  // items up to which moving them one by one is fastest
+
+template <class A>
+struct Scratch {
+  A* values;                // [kMaskUnits * length * inner], zeroed where dropped in the end
+  std::uint16_t* draws;     // the same
+  std::uint8_t* kept;       // the same
+  key_t<A>* keys;           // [length]
+  std::uint16_t* bins;      // [length]
+  Item<key_t<A>>* ordered;  // [length]
+};
+
+std::int64_t padded(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+template <class A>
+std::int64_t lay_out(const RankMask& args, char* at, Scratch<A>* s) {
+  const std::int64_t many = std::min(args.units, kMaskUnits) * args.length * args.inner;
+  char* const start = at;
+  auto take = [&](auto*& pointer, std::int64_t count) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
+    at += padded(count * std::int64_t(sizeof(*pointer)));
+  };
+  take(s->values, many);
+  take(s->draws, many);
+  take(s->kept, many + 8);
+  take(s->keys, args.length);
+  take(s->bins, args.length);
+  take(s->ordered, args.length);
+  return at - start;
+}
+
+template <class A>
+MK_CLONES void to_keys(const A* values, std::int64_t step, key_t<A>* keys, std::int64_t n) {
+  if (step == 1)
+    for (std::int64_t i = 0; i < n; ++i) keys[i] = magnitude_key(values[i]);
+  else
+    for (std::int64_t i = 0; i < n; ++i) keys[i] = magnitude_key(values[i * step]);
+}
+
+template <class K>
+MK_CLONES void bounds(const K* keys, std::int64_t n, K* least, K* most) {
+  K low = keys[0], high = keys[0];
+  for (std::int64_t i = 0; i < n; ++i) {
+    low = keys[i] < low ? keys[i] : low;
+    high = keys[i] > high ? keys[i] : high;
+  }
+  *least = low, *most = high;
+}
+
+// Bin 0: below floor; then steps of 2^shift.
+template <class K>
+MK_CLONES void to_bins(const K* keys, std::int64_t n, K floor, int shift, std::uint16_t* bins) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const K bin = ((keys[i] - floor) >> shift) + 1;
+    bins[i] = std::uint16_t(keys[i] < floor ? 0 : bin);
+  }
+}
+
+// Sorts items whose bins are in order already: only neighbours of one bin change places.
+template <class K>
+void sort_within_bins(Item<K>* items, const std::uint32_t* ends, std::int64_t bins) {
+  std::int64_t begin = 0;
+  for (std::int64_t b = 0; b < bins; begin = ends[b++]) {
+    const std::int64_t end = ends[b];
+    if (end - begin > kInsertion) {
+      if (!std::is_sorted(items + begin, items + end)) std::sort(items + begin, items + end);
+      continue;
+    }
+    for (std::int64_t i = begin + 1; i < end; ++i) {
+      const Item<K> item = items[i];
+      std::int64_t j = i;
+      for (; j > begin && item < items[j - 1]; --j) items[j] = items[j - 1];
+      items[j] = item;
+    }
+  }
+}
+
+// Items of one row in ascending order, by bins of the leading bits of their keys: the octaves
+// below the largest magnitude get as many bins as there are elements, so most hold few.
+template <class K>
+void order(const K* keys, std::int64_t n, std::uint16_t* bins, Item<K>* items) {
+  constexpr int kMantissa = sizeof(K) == 8 ? 52 : 23;
+  constexpr K kOctaves = K(8) << kMantissa;
+  K least, most;
+  bounds(keys, n, &least, &most);
+  const K floor = most > kOctaves ? std::max(least, K(most - kOctaves)) : least;
+  std::int64_t wanted = 64;
+  while (wanted < n && wanted < kBins) wanted *= 2;
+  int shift = 0;
+  while (K(most - floor) >> shift >= K(wanted)) ++shift;
+  to_bins(keys, n, floor, shift, bins);
+
+  std::uint32_t ends[kBins + 2] = {};
+  const std::int64_t count = std::int64_t(K(most - floor) >> shift) + 2;
+  for (std::int64_t i = 0; i < n; ++i) ++ends[bins[i]];
+  std::uint32_t begin = 0;
+  for (std::int64_t b = 0; b < count; ++b) {
+    const std::uint32_t size = ends[b];
+    ends[b] = begin;
+    begin += size;
+  }
+  for (std::int64_t i = 0; i < n; ++i) items[ends[bins[i]]++] = {keys[i], std::uint32_t(i)};
+  sort_within_bins(items, ends, count);
+}
+
+template <class A>
+void mask_row(const RankMask& args, const Scratch<A>& s, std::int64_t at) {
+  const std::int64_t n = args.length, step = args.inner;
+  const std::uint16_t* draws = s.draws + at;
+  std::uint8_t* kept = s.kept + at;
+  to_keys(s.values + at, step, s.keys, n);
+  order(s.keys, n, s.bins, s.ordered);
+  for (std::int64_t rank = 0; rank < n; ++rank) {
+    const std::int64_t i = s.ordered[rank].index * step;
+    kept[i] = draws[i] < args.limits[rank];
+  }
+}
+
+template <class A>
+MK_CLONES void drop(A* v, const std::uint8_t* kept, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) v[i] = masked(v[i], mask_if<A>(kept[i] != 0));
+}
+
+template <class T>
+void run(const RankMask& args, std::int64_t begin, std::int64_t end, void* scratch, double* sums) {
+  using A = acc_t<T>;
+  Scratch<A> s;
+  lay_out(args, static_cast<char*>(scratch), &s);
+  const std::int64_t unit = args.length * args.inner;
+  KeepRule draws{Keep::random};
+  draws.key = args.key;
+  LaneSum all, kept;
+  for (std::int64_t at = begin; at < end; at += kMaskUnits) {
+    const std::int64_t n = std::min(kMaskUnits, end - at) * unit;
+    for (std::int64_t i = 0; i < n; i += kDeltaBlock) {
+      const std::int64_t m = std::min(kDeltaBlock, n - i);
+      delta_block(args.x, args.from, at * unit + i, m, s.values + i);
+      draw_block(draws, args.first + at * unit + i, m, s.draws + i);
+    }
+    all.add_magnitudes(s.values, n);
+    for (std::int64_t u = 0; u < n; u += unit)
+      for (std::int64_t k = 0; k < args.inner; ++k) mask_row(args, s, u + k);
+    std::memset(s.kept + n, 0, 8);
+    pack_bits(s.kept, n, args.bits + at * unit / 8);
+    drop(s.values, s.kept, n);
+    kept.add_magnitudes(s.values, n);
+  }
+  sums[0] += all.total();
+  sums[1] += kept.total();
+}
+
+}  // namespace
+
+std::int64_t rank_mask_scratch(const RankMask& args) {
+  Scratch<float> s;
+  Scratch<double> d;
+  return args.x.dtype == DType::f64 ? lay_out(args, nullptr, &d) : lay_out(args, nullptr, &s);
+}
+
+void rank_mask(const RankMask& args, std::int64_t begin, std::int64_t end, void* scratch,
+               double* sums) {
+  with_type(args.x.dtype, [&](auto* tag) {
+    run<std::remove_pointer_t<decltype(tag)>>(args, begin, end, scratch, sums);
+  });
+}
+
+}  // namespace mk

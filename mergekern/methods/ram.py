@@ -1,0 +1,89 @@
+"""RAM: what only one model changed is added whole, what several changed is averaged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..check import accumulator
+from ..keep import above
+from ..ops.merge_deltas import merge_deltas
+from .registry import Inputs, Method, Parameter
+
+_CHUNK = 1 << 18
+
+
+def _merge(inputs: Inputs, epsilon: float, alone: list[float] | None) -> Tensor:
+    return merge_deltas(
+        inputs.base,
+        inputs.xs,
+        [1.0] * len(inputs.xs),
+        keep=[above(_rounded(epsilon, inputs))] * len(inputs.xs),
+        elect="present",
+        normalize="count",
+        alone=alone,
+        out_dtype=inputs.out_dtype,
+        backend=inputs.backend,
+    )
+
+
+def _rounded(epsilon: float, inputs: Inputs) -> float:
+    """The largest number of the accumulator that is not above epsilon."""
+    value = torch.tensor(epsilon, dtype=accumulator(inputs.xs[0].dtype))
+    if float(value) > epsilon:
+        value = torch.nextafter(value, torch.zeros_like(value))
+    return float(value)
+
+
+def ram(inputs: Inputs, *, epsilon: float) -> Tensor:
+    return _merge(inputs, epsilon, None)
+
+
+def ramplus_tl(inputs: Inputs, *, epsilon: float, r: float, alpha: float) -> Tensor:
+    shared, unique = _counts(inputs, _rounded(epsilon, inputs))
+    ratios = [s / max(u, epsilon) for s, u in zip(shared, unique, strict=True)]
+    return _merge(inputs, epsilon, [1 + r * min(max(ratio, 0.0), alpha) for ratio in ratios])
+
+
+def _counts(inputs: Inputs, epsilon: float) -> tuple[list[int], list[int]]:
+    """Per model, how many of its changed elements others changed too, and how many it alone."""
+    acc, n = accumulator(inputs.xs[0].dtype), len(inputs.xs)
+    flat = [x.reshape(-1) for x in inputs.xs]
+    base = torch.zeros_like(flat[0]) if inputs.base is None else inputs.base.reshape(-1)
+    shared, unique = [0] * n, [0] * n
+    for at in range(0, len(base), _CHUNK):
+        part = slice(at, at + _CHUNK)
+        origin = base[part].to(acc)
+        # Not |d| <= epsilon: a NaN is a change.
+        changed = [~((x[part].to(acc) - origin).abs() <= epsilon) for x in flat]
+        count = sum(c.to(torch.int32) for c in changed)
+        for i, c in enumerate(changed):
+            alone = int((c & (count == 1)).sum())
+            unique[i] += alone
+            shared[i] += int(c.sum()) - alone
+    return shared, unique
+
+
+_EPSILON = Parameter("epsilon", float, "tensor", 1e-5, "changes up to this do not count")
+
+RAM = Method(
+    "ram",
+    "base + per element the mean of the task vectors that change it by more than epsilon "
+    "(2601.13572).",
+    base="required",
+    models=(1, None),
+    parameters=(_EPSILON,),
+    merge=ram,
+)
+RAMPLUS_TL = Method(
+    "ramplus_tl",
+    "RAM, with what only model i changed times 1 + r * clamp(shared_i / unique_i, 0, alpha).",
+    base="required",
+    models=(1, None),
+    parameters=(
+        _EPSILON,
+        Parameter("r", float, "tensor", 0.1, "strength of the correction"),
+        Parameter("alpha", float, "tensor", 0.2, "its limit"),
+    ),
+    merge=ramplus_tl,
+)
