@@ -13,6 +13,7 @@
 #include "kth_magnitude.h"
 #include "merge_deltas.h"
 #include "permute.h"
+#include "weighted_rows.h"
 #include "weighted_sum.h"
 
 namespace py = pybind11;
@@ -46,6 +47,13 @@ void weighted_sum(const mk::View& out, const std::vector<mk::View>& xs,
                   const std::vector<double>& weights, double divisor, int64_t begin, int64_t end) {
   require(!xs.empty() && xs.size() == weights.size(), "weighted_sum: one weight per input");
   mk::weighted_sum({out, xs.data(), weights.data(), int64_t(xs.size()), divisor}, begin, end);
+}
+
+void weighted_rows(const mk::View& out, const std::vector<mk::View>& xs, Address weights, int64_t k,
+                   int64_t inner, int64_t begin, int64_t end) {
+  require(!xs.empty() && k >= 1 && inner >= 1, "weighted_rows: no input, row or element of a row");
+  mk::weighted_rows({out, xs.data(), at<const double>(weights), int64_t(xs.size()), k, inner},
+                    begin, end);
 }
 
 void merge_deltas(const mk::View& out, const std::optional<mk::View>& base,
@@ -171,6 +179,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("GRAM_BLOCK") = mk::kGramBlock;
 
   m.def("weighted_sum", &weighted_sum, no_gil, kw, "out"_a, "xs"_a, "weights"_a, "divisor"_a,
+        "begin"_a, "end"_a);
+  m.def("weighted_rows", &weighted_rows, no_gil, kw, "out"_a, "xs"_a, "weights"_a, "k"_a, "inner"_a,
         "begin"_a, "end"_a);
   m.def("merge_deltas", &merge_deltas, no_gil, kw, "out"_a, "base"_a, "xs"_a, "weights"_a,
         "factors"_a, "keep"_a, "elect"_a, "normalize"_a, "total"_a, "scale"_a, "scratch"_a,

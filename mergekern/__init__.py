@@ -11,6 +11,7 @@ from .ops.gram import gram
 from .ops.kth_magnitude import kth_magnitude
 from .ops.merge_deltas import merge_deltas
 from .ops.permute import permute
+from .ops.weighted_rows import weighted_rows
 from .ops.weighted_sum import weighted_sum
 
 __version__ = "0.1.0"
@@ -32,5 +33,6 @@ __all__ = [
     "merge_tensors",
     "methods",
     "permute",
+    "weighted_rows",
     "weighted_sum",
 ]

@@ -20,7 +20,7 @@ import torch
 from .check import FLOATS, name_of
 from .errors import BackendError
 
-OPS = ("weighted_sum", "merge_deltas", "kth_magnitude", "gram", "permute")
+OPS = ("weighted_sum", "weighted_rows", "merge_deltas", "kth_magnitude", "gram", "permute")
 BACKENDS = ("reference", "torch", "cpu", "cuda", "triton")
 
 # Tried in this order. The order for CUDA is the design's guess until rows of a real GPU stand

@@ -189,7 +189,7 @@ for case in cases:
     signature = {
         "out": POINTERS[out],
         "addresses": "*i64",
-        "factors": "*fp64" if x == "f64" else "*fp32",
+        "factors": "*fp32" if TYPES[x].itemsize == 2 else "*fp64",
         "n": "i32",
         "numel": "i32",
         **dict.fromkeys(constants, "constexpr"),
