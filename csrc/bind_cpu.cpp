@@ -142,6 +142,15 @@ void gram_rows(const std::vector<mk::View>& xs, const std::optional<mk::View>& b
                 at<double>(scratch), at<double>(dots));
 }
 
+void gram_columns(const std::vector<mk::View>& xs, const std::optional<mk::View>& base,
+                  int64_t length, Address scratch, Address dots, int64_t begin, int64_t end) {
+  require(!xs.empty(), "gram_columns: no inputs");
+  for (const mk::View& x : xs) require(x.ndim == 2 && x.strides[1] == 1, "gram_columns: no matrix");
+  require(!base || (base->ndim == 2 && base->strides[1] == 1), "gram_columns: base is no matrix");
+  mk::gram_columns({xs.data(), int64_t(xs.size()), base ? &*base : nullptr}, length, begin, end,
+                   at<double>(scratch), at<double>(dots));
+}
+
 void magnitude_keys(const KeySource& source, Address out, int64_t begin, int64_t end) {
   mk::magnitude_keys(source.get(), begin, end, at<void>(out));
 }
@@ -292,6 +301,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
 
   m.attr("BLOCK") = mk::kBlock;
   m.attr("MERGE_BLOCK") = mk::kMergeBlock;
+  m.attr("GRAM_BLOCK") = mk::kGramBlock;
   m.attr("MASK_UNITS") = mk::kMaskUnits;
 
   m.def("weighted_sum", &weighted_sum, no_gil, kw, "out"_a, "xs"_a, "weights"_a, "divisor"_a,
@@ -314,6 +324,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("gram", &gram, no_gil, kw, "xs"_a, "base"_a, "scratch"_a, "dots"_a, "begin"_a, "end"_a);
   m.def("gram_rows", &gram_rows, no_gil, kw, "xs"_a, "base"_a, "width"_a, "scratch"_a, "dots"_a,
         "begin"_a, "end"_a);
+  m.def("gram_columns", &gram_columns, no_gil, kw, "xs"_a, "base"_a, "length"_a, "scratch"_a,
+        "dots"_a, "begin"_a, "end"_a);
   m.def("gram_scratch", &mk::gram_scratch, kw, "n"_a);
   m.def("magnitude_keys", &magnitude_keys, no_gil, kw, "source"_a, "out"_a, "begin"_a, "end"_a);
   m.def("sample_keys", &sample_keys, no_gil, kw, "source"_a, "total"_a, "runs"_a, "run"_a, "out"_a,

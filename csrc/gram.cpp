@@ -107,6 +107,10 @@ MK_CLONES void widen_all(const T* x, float* out, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) out[i] = widen(x[i]);
 }
 
+MK_CLONES void add_elementwise(const double* x, const double* y, std::int64_t n, double* sums) {
+  for (std::int64_t i = 0; i < n; ++i) sums[i] += x[i] * y[i];
+}
+
 // A block as the products read it: 16-bit types, which take several steps to widen, as floats.
 template <class T, bool kNarrow = sizeof(T) == 2>
 struct Block {
@@ -204,6 +208,38 @@ void gram_rows(const Gram& args, std::int64_t width, std::int64_t begin, std::in
                double* scratch, double* dots) {
   for (std::int64_t row = begin; row < end; ++row)
     gram(args, row * width, (row + 1) * width, scratch, dots + row * args.n * args.n);
+}
+
+void gram_columns(const Gram& args, std::int64_t length, std::int64_t begin, std::int64_t end,
+                  double* scratch, double* dots) {
+  const std::int64_t n = args.n;
+  double *sums = scratch, *rows = scratch + pairs(n) * kGramBlock;
+  with_type(args.xs[0].dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    const auto row = [](const View& v, std::int64_t r) {
+      return static_cast<const T*>(v.data) + r * v.strides[0];
+    };
+    for (std::int64_t at = begin; at < end; at += kGramBlock) {
+      const std::int64_t count = std::min(kGramBlock, end - at);
+      std::fill(sums, rows, 0.0);
+      for (std::int64_t r = 0; r < length; ++r) {
+        const T* base = args.base ? row(*args.base, r) + at : nullptr;
+        double* sum = sums;
+        for (std::int64_t i = 0; i < n; ++i)
+          subtract(row(args.xs[i], r) + at, base, rows + i * kGramBlock, count);
+        for (std::int64_t i = 0; i < n; ++i)
+          for (std::int64_t j = i; j < n; ++j, sum += kGramBlock)
+            add_elementwise(rows + i * kGramBlock, rows + j * kGramBlock, count, sum);
+      }
+      const double* sum = sums;
+      for (std::int64_t i = 0; i < n; ++i)
+        for (std::int64_t j = i; j < n; ++j, sum += kGramBlock)
+          for (std::int64_t c = 0; c < count; ++c) {
+            double* out = dots + (at + c) * n * n;
+            out[i * n + j] = out[j * n + i] = sum[c];
+          }
+    }
+  });
 }
 
 }  // namespace mk

@@ -28,6 +28,12 @@ void gram(const Gram& args, std::int64_t begin, std::int64_t end, double* scratc
 void gram_rows(const Gram& args, std::int64_t width, std::int64_t begin, std::int64_t end,
                double* scratch, double* dots);
 
+// The same for columns [begin, end) of matrices of `length` rows, whose elements are next to each
+// other in a row (strides [any, 1]), into dots + column * n * n. Sums in the order of rows.
+// `scratch`: (n * (n + 1) / 2 + n) * kGramBlock doubles.
+void gram_columns(const Gram& args, std::int64_t length, std::int64_t begin, std::int64_t end,
+                  double* scratch, double* dots);
+
 // Partial sums of every pair; where n is too large for registers, a block of every vector as well.
 std::int64_t gram_scratch(std::int64_t n);
 

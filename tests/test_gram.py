@@ -185,6 +185,7 @@ ALONG = [
     ((31, 33), 0),
     ((7, 1031), 1),
     ((1031, 7), 0),
+    ((19, 1100), 0),
     ((5, 1, 3, 3), -1),
     ((5, 1, 3, 3), 0),
     ((2, 3, 5, 7), 1),
@@ -219,7 +220,7 @@ def test_along_a_dimension(
 def test_along_a_dimension_is_the_whole_of_each_vector(cpu_backend: Any) -> None:
     """Bit for bit, also where vectors are longer than a chunk's block or strided."""
     for shape, dim in (((3, CHUNK // 2 + 5), 1), ((1031, 300), 0), ((300, 1031), 1)):
-        xs = Case(shape=shape, n=2).tensors()
+        xs = Case(shape=shape, n=2, layout="sliced").tensors()
         got = mk.gram(xs, base=xs[1], dim=dim, backend="cpu")
         for r in (0, len(got) - 1):
             row = [x.movedim(dim, -1)[r] for x in xs]
@@ -236,6 +237,16 @@ def test_along_a_dimension_of_a_large_strided_tensor(dim: int, backend: str, dev
     limit = 2 * (x.shape[dim] + 2) * 2.0**-53 * norms
     for i, j in ((0, 0), (0, 1), (1, 1)):
         assert_within(got[..., i, j], norms, limit)
+
+
+def test_many_columns(backend: str, device: str) -> None:
+    """More than one task and block takes."""
+    xs = [x[:, 3:] for x in Case(shape=(700, 1303), n=2).tensors(device)]
+    got = mk.gram(xs, base=xs[1], dim=0, backend=backend)
+    delta = xs[0].double() - xs[1].double()
+    limit = 2 * 702 * 2.0**-53 * delta.square().sum(0)
+    assert_within(got[:, 0, 0], delta.square().sum(0), limit)
+    assert not got[:, 1].any()
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((0, 4), 0), ((0, 4), 1), ((3, 0, 2), 1), ((0,), 0)])

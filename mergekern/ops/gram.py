@@ -29,11 +29,12 @@ def gram(
     the axes other than `dim`. A scalar is one vector of one element along dim 0 or -1.
     Result: deltas, products and sums in float64, deterministic for each backend.
     |error| <= (L + 2) 2**-53 <|x_i - base|, |x_j - base|> for vectors of L elements, between
-    backends twice that. The backend `cpu` adds up in blocks, which makes its bound
-    (min(L, 2**18) / 512 + L / 2**18 + 66) 2**-53, and its bits depend on the two vectors alone: not
-    on layout, threads, instruction set or the other vectors. NaN and infinities propagate. The
-    products of no elements are 0.
-    Cost: one read of every input (vectors that are strided in memory are copied chunk by chunk);
+    backends twice that. The backend `cpu` adds up whole tensors in blocks, which makes its bound
+    (min(L, 2**18) / 512 + L / 2**18 + 66) 2**-53, and its bits depend on the two tensors alone: not
+    on layout, threads, instruction set or the other tensors. Vectors along `dim` give these bits
+    too, but where neighbouring vectors lie side by side in memory: those are added up in order.
+    NaN and infinities propagate. The products of no elements are 0.
+    Cost: one read of every input (of vectors with other strides a copy, chunk by chunk);
     N (N + 1) flops an element.
     Raises: ArgumentError for unequal inputs, or a `dim` they do not have.
     Source: cosines of SLERP (mergekit `slerp`) and Model Stock (2403.19522).

@@ -126,6 +126,17 @@ def test_base_of_linear_stays_in_its_place_or_comes_last() -> None:
     assert read.paths == ("a", "base", "b")
 
 
+def test_an_optional_base_is_not_a_model_and_may_be_missing() -> None:
+    models = config()["models"]
+    for listed in (models, [{"model": "base"}, *models]):
+        read = load_config(with_base("nuslerp", models=listed))
+        assert (read.paths, read.base, read.base_apart) == (("base", "a", "b"), "base", True)
+    read = load_config(config(merge_method="nuslerp"))
+    assert (read.paths, read.base, read.base_apart, read.home) == (("a", "b"), None, False, "a")
+    with pytest.raises(ArgumentError, match="beside the base; got 1; expected exactly 2"):
+        load_config(with_base("nuslerp", models=[models[0], {"model": "base"}]))
+
+
 @pytest.mark.parametrize("models", [["other"], ["base", "other"], ["other", "base"]])
 def test_base_of_slerp_is_first(models: list[str]) -> None:
     listed = [{"model": m} for m in models]

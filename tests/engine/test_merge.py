@@ -122,6 +122,61 @@ def test_slerp_with_its_base_listed_last(models: list[Path], tmp_path: Path) -> 
     same_as_state_dicts(tmp_path / "out", [tensors(0), tensors(1)], "slerp", t=0.2)
 
 
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
+@pytest.mark.parametrize("base", ["none", "apart", "listed"])
+def test_an_optional_base_is_subtracted_if_given(
+    models: list[Path], tmp_path: Path, method: str, base: str
+) -> None:
+    entries = [{"model": str(m), "parameters": {"weight": w}} for m, w in zip(models[1:], (1, 3))]
+    config: dict[str, Any] = {"merge_method": method, "models": entries}
+    if base != "none":
+        config["base_model"] = str(models[0])
+    if base == "listed":
+        entries.insert(1, {"model": str(models[0])})
+    done = merge(config, tmp_path / "out")
+    origin = None if base == "none" else tensors(0)
+    options = {"base": origin, "weight": [1, 3]}
+    same_as_state_dicts(tmp_path / "out", [tensors(1), tensors(2)], method, **options)
+    assert done.merged == len(tensors(0)) - 1
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "given"),
+    [
+        ("karcher", None, {"max_iter": 3}),
+        ("model_stock", 0, {"filter_wise": True}),
+        ("nuslerp", 0, {"weight": 1, "nuslerp_flatten": False}),
+    ],
+)
+def test_geometry_is_the_merge_of_the_state_dicts(
+    models: list[Path], tmp_path: Path, method: str, base: int | None, given: dict[str, Any]
+) -> None:
+    config = {
+        "merge_method": method,
+        "base_model": None if base is None else str(models[base]),
+        "models": [{"model": str(m)} for m in models[1:]],
+        "parameters": given,
+    }
+    merge(config, tmp_path / "out")
+    origin = None if base is None else tensors(base)
+    states = [tensors(1), tensors(2)]
+    same_as_state_dicts(tmp_path / "out", states, method, base=origin, **given)
+
+
+def test_directions_that_cancel_are_an_error_that_names_the_tensor(tmp_path: Path) -> None:
+    x = {"layer.weight": torch.ones(3)}
+    states = [x, {k: -v for k, v in x.items()}, {k: 0 * v for k, v in x.items()}]
+    paths = [write_folder(tmp_path / str(i), s) for i, s in enumerate(states)]
+    config = {
+        "merge_method": "multislerp",
+        "models": [{"model": str(p)} for p in paths],
+        "parameters": {"weight": 1},
+    }
+    with pytest.raises(ArgumentError, match=r"directions of layer\.weight cancel"):
+        merge(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_gradients_and_filters_reach_each_tensor(models: list[Path], tmp_path: Path) -> None:
     t = [{"filter": "bias", "value": [0, 1]}, {"filter": "encoder", "value": 0.25}, {"value": 0.5}]
     config = {

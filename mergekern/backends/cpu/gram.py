@@ -28,15 +28,21 @@ def gram(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
 
 
 def gram_rows(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
-    """Rows that do not lie one after the other in memory are copied, a chunk at a time."""
+    """Dot products of rows; where columns are next to each other in memory, column by column.
+
+    Other rows are copied, a chunk at a time.
+    """
     tensors = xs if base is None else [*xs, base]
     rows, width = xs[0].shape
-    step = max(1, 4 * runtime.CHUNK // max(1, width))
     if all(x.is_contiguous() for x in tensors):
-        step = max(1, rows)
-    for begin in range(0, rows, step):
-        part = [x[begin : begin + step].contiguous() for x in tensors]
-        _rows(out[begin : begin + step], part, len(xs))
+        _rows(out, tensors, len(xs))
+    elif all(x.stride(0) == 1 for x in tensors):
+        _columns(out, [x.T for x in tensors], len(xs))
+    else:
+        step = max(1, 4 * runtime.CHUNK // max(1, width))
+        for begin in range(0, rows, step):
+            part = [x[begin : begin + step].contiguous() for x in tensors]
+            _rows(out[begin : begin + step], part, len(xs))
 
 
 def _rows(out: Tensor, tensors: list[Tensor], n: int) -> None:
@@ -58,3 +64,25 @@ def _rows(out: Tensor, tensors: list[Tensor], n: int) -> None:
         )
 
     runtime.chunks(kernel, rows, max(1, runtime.CHUNK // max(1, width)))
+
+
+def _columns(out: Tensor, tensors: list[Tensor], n: int) -> None:
+    """The same for columns of matrices with a last stride of 1."""
+    length, columns = tensors[0].shape
+    views = [runtime.matrix(x) for x in tensors]
+    origin = views.pop() if len(views) > n else None
+    block = runtime._cpu.GRAM_BLOCK
+
+    def kernel(begin: int, end: int) -> None:
+        scratch = torch.empty((n * (n + 1) // 2 + n) * block, dtype=torch.float64)
+        runtime._cpu.gram_columns(
+            xs=views,
+            base=origin,
+            length=length,
+            scratch=scratch.data_ptr(),
+            dots=out.data_ptr(),
+            begin=begin,
+            end=end,
+        )
+
+    runtime.chunks(kernel, columns, max(block, runtime.CHUNK // max(1, length) // block * block))

@@ -120,5 +120,16 @@ def view(x: Tensor, *, output: bool = False) -> object:
     )
 
 
+def matrix(x: Tensor) -> object:
+    """A view of two dimensions, whatever they could be collapsed to."""
+    return _cpu.View(
+        data=x.data_ptr(),
+        dtype=_DTYPES[x.dtype],
+        shape=list(x.shape),
+        strides=list(x.stride()),
+        stream=False,
+    )
+
+
 def optional_view(x: Tensor | None) -> object:
     return None if x is None else view(x)
