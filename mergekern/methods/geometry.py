@@ -208,9 +208,6 @@ def karcher_coefficients(dots: Tensor, max_iter: int, tol: float, least: float) 
         if step < tol:
             break
         mean = math.cos(step) * mean + math.sin(step) / step * tangent
-        size = length(mean)
-        if size > tol:
-            mean = mean / size
     coefficients[kept] = norms.mean() * mean / lengths
     return coefficients
 

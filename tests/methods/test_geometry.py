@@ -276,6 +276,23 @@ def test_opposite_long_float64_vectors_are_straight(factor: float) -> None:
     assert_within(got, line.value, bound(line, None, torch.float64, 2, 1))
 
 
+def test_karcher_beside_a_vector_that_is_opposite_but_for_rounding() -> None:
+    """Its direction would be that of the rounding, times pi over the sine of an angle of 1e-8."""
+    x = values((1 << 16,), torch.float64)
+    got = merge_tensors([x, -0.7 * x, 2.1 * x], "karcher")
+    value = x * (1 + 0.7 + 2.1) / 3
+    assert_within(got, value, 16 * 2.0**-53 * value.abs())
+
+
+def test_float64_beyond_its_squares_is_nan() -> None:
+    """In rows as in whole tensors."""
+    x, y = values((3, 33), torch.float64, seed=1), values((3, 33), torch.float64, seed=2)
+    y[1, 4] = 1e200
+    assert merge_tensors([x, y], "nuslerp", weight=1).isnan().all()
+    got = merge_tensors([x, y], "nuslerp", weight=1, nuslerp_flatten=False)
+    assert torch.equal(got.isnan().all(1), torch.tensor([False, True, False]))
+
+
 @pytest.mark.parametrize("zeros", [1, 2, 3])
 @pytest.mark.parametrize("method", ["multislerp", "karcher", "model_stock"])
 def test_zero_vectors(method: str, zeros: int) -> None:
@@ -354,16 +371,12 @@ def test_one_model_is_returned_as_it_is(method: str) -> None:
         assert_bytes_equal(merge_tensors([x], method, base=torch.ones(4), **weight), x)
 
 
-def test_model_stock_at_its_singularity() -> None:
-    """Three differences at 120 degrees: the cosine is -1/2, the denominator 0."""
-    base = values((2,), torch.float32)
-    angles = [0, 2 * math.pi / 3, 4 * math.pi / 3]
-    xs = [
-        base.double() + torch.tensor([math.cos(a), math.sin(a)], dtype=torch.float64)
-        for a in angles
-    ]
-    got = merge_tensors(xs, "model_stock", base=base.double())
-    assert_bits_equal(got, base.double())
+def test_model_stock_near_its_singularity() -> None:
+    """Differences whose mean cosine is within 1e-7 of -1 / (N - 1)."""
+    base = values((2,), torch.float64)
+    for angles in ((0, 2 / 3 * math.pi, 4 / 3 * math.pi), (0, math.pi), (0, math.pi - 1e-4)):
+        xs = [base + torch.tensor([math.cos(a), math.sin(a)]).double() for a in angles]
+        assert_bits_equal(merge_tensors(xs, "model_stock", base=base), base)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
