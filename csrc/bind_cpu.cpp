@@ -15,6 +15,7 @@
 #include "permute.h"
 #include "rank_mask.h"
 #include "variance_mask.h"
+#include "weighted_rows.h"
 #include "weighted_sum.h"
 
 namespace py = pybind11;
@@ -48,6 +49,13 @@ void weighted_sum(const mk::View& out, const std::vector<mk::View>& xs,
                   const std::vector<double>& weights, double divisor, int64_t begin, int64_t end) {
   require(!xs.empty() && xs.size() == weights.size(), "weighted_sum: one weight per input");
   mk::weighted_sum({out, xs.data(), weights.data(), int64_t(xs.size()), divisor}, begin, end);
+}
+
+void weighted_rows(const mk::View& out, const std::vector<mk::View>& xs, Address weights, int64_t k,
+                   int64_t inner, int64_t begin, int64_t end) {
+  require(!xs.empty() && k >= 1 && inner >= 1, "weighted_rows: no input, row or element of a row");
+  mk::weighted_rows({out, xs.data(), at<const double>(weights), int64_t(xs.size()), k, inner},
+                    begin, end);
 }
 
 // Task vectors as selection and masks take them: the views live as long as the object.
@@ -281,6 +289,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("GRAM_BLOCK") = mk::kGramBlock;
 
   m.def("weighted_sum", &weighted_sum, no_gil, kw, "out"_a, "xs"_a, "weights"_a, "divisor"_a,
+        "begin"_a, "end"_a);
+  m.def("weighted_rows", &weighted_rows, no_gil, kw, "out"_a, "xs"_a, "weights"_a, "k"_a, "inner"_a,
         "begin"_a, "end"_a);
   m.def("merge_deltas", &merge_deltas, no_gil, kw, "out"_a, "base"_a, "xs"_a, "recipe"_a,
         "scratch"_a, "begin"_a, "end"_a);

@@ -63,6 +63,10 @@ template <class T>
 using acc_t = typename Traits<T>::Acc;
 template <class T>
 using key_t = typename Traits<T>::Key;
+// The accumulator of weighted sums. float32 inputs have a double's: a float's roundings would show
+// in the result. 16-bit inputs keep a float: there a double took 1.3 to 1.9 times as long.
+template <class T>
+using sum_t = std::conditional_t<sizeof(T) == 2, float, double>;
 
 template <class To, class From>
 MK_INLINE To bit_cast(From from) {

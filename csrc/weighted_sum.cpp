@@ -5,14 +5,38 @@
 namespace mk {
 namespace {
 
-template <class T>
-MK_CLONES void scale(const T* x, acc_t<T> w, acc_t<T>* acc, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) acc[i] = widen(x[i]) * w;
+// A short block: while one is added, the next one of every input is on its way from memory, and
+// neither that nor the division stalls the other (1024 elements took 1.3 times as long).
+constexpr std::int64_t kSumBlock = 256;
+
+// Inputs added in one pass, their sum in registers meanwhile.
+constexpr int kTogether = 4;
+
+template <int M, bool First, class T, class A>
+MK_CLONES void add(const T* const* xs, const A* weights, A* acc, std::int64_t n) {
+  const T* x[M];
+  A w[M];
+  for (int j = 0; j < M; ++j) x[j] = xs[j], w[j] = weights[j];
+  for (std::int64_t i = 0; i < n; ++i) {
+    const A p = A(widen(x[0][i])) * w[0];
+    A sum = First ? p : acc[i] + p;
+    for (int j = 1; j < M; ++j) sum += A(widen(x[j][i])) * w[j];
+    acc[i] = sum;
+  }
 }
 
-template <class T>
-MK_CLONES void axpy(const T* x, acc_t<T> w, acc_t<T>* acc, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) acc[i] += widen(x[i]) * w;
+template <bool First, class T, class A>
+void add_some(int m, const T* const* xs, const A* weights, A* acc, std::int64_t n) {
+  switch (m) {
+    case 1:
+      return add<1, First>(xs, weights, acc, n);
+    case 2:
+      return add<2, First>(xs, weights, acc, n);
+    case 3:
+      return add<3, First>(xs, weights, acc, n);
+    default:
+      return add<kTogether, First>(xs, weights, acc, n);
+  }
 }
 
 template <class A>
@@ -20,27 +44,30 @@ MK_CLONES void divide(A* acc, A divisor, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) acc[i] /= divisor;
 }
 
-// Streams that a processor follows by itself: more of them in turn halved the bandwidth.
-constexpr std::int64_t kFollowed = 4;
-
 }  // namespace
 
 void weighted_sum(const WeightedSum& args, std::int64_t begin, std::int64_t end) {
   with_type(args.xs[0].dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    using A = acc_t<T>;
-    alignas(64) T gathered[kBlock];
-    alignas(64) A acc[kBlock];
-    for (std::int64_t at = begin; at < end; at += kBlock) {
-      const std::int64_t n = std::min(kBlock, end - at);
-      const std::int64_t next = args.n > kFollowed ? std::min(kBlock, end - at - n) : 0;
-      for (std::int64_t i = 0; i < args.n; ++i) {
-        prefetch_block<T>(args.xs[i], at + n, next);
-        const T* x = read_block(args.xs[i], at, n, gathered);
+    using A = sum_t<T>;
+    alignas(64) T gathered[kTogether][kSumBlock];
+    alignas(64) A acc[kSumBlock];
+    for (std::int64_t at = begin; at < end; at += kSumBlock) {
+      const std::int64_t n = std::min(kSumBlock, end - at);
+      const std::int64_t next = std::min(kSumBlock, end - at - n);
+      for (std::int64_t i = 0; i < args.n; i += kTogether) {
+        const int m = int(std::min<std::int64_t>(kTogether, args.n - i));
+        const T* x[kTogether];
+        A w[kTogether];
+        for (int j = 0; j < m; ++j) {
+          prefetch_block<T>(args.xs[i + j], at + n, next);
+          x[j] = read_block(args.xs[i + j], at, n, gathered[j]);
+          w[j] = A(args.weights[i + j]);
+        }
         if (i == 0)
-          scale(x, A(args.weights[i]), acc, n);
+          add_some<true>(m, x, w, acc, n);
         else
-          axpy(x, A(args.weights[i]), acc, n);
+          add_some<false>(m, x, w, acc, n);
       }
       if (args.divisor != 1.0) divide(acc, A(args.divisor), n);
       write_block(args.out, at, n, acc);

@@ -1,7 +1,7 @@
 // out = (sum_i w_i x_i) / divisor, elementwise, over elements [begin, end).
 //
-// Arithmetic: accumulator float (double for f64); w_0 x_0, then + w_i x_i in input order, each
-// product and each sum rounded; then the division unless divisor is 1; one rounding at the store.
+// Arithmetic: accumulator sum_t; w_0 x_0, then + w_i x_i in input order, each product and each sum
+// rounded; then the division unless divisor is 1; one rounding at the store.
 #pragma once
 
 #include "common.h"

@@ -13,6 +13,7 @@ from .ops.merge_deltas import merge_deltas
 from .ops.permute import permute
 from .ops.rank_mask import rank_mask
 from .ops.variance_mask import variance_mask
+from .ops.weighted_rows import weighted_rows
 from .ops.weighted_sum import weighted_sum
 
 __version__ = "0.1.0"
@@ -39,5 +40,6 @@ __all__ = [
     "permute",
     "rank_mask",
     "variance_mask",
+    "weighted_rows",
     "weighted_sum",
 ]

@@ -24,8 +24,13 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type sums are held in: float64 for float64, else float32."""
+    """The type differences are held in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sum_accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type weighted sums are held in: float32 for 16-bit inputs, else float64."""
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 def unsupported_dtype(op: str, name: str, got: object) -> ArgumentError:

@@ -22,6 +22,7 @@ from .errors import BackendError
 
 OPS = (
     "weighted_sum",
+    "weighted_rows",
     "merge_deltas",
     "kth_magnitude",
     "rank_mask",

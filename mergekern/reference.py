@@ -1,8 +1,8 @@
 """The oracle: every op as its formula reads, slow, in float64.
 
 `acc` is the type all arithmetic is done in. float64 (the default) gives the result to compare
-errors with; the accumulator of the inputs (float32 for 16- and 32-bit types) gives, step by step,
-the arithmetic that the kernels promise, and so the bits to compare with.
+errors with; the accumulator that an op promises for its inputs gives, step by step, the arithmetic
+of the kernels, and so the bits to compare with.
 """
 
 from __future__ import annotations
@@ -48,6 +48,20 @@ def weighted_sum(
     for x, w in zip(xs[1:], weights[1:], strict=True):
         total = total + x.to(acc) * w
     _round(total / torch.tensor(divisor, dtype=acc), out)
+
+
+def weighted_rows(
+    out: Tensor,
+    xs: list[Tensor],
+    weights: Tensor,
+    inner: int,
+    acc: torch.dtype = torch.float64,
+) -> None:
+    row = torch.arange(out.numel()).reshape(out.shape) // inner % weights.shape[1]
+    total = xs[0].to(acc) * weights[0].to(acc)[row]
+    for x, w in zip(xs[1:], weights[1:], strict=True):
+        total = total + x.to(acc) * w.to(acc)[row]
+    _round(total, out)
 
 
 def kth_magnitude(

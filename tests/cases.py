@@ -20,7 +20,7 @@ SENTINEL = 77.0  # surrounds data; exact in every dtype, far from the values of 
 
 # ---- sizes -----------------------------------------------------------------------------------
 
-BLOCKS = (256, 512, 1024)  # of csrc: gram, merge_deltas, the rest
+BLOCKS = (256, 512, 1024)  # of csrc: sums and gram, merge_deltas, the rest
 CHUNK = 1 << 18  # elements of one task of the C++ and torch backends
 SIZES = (0, 1, 2, 7, 8, 9, *(b + d for b in BLOCKS for d in (-1, 0, 1)), 1031)
 SHAPES = (

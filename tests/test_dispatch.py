@@ -24,6 +24,7 @@ def call(op: str, backend: str = "auto") -> object:
     """One small call of each op."""
     return {
         "weighted_sum": lambda: mk.weighted_sum([X], [1], backend=backend),
+        "weighted_rows": lambda: mk.weighted_rows([X], torch.ones(3, 1), backend=backend),
         "merge_deltas": lambda: mk.merge_deltas(X, [X], [1], backend=backend),
         "kth_magnitude": lambda: mk.kth_magnitude(X, 1, backend=backend),
         "gram": lambda: mk.gram([X], backend=backend),

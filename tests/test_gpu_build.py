@@ -160,6 +160,7 @@ def test_cuda_weighted_sum(cuda_kernels: dict[str, Sass]) -> None:
         assert sass.ops["LDG.E.128"] > 0, (types, sass)
         assert sass.ops["STG.E.128"] > 0, (types, sass)
         assert_plain_arithmetic(sass, pairs[types, False], divides)
+        assert (sass.count("DMUL") > 0) == types.startswith(("f", "d")), (types, sass)
 
 
 # ---- the Triton kernel -----------------------------------------------------------------------
@@ -189,7 +190,7 @@ for case in cases:
     signature = {
         "out": POINTERS[out],
         "addresses": "*i64",
-        "factors": "*fp64" if x == "f64" else "*fp32",
+        "factors": "*fp32" if TYPES[x].itemsize == 2 else "*fp64",
         "n": "i32",
         "numel": "i32",
         **dict.fromkeys(constants, "constexpr"),
@@ -215,6 +216,7 @@ TRITON_CASES = [
         ("bf16", "bf16", 1 << 16),
         ("bf16", "bf16", LARGE),
         ("f16", "f32", LARGE),
+        ("f32", "f32", LARGE),
         ("f32", "bf16", LARGE),
         ("f64", "bf16", LARGE),
     ]
@@ -246,6 +248,7 @@ def test_triton_weighted_sum(triton_kernels: dict[str, Sass], case: str) -> None
     assert sass.ops["LDG.E.U16"] == 0, sass
     assert sass.count("STG") == sum(n for op, n in sass.ops.items() if op in wide_stores(case))
     assert_plain_arithmetic(sass, plain, plain is not sass)
+    assert (sass.count("DMUL") > 0) == case.startswith(("f32", "f64")), sass
 
 
 def wide_stores(case: str) -> set[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mergekern as mk
 from mergekern import reference
-from mergekern.check import accumulator, name_of
+from mergekern.check import name_of, sum_accumulator
 
 import cases
 import elementwise
@@ -37,7 +37,7 @@ def specified(
     """What the formula gives in `acc`, by default the accumulator that the op promises."""
     xs = [x.cpu() for x in xs]
     out = torch.empty(xs[0].shape, dtype=dtype or xs[0].dtype)
-    reference.weighted_sum(out, xs, weights, divisor, acc=acc or accumulator(xs[0].dtype))
+    reference.weighted_sum(out, xs, weights, divisor, acc=acc or sum_accumulator(xs[0].dtype))
     return out
 
 
@@ -127,7 +127,7 @@ def test_error_is_within_the_bound(
     # n + 1 roundings reach a term (its weight, its product, n - 1 sums); a division adds the
     # rounding of the divisor and its own. Each product or quotient may also lose half of the
     # accumulator's smallest number, and the store half a unit of the result.
-    info = torch.finfo(accumulator(dtype))
+    info = torch.finfo(sum_accumulator(dtype))
     least = info.smallest_normal * info.eps
     roundings = case.n + 1 + 2 * normalize
     error = 1.0001 * roundings * info.eps / 2 * size + (case.n + 1) * least
@@ -143,15 +143,35 @@ def test_weights_are_not_rounded_to_the_dtype(backend: str, device: str) -> None
     assert_bits_equal(got, torch.full((5,), weight))
 
 
-def test_sums_are_not_contracted_or_reordered(backend: str, device: str) -> None:
-    # 3 * (1/3 rounded) rounds to 1, a fused multiply-add would leave 2**-25; and 2**24 + 1 + 1
-    # in order stays 2**24.
-    xs = [torch.tensor([v], device=device) for v in (-1.0, 3.0)]
-    third = float(torch.tensor(1 / 3))
-    assert mk.weighted_sum(xs, [1.0, third], backend=backend).item() == 0.0
-    xs = [torch.tensor([v], device=device) for v in (2.0**24, 1.0, 1.0)]
-    assert mk.weighted_sum(xs, [1, 1, 1], backend=backend).item() == 2.0**24
-    assert mk.weighted_sum(xs[::-1], [1, 1, 1], backend=backend).item() == 2.0**24 + 2
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name_of)
+def test_sums_are_not_contracted_or_reordered(
+    dtype: torch.dtype, backend: str, device: str
+) -> None:
+    # 3 * (1/3 rounded) rounds to 1, a fused multiply-add would leave a rest; and 2**24 + 1 + 1
+    # (2**53 in float64) in order stays what it was.
+    acc = sum_accumulator(dtype)
+
+    def total(values: list[float], weights: list[float]) -> float:
+        xs = [torch.tensor([v], dtype=dtype, device=device) for v in values]
+        return mk.weighted_sum(xs, weights, out_dtype=acc, backend=backend).item()
+
+    third = torch.tensor(1 / 3, dtype=torch.float64).to(acc).item()
+    assert total([-1.0, 3.0], [1.0, third]) == 0.0
+    limit = 1 / (torch.finfo(acc).eps / 2)
+    assert total([1.0] * 3, [limit, 1, 1]) == limit
+    assert total([1.0] * 3, [1, 1, limit]) == limit + 2
+
+
+def test_float32_sums_show_no_rounding_but_their_own(backend: str, device: str) -> None:
+    """What float32 sums would lose: the terms cancel down to their last bits."""
+    case = Case(shape=(1031,), n=8)
+    xs = case.tensors(device)
+    weights = [0.1, 0.3, 0.7, 1.1, -0.1, -0.3, -0.7, -1.1 + 2.0**-20]
+    xs = [*xs[:4], *(x * (1 + 2.0**-23) for x in xs[:4])]
+    got = mk.weighted_sum(xs, weights, backend=backend)
+    oracle, size = truth([x.cpu() for x in xs], weights, 1.0)
+    error = 1.0001 * (case.n + 1) * 2.0**-53 * size
+    assert_within(got, oracle, error + half_ulp(oracle.abs() + error, torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -209,9 +229,10 @@ def test_non_finite_values_propagate(backend: str, device: str) -> None:
     assert_bits_equal(got, torch.tensor([nan, nan, nan, nan, inf]))
 
 
-def test_divisor_that_leaves_float32(backend: str, device: str) -> None:
-    """A sum of weights is rounded to float32, where it may become 0 or infinity."""
-    x = torch.tensor([0.0, 1.0, -1.0], device=device)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name_of)
+def test_divisor_that_leaves_float32(dtype: torch.dtype, backend: str, device: str) -> None:
+    """A sum of weights is rounded to the accumulator; float32 makes it 0 or infinity."""
+    x = torch.tensor([0.0, 1.0, -1.0], dtype=dtype, device=device)
     for weight in (1e300, 1e-300):
         got = mk.weighted_sum([x], [weight], normalize=True, backend=backend)
         assert_bits_equal(got, specified([x], [weight], weight))

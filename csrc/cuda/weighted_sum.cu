@@ -10,9 +10,9 @@ namespace {
 template <class In, class Out, bool kDivide>
 __global__ void __launch_bounds__(kThreads)
     weighted_sum_kernel(Out* out, const In* const* __restrict__ xs,
-                        const acc_t<In>* __restrict__ weights, std::int64_t n, std::int64_t packs,
-                        std::int64_t numel, acc_t<In> divisor) {
-  using A = acc_t<In>;
+                        const sum_t<In>* __restrict__ weights, std::int64_t n, std::int64_t packs,
+                        std::int64_t numel, sum_t<In> divisor) {
+  using A = sum_t<In>;
   constexpr int N = kPack<In, Out>;
   // Inputs a thread reads before it adds the first of them: 64 bytes in flight.
   constexpr int kBatch = 64 / (N * sizeof(In));
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
         if (i + j >= n) break;
         const A w = weights[i + j];
 #pragma unroll
-        for (int k = 0; k < N; ++k) sum[k] = add(sum[k], mul(load(x[j].v[k]), w));
+        for (int k = 0; k < N; ++k) sum[k] = add(sum[k], mul(A(load(x[j].v[k])), w));
       }
     }
     Pack<Out, N> y;
@@ -45,16 +45,18 @@ __global__ void __launch_bounds__(kThreads)
 
 #pragma unroll 1
   for (std::int64_t at = packs * N + thread; at < numel; at += threads) {
-    A sum = mul(load(global(xs[0])[at]), weights[0]);
+    A sum = mul(A(load(global(xs[0])[at])), weights[0]);
 #pragma unroll 4
-    for (std::int64_t i = 1; i < n; ++i) sum = add(sum, mul(load(global(xs[i])[at]), weights[i]));
+    for (std::int64_t i = 1; i < n; ++i) {
+      sum = add(sum, mul(A(load(global(xs[i])[at])), weights[i]));
+    }
     store(kDivide ? div(sum, divisor) : sum, &out[at]);
   }
 }
 
 template <class In, class Out, bool kDivide>
 void launch(const WeightedSum& args, cudaStream_t stream) {
-  using A = acc_t<In>;
+  using A = sum_t<In>;
   constexpr int N = kPack<In, Out>;
   const std::int64_t packs = args.wide ? args.numel / N : 0;
   const std::int64_t rest = args.numel - packs * N;

@@ -12,7 +12,7 @@ struct WeightedSum {
   DType out_dtype;        // need not be x_dtype
   const void* const* xs;  // on the device: n addresses of contiguous tensors
   DType x_dtype;
-  const void* weights;  // on the device: n values of the accumulator (double for f64, else float)
+  const void* weights;  // on the device: n values of the accumulator, sum_t
   std::int64_t n;       // >= 1
   std::int64_t numel;   // of every tensor, >= 0
   double divisor;       // rounded to the accumulator

@@ -28,11 +28,11 @@ def weighted_sum(
     the inputs'.
 
     Result: the same bits on every backend and thread count. Products and sums are rounded to
-    float32 (float64 for float64 inputs) in input order, then divided, then rounded once to the
-    result. Weights are never rounded below the accumulator (beyond its range they are infinite).
-    |error| <= (n + 1) u sum_i |w_i x_i|, two u more with `normalize`, plus half a unit of the
-    result's last place, u = 2**-24 (2**-53), where nothing underflows. NaN and infinities propagate
-    as in this arithmetic.
+    float64 (float32 for 16-bit inputs) in input order, then divided, then rounded once to the
+    result. Weights are never rounded below that (beyond the range of float32 they are infinite
+    there). |error| <= (n + 1) u sum_i |w_i x_i|, two u more with `normalize`, plus half a unit of
+    the result's last place, u = 2**-53 (2**-24), where nothing under- or overflows (bfloat16
+    products beyond float32 do). NaN and infinities propagate as in this arithmetic.
 
     Cost: reads every input and writes the result once; 2n flops an element.
     Raises: ArgumentError for an empty list, unequal shapes, dtypes or devices, non-finite weights,

@@ -176,9 +176,7 @@ def exact_slerp(base: Tensor, x: Tensor, t: float) -> tuple[Tensor, float]:
 # ---- accuracy and agreement ------------------------------------------------------------------
 
 
-def assert_no_worse(
-    mine: Tensor, other: Tensor, exact: Tensor, clear: Tensor, *, slack: float = 0.0
-) -> None:
+def assert_no_worse(mine: Tensor, other: Tensor, exact: Tensor, clear: Tensor) -> None:
     """(a) Our largest error is at most theirs, over the elements where nothing is in doubt."""
     errors = [float((x.double() - exact)[clear].abs().max()) for x in (mine, other)]
     mean = [float((x.double() - exact)[clear].abs().mean()) for x in (mine, other)]
@@ -189,7 +187,7 @@ def assert_no_worse(
         f"{int((~clear).sum())} of {clear.numel()} in doubt"
     )
     assert math.isfinite(errors[0])
-    assert errors[0] <= errors[1] + slack
+    assert errors[0] <= errors[1]
 
 
 def assert_close(mine: Tensor, other: Tensor, exact: Exact) -> None:
@@ -208,11 +206,6 @@ def assert_close(mine: Tensor, other: Tensor, exact: Exact) -> None:
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_linear(dtype: torch.dtype, weights: tuple[float, ...], normalize: bool) -> None:
-    """Where addcmul compiles to fused multiply-adds, mergekit spares the rounding of a product.
-
-    That is the one case where it may come closer, and only in float32: weighted_sum promises the
-    same bits on every backend, so it fuses nothing. Each product may then cost half a unit more.
-    """
     _, *xs = models(dtype)
     exact = exact_linear(xs, weights)
     if not normalize:
@@ -223,11 +216,7 @@ def test_linear(dtype: torch.dtype, weights: tuple[float, ...], normalize: bool)
         for side in (ours, theirs)
     )
     assert_close(mine, other, exact)
-    slack = 0.0
-    if dtype == torch.float32 and weights != (1.0, 1.0, 1.0):
-        products = exact.terms.abs().sum(0) / exact.divisor.abs()
-        slack = UNIT[dtype] * float(products.max())
-    assert_no_worse(mine, other, exact.value(), exact.clear, slack=slack)
+    assert_no_worse(mine, other, exact.value(), exact.clear)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -286,15 +275,6 @@ def test_slerp(dtype: torch.dtype, t: float) -> None:
     assert_within(mine, exact, own)
     assert_within(other, exact, own + off * size)
     assert_no_worse(mine, other, exact, torch.ones(SHAPE, dtype=torch.bool))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("scale", [None, 1.0, 0.3, -2.0])
-def test_passthrough(dtype: torch.dtype, scale: float | None) -> None:
-    x = models(dtype)[0]
-    parameters = {} if scale is None else {"scale": scale}
-    mine, other = (side(None, [x], "passthrough", **parameters) for side in (ours, theirs))
-    assert_bytes_equal(mine, other)
 
 
 # ---- dare: the same distribution -------------------------------------------------------------

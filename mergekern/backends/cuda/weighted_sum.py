@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...check import accumulator
+from ...check import sum_accumulator
 from ...dispatch import compiled
 from .. import tables
 
@@ -30,7 +30,7 @@ def weighted_sum(out: Tensor, xs: list[Tensor], weights: list[float], divisor: f
     xs = [x.contiguous() for x in xs]
     target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=device)
     addresses = tables.upload([x.data_ptr() for x in xs], torch.int64, device)
-    factors = tables.upload(weights, accumulator(xs[0].dtype), device)
+    factors = tables.upload(weights, sum_accumulator(xs[0].dtype), device)
     _cuda.weighted_sum(
         out=target.data_ptr(),
         out_dtype=_DTYPES[out.dtype],

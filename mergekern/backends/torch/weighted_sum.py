@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...check import accumulator
+from ...check import sum_accumulator
 from . import chunks
 
 
 def weighted_sum(out: Tensor, xs: list[Tensor], weights: list[float], divisor: float) -> None:
-    acc = accumulator(xs[0].dtype)
+    acc = sum_accumulator(xs[0].dtype)
     out, *xs = chunks.flat([out, *xs])
     for begin, end, _ in chunks.rows(xs):
         total = chunks.part(xs[0], begin, end, acc)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...check import accumulator
+from ...check import sum_accumulator
 from .. import tables
 from .common import DTYPES, narrow, pointer, widen
 
@@ -38,10 +38,10 @@ def weighted_sum_kernel(
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     x = widen(tl.load(pointer(addresses, 0, IN, WIDE) + offsets, mask=mask, other=0.0))
-    total = x * tl.load(factors)
+    total = x.to(factors.dtype.element_ty) * tl.load(factors)
     for i in tl.range(1, n, loop_unroll_factor=4):  # overlaps the loads of several inputs
         x = widen(tl.load(pointer(addresses, i, IN, WIDE) + offsets, mask=mask, other=0.0))
-        total += x * tl.load(factors + i)
+        total += x.to(total.dtype) * tl.load(factors + i)
     if DIVIDE:
         divisor = tl.load(factors + n)
         # For float32 `/` is approximate, and div_rn takes nothing else.
@@ -73,7 +73,7 @@ def weighted_sum(out: Tensor, xs: list[Tensor], weights: list[float], divisor: f
         weighted_sum_kernel[(triton.cdiv(numel, block),)](
             target,
             tables.upload([x.data_ptr() for x in xs], torch.int64, device),
-            tables.upload([*weights, divisor], accumulator(dtype), device),
+            tables.upload([*weights, divisor], sum_accumulator(dtype), device),
             len(xs),
             numel,
             IN=DTYPES[dtype],
