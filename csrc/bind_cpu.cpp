@@ -135,6 +135,13 @@ void gram(const std::vector<mk::View>& xs, const std::optional<mk::View>& base, 
            at<double>(scratch), at<double>(dots));
 }
 
+void gram_rows(const std::vector<mk::View>& xs, const std::optional<mk::View>& base, int64_t width,
+               Address scratch, Address dots, int64_t begin, int64_t end) {
+  require(!xs.empty(), "gram_rows: no inputs");
+  mk::gram_rows({xs.data(), int64_t(xs.size()), base ? &*base : nullptr}, width, begin, end,
+                at<double>(scratch), at<double>(dots));
+}
+
 void magnitude_keys(const KeySource& source, Address out, int64_t begin, int64_t end) {
   mk::magnitude_keys(source.get(), begin, end, at<void>(out));
 }
@@ -286,7 +293,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("BLOCK") = mk::kBlock;
   m.attr("MERGE_BLOCK") = mk::kMergeBlock;
   m.attr("MASK_UNITS") = mk::kMaskUnits;
-  m.attr("GRAM_BLOCK") = mk::kGramBlock;
 
   m.def("weighted_sum", &weighted_sum, no_gil, kw, "out"_a, "xs"_a, "weights"_a, "divisor"_a,
         "begin"_a, "end"_a);
@@ -306,6 +312,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("variance_mask", &variance_mask, no_gil, kw, "source"_a, "all"_a, "threshold"_a, "cut"_a,
         "bits"_a, "squares"_a, "begin"_a, "end"_a);
   m.def("gram", &gram, no_gil, kw, "xs"_a, "base"_a, "scratch"_a, "dots"_a, "begin"_a, "end"_a);
+  m.def("gram_rows", &gram_rows, no_gil, kw, "xs"_a, "base"_a, "width"_a, "scratch"_a, "dots"_a,
+        "begin"_a, "end"_a);
+  m.def("gram_scratch", &mk::gram_scratch, kw, "n"_a);
   m.def("magnitude_keys", &magnitude_keys, no_gil, kw, "source"_a, "out"_a, "begin"_a, "end"_a);
   m.def("sample_keys", &sample_keys, no_gil, kw, "source"_a, "total"_a, "runs"_a, "run"_a, "out"_a,
         "begin"_a, "end"_a);

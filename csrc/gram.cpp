@@ -5,43 +5,205 @@
 namespace mk {
 namespace {
 
-constexpr int kLanes = 16;
+constexpr std::int64_t kInRegisters = 4;  // vectors up to which no block is stored in between
+
+constexpr std::int64_t pairs(std::int64_t n) { return n * (n + 1) / 2; }
+
+// Four doubles: a register of AVX2. AVX-512 is not asked for: with halves of its registers GCC
+// scatters the conversions, and what is read from memory does not come faster than this takes it.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MK_GRAM_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define MK_GRAM_CLONES
+#endif
+constexpr int kFour = 4;
+using Four = double __attribute__((vector_size(kFour * sizeof(double))));
 
 template <class T>
-MK_CLONES void to_double(const T* x, const T* base, double* out, std::int64_t n) {
+MK_INLINE void load(const T* x, Four* v) {
+  *v = Four{double(x[0]), double(x[1]), double(x[2]), double(x[3])};
+}
+
+MK_INLINE void add_to(double* sum, const Four& lanes) {
+  Four total;
+  std::memcpy(&total, sum, sizeof(total));
+  total += lanes;
+  std::memcpy(sum, &total, sizeof(total));
+}
+
+// Adds up the products of n <= kGramBlock elements of N vectors: kGramLanes sums for each pair.
+// As many lanes at a time as fit in registers with the pairs.
+template <int N, bool kBase, class T>
+MK_GRAM_CLONES void add_products(const T* const* xs, const T* base, std::int64_t n, double* sums) {
+  constexpr int kFours = N <= 2 ? 4 : 2;
+  const T* x[N];
+  for (int k = 0; k < N; ++k) x[k] = xs[k];
+  const std::int64_t whole = n - n % kGramLanes;
+  for (int lane = 0; lane < kGramLanes; lane += kFours * kFour) {
+    Four lanes[pairs(N)][kFours] = {};
+    for (std::int64_t i = 0; i < whole; i += kGramLanes)
+      for (int h = 0; h < kFours; ++h) {
+        const std::int64_t at = i + lane + h * kFour;
+        Four v[N], b;
+        if constexpr (kBase) load(base + at, &b);
+        for (int k = 0; k < N; ++k) {
+          load(x[k] + at, &v[k]);
+          if constexpr (kBase) v[k] -= b;
+        }
+        for (int a = 0, p = 0; a < N; ++a)
+          for (int c = a; c < N; ++c, ++p) lanes[p][h] += v[a] * v[c];
+      }
+    for (int p = 0; p < pairs(N); ++p)
+      for (int h = 0; h < kFours; ++h)
+        add_to(sums + p * kGramLanes + lane + h * kFour, lanes[p][h]);
+  }
+  for (std::int64_t i = whole; i < n; ++i) {
+    double v[N];
+    for (int k = 0; k < N; ++k) {
+      v[k] = x[k][i];
+      if constexpr (kBase) v[k] -= double(base[i]);
+    }
+    for (int a = 0, p = 0; a < N; ++a)
+      for (int c = a; c < N; ++c, ++p) sums[p * kGramLanes + i - whole] += v[a] * v[c];
+  }
+}
+
+// The same for one vector of doubles against N others, kGramBlock apart.
+template <int N>
+MK_GRAM_CLONES void add_products_with(const double* x, const double* ys, std::int64_t n,
+                                      double* sums) {
+  constexpr int kFours = N <= 2 ? 4 : 2;
+  const std::int64_t whole = n - n % kGramLanes;
+  for (int lane = 0; lane < kGramLanes; lane += kFours * kFour) {
+    Four lanes[N][kFours] = {};
+    for (std::int64_t i = 0; i < whole; i += kGramLanes)
+      for (int h = 0; h < kFours; ++h) {
+        const std::int64_t at = i + lane + h * kFour;
+        Four v, w;
+        load(x + at, &v);
+        for (int p = 0; p < N; ++p) {
+          load(ys + p * kGramBlock + at, &w);
+          lanes[p][h] += v * w;
+        }
+      }
+    for (int p = 0; p < N; ++p)
+      for (int h = 0; h < kFours; ++h)
+        add_to(sums + p * kGramLanes + lane + h * kFour, lanes[p][h]);
+  }
+  for (std::int64_t i = whole; i < n; ++i)
+    for (int p = 0; p < N; ++p) sums[p * kGramLanes + i - whole] += x[i] * ys[p * kGramBlock + i];
+}
+
+template <class T>
+MK_CLONES void subtract(const T* x, const T* base, double* out, std::int64_t n) {
   if (base)
     for (std::int64_t i = 0; i < n; ++i) out[i] = double(widen(x[i])) - double(widen(base[i]));
   else
     for (std::int64_t i = 0; i < n; ++i) out[i] = double(widen(x[i]));
 }
 
-MK_CLONES double dot(const double* x, const double* y, std::int64_t n) {
-  double lanes[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += x[i + l] * y[i + l];
-  for (int l = 0; i < n; ++i, ++l) lanes[l] += x[i] * y[i];
-  double sum = 0;
-  for (int l = 0; l < kLanes; ++l) sum += lanes[l];
-  return sum;
+template <class T>
+MK_CLONES void widen_all(const T* x, float* out, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = widen(x[i]);
+}
+
+// A block as the products read it: 16-bit types, which take several steps to widen, as floats.
+template <class T, bool kNarrow = sizeof(T) == 2>
+struct Block {
+  T values[kGramBlock];
+  const T* read(const View& v, std::int64_t at, std::int64_t n) {
+    return read_block(v, at, n, values);
+  }
+};
+template <class T>
+struct Block<T, true> {
+  float values[kGramBlock];
+  const float* read(const View& v, std::int64_t at, std::int64_t n) {
+    T gathered[kGramBlock];
+    widen_all(read_block(v, at, n, gathered), values, n);
+    return values;
+  }
+};
+
+// f(std::integral_constant<int, n>{}) for n of 1 to 4.
+template <class F>
+void with_count(std::int64_t n, F&& f) {
+  switch (n) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    default:
+      return f(std::integral_constant<int, 4>{});
+  }
+}
+
+template <class T>
+void sum_few(const Gram& args, std::int64_t begin, std::int64_t end, double* sums) {
+  with_count(args.n, [&](auto count) {
+    constexpr int N = count;
+    alignas(64) Block<T> blocks[N + 1];
+    decltype(blocks[0].read(args.xs[0], 0, 0)) xs[N];
+    for (std::int64_t at = begin; at < end; at += kGramBlock) {
+      const std::int64_t n = std::min(kGramBlock, end - at);
+      for (int k = 0; k < N; ++k) xs[k] = blocks[k].read(args.xs[k], at, n);
+      if (args.base)
+        add_products<N, true>(xs, blocks[N].read(*args.base, at, n), n, sums);
+      else
+        add_products<N, false>(xs, xs[0], n, sums);
+    }
+  });
+}
+
+template <class T>
+void sum_many(const Gram& args, std::int64_t begin, std::int64_t end, double* sums) {
+  alignas(64) T gathered[kGramBlock], gathered_base[kGramBlock];
+  double* blocks = sums + pairs(args.n) * kGramLanes;
+  for (std::int64_t at = begin; at < end; at += kGramBlock) {
+    const std::int64_t n = std::min(kGramBlock, end - at);
+    const T* base = args.base ? read_block(*args.base, at, n, gathered_base) : nullptr;
+    for (std::int64_t i = 0; i < args.n; ++i)
+      subtract(read_block(args.xs[i], at, n, gathered), base, blocks + i * kGramBlock, n);
+    double* sum = sums;
+    for (std::int64_t i = 0; i < args.n; ++i)
+      for (std::int64_t j = i, some; j < args.n; j += some, sum += some * kGramLanes) {
+        some = std::min(kInRegisters, args.n - j);
+        with_count(some, [&](auto count) {
+          add_products_with<count>(blocks + i * kGramBlock, blocks + j * kGramBlock, n, sum);
+        });
+      }
+  }
 }
 
 }  // namespace
 
+std::int64_t gram_scratch(std::int64_t n) {
+  return pairs(n) * kGramLanes + (n > kInRegisters ? n * kGramBlock : 0);
+}
+
 void gram(const Gram& args, std::int64_t begin, std::int64_t end, double* scratch, double* dots) {
+  const std::int64_t n = args.n;
+  std::fill(scratch, scratch + pairs(n) * kGramLanes, 0.0);
   with_type(args.xs[0].dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    alignas(64) T gathered[kGramBlock], gathered_base[kGramBlock];
-    for (std::int64_t at = begin; at < end; at += kGramBlock) {
-      const std::int64_t n = std::min(kGramBlock, end - at);
-      const T* base = args.base ? read_block(*args.base, at, n, gathered_base) : nullptr;
-      for (std::int64_t i = 0; i < args.n; ++i)
-        to_double(read_block(args.xs[i], at, n, gathered), base, scratch + i * kGramBlock, n);
-      for (std::int64_t i = 0; i < args.n; ++i)
-        for (std::int64_t j = i; j < args.n; ++j)
-          dots[i * args.n + j] += dot(scratch + i * kGramBlock, scratch + j * kGramBlock, n);
-    }
+    const auto sum = n <= kInRegisters ? sum_few<T> : sum_many<T>;
+    sum(args, begin, end, scratch);
   });
+  const double* lane = scratch;
+  for (std::int64_t i = 0; i < n; ++i)
+    for (std::int64_t j = i; j < n; ++j, lane += kGramLanes) {
+      double total = 0;
+      for (int l = 0; l < kGramLanes; ++l) total += lane[l];
+      dots[i * n + j] = dots[j * n + i] = total;
+    }
+}
+
+void gram_rows(const Gram& args, std::int64_t width, std::int64_t begin, std::int64_t end,
+               double* scratch, double* dots) {
+  for (std::int64_t row = begin; row < end; ++row)
+    gram(args, row * width, (row + 1) * width, scratch, dots + row * args.n * args.n);
 }
 
 }  // namespace mk

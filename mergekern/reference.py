@@ -268,6 +268,11 @@ def gram(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
     out.copy_(rows @ rows.T)
 
 
+def gram_rows(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
+    for r in range(len(out)):
+        gram(out[r], [x[r] for x in xs], None if base is None else base[r])
+
+
 def permute(out: Tensor, x: Tensor, index: dict[int, Tensor]) -> None:
     for axis, i in index.items():
         x = x.index_select(axis, i)

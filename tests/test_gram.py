@@ -150,6 +150,124 @@ def test_layout_does_not_change_bits(backend: str, device: str) -> None:
             assert_bits_equal(again, once)
 
 
+def test_bits_are_those_of_the_pair(cpu_backend: Any) -> None:
+    """Few vectors go through registers, many through blocks; a pair gives the same either way."""
+    for dtype in cases.DTYPES:
+        xs = Case(shape=(CHUNK + 1031,), n=9, dtype=dtype).tensors()
+        whole = mk.gram(xs, base=xs[3], backend="cpu")
+        for few in ([0], [1, 4], [0, 2, 8], [5, 6, 7, 8], [8, 1, 2, 3, 0]):
+            got = mk.gram([xs[i] for i in few], base=xs[3], backend="cpu")
+            assert_bits_equal(got, whole[few][:, few])
+
+
+def test_the_bound_of_blocks(cpu_backend: Any) -> None:
+    """A sum that only grows, by a product that rounds: the docstring's bound for this backend."""
+    x = torch.full((2 * CHUNK + 17,), 1 / 3, dtype=torch.float64)
+    length = len(x)
+    exact_ = float(Fraction(1 / 3) ** 2 * length)
+    steps = min(length, CHUNK) / 512 + length / CHUNK + 66
+    bound_ = torch.tensor([[steps * 2.0**-53 * exact_]], dtype=torch.float64)
+    assert_within(
+        mk.gram([x], backend="cpu"), torch.tensor([[exact_]], dtype=torch.float64), bound_
+    )
+
+
+# ---- along one dimension -----------------------------------------------------------------------
+
+
+def vectors(x: Tensor, dim: int) -> Tensor:
+    """[number of vectors, length], in the order of the result."""
+    return (x if x.ndim else x[None]).movedim(dim, -1).reshape(-1, x.shape[dim] if x.ndim else 1)
+
+
+ALONG = [
+    ((31, 33), -1),
+    ((31, 33), 0),
+    ((7, 1031), 1),
+    ((1031, 7), 0),
+    ((5, 1, 3, 3), -1),
+    ((5, 1, 3, 3), 0),
+    ((2, 3, 5, 7), 1),
+    ((2, 3, 5, 7), -2),
+    ((1031,), 0),
+    ((1, 1), 0),
+    ((), 0),
+    ((), -1),
+]
+
+
+@pytest.mark.parametrize("based", [False, True], ids=["alone", "base"])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize(("shape", "dim"), ALONG, ids=str)
+def test_along_a_dimension(
+    shape: tuple[int, ...], dim: int, layout: str, based: bool, backend: str, device: str
+) -> None:
+    for dtype, n in ((torch.float32, 3), (torch.bfloat16, 2), (torch.float16, 5)):
+        base, *xs = Case(shape=shape, n=n + 1, dtype=dtype, layout=layout).tensors(device)
+        origin = base if based else None
+        got = mk.gram(xs, base=origin, dim=dim, backend=backend)
+        others = [size for d, size in enumerate(shape) if d != dim % len(shape)]
+        assert got.shape == (*others, n, n)
+        assert_bits_equal(got, got.mT)
+        rows = [vectors(x, dim) for x in xs]
+        zeros = None if origin is None else vectors(origin, dim)
+        for r, dots in enumerate(got.view(-1, n, n)):
+            pair = [x[r] for x in rows], None if zeros is None else zeros[r]
+            assert_within(dots, oracle(*pair), bound(*pair, sums=2))
+
+
+def test_along_a_dimension_is_the_whole_of_each_vector(cpu_backend: Any) -> None:
+    """Bit for bit, also where vectors are longer than a chunk's block or strided."""
+    for shape, dim in (((3, CHUNK // 2 + 5), 1), ((1031, 300), 0), ((300, 1031), 1)):
+        xs = Case(shape=shape, n=2).tensors()
+        got = mk.gram(xs, base=xs[1], dim=dim, backend="cpu")
+        for r in (0, len(got) - 1):
+            row = [x.movedim(dim, -1)[r] for x in xs]
+            assert_bits_equal(got[r], mk.gram(row, base=row[1], backend="cpu"))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_along_a_dimension_of_a_large_strided_tensor(dim: int, backend: str, device: str) -> None:
+    """No axis lies beside another in memory, and it is too large to be copied at once."""
+    x = values((60, 70, 2 * 300), torch.float32).to(device)[:, :, ::2].transpose(0, 1)
+    assert x.numel() > 1 << 20
+    got = mk.gram([x, x], dim=dim, backend=backend)
+    norms = x.double().square().sum(dim)
+    limit = 2 * (x.shape[dim] + 2) * 2.0**-53 * norms
+    for i, j in ((0, 0), (0, 1), (1, 1)):
+        assert_within(got[..., i, j], norms, limit)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((0, 4), 0), ((0, 4), 1), ((3, 0, 2), 1), ((0,), 0)])
+def test_along_a_dimension_without_elements(
+    shape: tuple[int, ...], dim: int, backend: str, device: str
+) -> None:
+    x = torch.zeros(shape, device=device)
+    got = mk.gram([x, x], dim=dim, backend=backend)
+    others = [size for d, size in enumerate(shape) if d != dim]
+    assert_bits_equal(got, torch.zeros(*others, 2, 2, dtype=torch.float64))
+
+
+def test_non_finite_values_stay_in_their_vector(backend: str, device: str) -> None:
+    xs = [values((4, 33), torch.float32, seed=i).to(device) for i in range(2)]
+    xs[0][1, 3] = math.nan
+    xs[1][2, 0] = math.inf
+    got = mk.gram(xs, dim=-1, backend=backend)
+    assert got[[0, 3]].isfinite().all()
+    assert got[1, 0].isnan().all()
+    assert got[1, 1, 1].isfinite()
+    assert not got[2, 1].isfinite().any()
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_out_along_a_dimension(step: int, backend: str, device: str) -> None:
+    xs = Case(shape=(5, 33), n=2).tensors(device)
+    buffer, out = cases.guarded((5, 2, 2), torch.float64, device, step)
+    assert mk.gram(xs, dim=1, out=out, backend=backend).data_ptr() == out.data_ptr()
+    assert_bits_equal(out, mk.gram(xs, dim=1, backend=backend))
+    assert cases.untouched(buffer, out)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_nothing_to_sum_gives_zeros(n: int, backend: str, device: str) -> None:
     got = mk.gram([torch.zeros(0, 4, device=device)] * n, backend=backend)
@@ -196,6 +314,9 @@ REFUSALS: dict[str, tuple[tuple, dict[str, Any], str]] = {
     "integers": (([X.int()],), {}, "int32"),
     "base shape": (([X],), {"base": torch.zeros(2)}, "base differs from xs[0] in shape"),
     "base dtype": (([X],), {"base": X.double()}, "base differs from xs[0] in dtype"),
+    "dim": (([X],), {"dim": 1}, "dim is out of range; got 1; expected -1 to 0"),
+    "dim of a scalar": (([X[0]],), {"dim": 1}, "dim is out of range; got 1; expected -1 to 0"),
+    "dim type": (([X],), {"dim": 0.0}, "dim is out of range"),
     "out dtype": (([X],), {"out": torch.zeros(1, 1)}, "out"),
     "out shape": (([X],), {"out": torch.zeros(2, 2, dtype=torch.float64)}, "out"),
 }
@@ -208,10 +329,13 @@ def test_refusals(what: str) -> None:
         mk.gram(*args, **kwargs)
 
 
-def test_the_kernel_is_the_compiled_one(cpu_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kernel", "dim"), [("gram", None), ("gram_rows", 0)])
+def test_the_kernel_is_the_compiled_one(
+    kernel: str, dim: int | None, cpu_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(**kwargs: object) -> None:
         raise RuntimeError("this kernel was called")
 
-    monkeypatch.setattr(cpu_backend._cpu, OP, broken)
+    monkeypatch.setattr(cpu_backend._cpu, kernel, broken)
     with pytest.raises(RuntimeError, match="this kernel was called"):
-        mk.gram([X], backend="cpu")
+        mk.gram([X], dim=dim, backend="cpu")

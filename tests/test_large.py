@@ -167,7 +167,7 @@ def test_kth_magnitude_of_the_whole(cpu_backend: Any) -> None:
 def test_gram_at_the_end(cpu_backend: Any) -> None:
     x = sparse(N, torch.bfloat16)
     x[TWO31 - 2 : TWO31 + 2] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    scratch = torch.zeros(cpu_backend._cpu.GRAM_BLOCK, dtype=torch.float64)
+    scratch = torch.empty(cpu_backend._cpu.gram_scratch(n=1), dtype=torch.float64)
     dots = torch.zeros(1, dtype=torch.float64)
     cpu_backend._cpu.gram(
         xs=[cpu_backend.view(x)],

@@ -83,7 +83,7 @@ class MergeConfig:
     @property
     def base_apart(self) -> bool:
         """Whether the base is subtracted, rather than one of the models."""
-        return self.base is not None and self.method.base == "required"
+        return self.base is not None and self.method.subtracts_base
 
 
 # ---- reading ---------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
     base = _path(data["base_model"], "base_model") if data.get("base_model") else None
     entries = [_entry(e, i) for i, e in enumerate(_list(data.get("models"), "models"))]
     models = _settle_base(method, entries, base)
-    method.check_count(len(models), base is not None and method.base == "required")
+    method.check_count(len(models), base is not None and method.subtracts_base)
 
     parameters = _mapping(data.get("parameters"), "parameters")
     for owner in (parameters, *(m.parameters for m in models)):
@@ -160,7 +160,7 @@ def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
     return MergeConfig(
         method=method,
         models=tuple(models),
-        base=base if method.base == "required" else None,
+        base=base if method.subtracts_base else None,
         parameters=parameters,
         dtype=_dtype(data, "dtype"),
         out_dtype=_dtype(data, "out_dtype"),
@@ -180,7 +180,7 @@ def _settle_base(method: Method, entries: list[ModelEntry], base: str | None) ->
     if base is None:
         return entries
     others = [e for e in entries if e.path != base]
-    if method.base == "required":
+    if method.subtracts_base:
         if any(e.parameters for e in entries if e.path == base):
             warnings.warn(
                 f"config: the parameters of {base} are not used: {method.name} subtracts the base",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from . import della, interpolation, ram, sce, task_vectors, whole_model
+from . import della, geometry, interpolation, ram, sce, task_vectors, whole_model
 from .registry import Inputs, Method, Parameter
 
 REGISTRY: dict[str, Method] = {
     m.name: m
     for m in (
         interpolation.LINEAR,
-        interpolation.SLERP,
         interpolation.PASSTHROUGH,
+        geometry.SLERP,
+        geometry.NUSLERP,
+        geometry.MULTISLERP,
+        geometry.KARCHER,
+        geometry.MODEL_STOCK,
         task_vectors.TASK_ARITHMETIC,
         task_vectors.TIES,
         task_vectors.DARE_LINEAR,

@@ -1,8 +1,7 @@
-"""linear, slerp and passthrough: methods without task vectors."""
+"""linear and passthrough: weighted sums of the models themselves."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..check import accumulator
-from ..ops.gram import gram
 from ..ops.weighted_sum import weighted_sum
 from .registry import REQUIRED, Inputs, Method, Parameter
 
@@ -93,46 +91,6 @@ LINEAR = Method(
         "fusion_bench": "The bits of SimpleAverageAlgorithm where every weight is 1 and "
         "`normalize` is on, else of WeightedAverageAlgorithm, on the same device.",
     },
-)
-
-# mergekit's constants: a shorter vector is not normalized, a smaller angle is interpolated.
-_LEAST_NORM = 1e-8
-_COLINEAR = 0.9995
-
-
-def slerp_coefficients(dots: Tensor, t: float) -> tuple[float, float]:
-    """Coefficients of x_0 and x_1 at share t of the arc between them, from their Gram matrix."""
-    norms = [math.sqrt(dots[i, i]) for i in range(2)]
-    scale = math.prod(n if n > _LEAST_NORM else 1.0 for n in norms)
-    cosine = max(-1.0, min(1.0, float(dots[0, 1]) / scale))
-    if abs(cosine) > _COLINEAR:
-        return 1.0 - t, t
-    angle = math.acos(cosine)
-    return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
-
-
-def slerp(inputs: Inputs, *, t: float) -> Tensor:
-    dots = gram(inputs.xs, backend=inputs.backend)
-    if not dots.isfinite().all():
-        # The angle to a vector with NaN or infinity is undefined, and with it every element.
-        return torch.full_like(inputs.xs[0], math.nan, dtype=inputs.out_dtype)
-    return weighted_sum(
-        inputs.xs,
-        slerp_coefficients(dots.cpu(), t),
-        out_dtype=inputs.out_dtype,
-        backend=inputs.backend,
-    )
-
-
-SLERP = Method(
-    "slerp",
-    "Along the great circle from the base (or first model) to the other; straight where they are "
-    "nearly colinear. Norms and angle of the whole tensor in float64 (Shoemake 1985). A NaN or "
-    "infinity in either tensor makes the whole result NaN.",
-    base="first",
-    models=(2, 2),
-    parameters=(Parameter("t", float, "tensor", REQUIRED, "0 gives the base, 1 the other model"),),
-    merge=slerp,
 )
 
 

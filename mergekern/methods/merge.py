@@ -78,7 +78,7 @@ def _inputs(
     if base is not None:
         base = check.tensor(spec.name, base, "base")
     spec.check_count(len(xs), base is not None)
-    if base is not None and spec.base != "required":
+    if base is not None and not spec.subtracts_base:
         xs, base = [base, *xs], None
     dtype = common_dtype([x.dtype for x in xs] + ([] if base is None else [base.dtype]))
     return Inputs(
@@ -129,9 +129,8 @@ def merge_state_dicts(
     spec = method_named(method)
     spec.check_host(host)
     spec.check_count(len(state_dicts), base is not None)
-    arguments = spec.arguments(
-        parameters, len(models) - (base is not None and spec.base == "required")
-    )
+    apart = base is not None and spec.subtracts_base
+    arguments = spec.arguments(parameters, len(models) - apart)
     problems = agree(
         {label: {k: Signature.of(t) for k, t in d.items()} for label, d in models.items()}
     )

@@ -49,6 +49,10 @@ class Parameter:
         if isinstance(given, bool):
             raise ArgumentError.of(owner, f"{self.name} is no number", repr(given), "a number")
         number = check.number(owner, self.name, given)
+        if self.kind is int:
+            if not number.is_integer():
+                raise ArgumentError.of(owner, f"{self.name} is no whole number", given, "one")
+            number = int(number)
         if self.bounds and not self.bounds[0] <= number <= self.bounds[1]:
             low, high = self.bounds
             raise ArgumentError.of(
@@ -93,8 +97,8 @@ Visit = Callable[[Callable[..., None]], None]
 class Method:
     """A recipe `merge(inputs, **parameters)` and what a caller must know to fill it.
 
-    base "required": task vectors are taken from it. "first": if given it is the first model.
-    "model": it is one model among the others.
+    base "required": task vectors are taken from it. "optional": so if given. "first": if given it
+    is the first model. "model": it is one model among the others.
 
     survey: for methods that must know the whole model before they merge its first tensor, such as
     a threshold over all tensors. It takes a `Visit`, may call it as often as it needs, and what it
@@ -105,11 +109,16 @@ class Method:
     name: str
     doc: str
     base: str
-    models: tuple[int, int | None]  # fewest and most, the base not counted if required
+    models: tuple[int, int | None]  # fewest and most, a base that is subtracted not counted
     parameters: tuple[Parameter, ...]
     merge: Callable[..., Tensor]
     parity: Mapping[str, str] = field(default_factory=dict)  # host -> what equals its result
     survey: Callable[[Visit], Any] | None = None
+
+    @property
+    def subtracts_base(self) -> bool:
+        """Whether a base stands apart from the models, rather than being one of them."""
+        return self.base in ("required", "optional")
 
     def parameter(self, name: str) -> Parameter:
         name = name.removesuffix("_") if name == "lambda_" else name
@@ -129,11 +138,11 @@ class Method:
         """Whether n models (base apart) are as many as the method takes."""
         if self.base == "required" and not base:
             raise ArgumentError(f"{self.name}: needs a base model; got none")
-        count = n + (base and self.base != "required")
+        count = n + (base and not self.subtracts_base)
         fewest, most = self.models
         if count < fewest or (most is not None and count > most):
             span = f"exactly {fewest}" if fewest == most else f"at least {fewest}"
-            beside = " beside the base" if self.base == "required" else ""
+            beside = " beside the base" if base and self.subtracts_base else ""
             raise ArgumentError(
                 f"{self.name}: wrong number of models{beside}; got {count}; expected {span}"
             )

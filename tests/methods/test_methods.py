@@ -12,7 +12,7 @@ from torch import Tensor
 import mergekern as mk
 from mergekern import ArgumentError, merge_tensors
 from mergekern.keep import Bernoulli
-from mergekern.methods.interpolation import slerp_coefficients
+from mergekern.methods.geometry import slerp_coefficients
 
 from accuracy import assert_bits_equal, assert_bytes_equal, assert_within, half_ulp
 
@@ -37,13 +37,23 @@ TASK_DEFAULTS = {"density": 1.0, "lambda": 1.0, "int8_mask": False}
 TABLE = {
     "linear": {"normalize": True},
     "slerp": {},
+    "nuslerp": {"nuslerp_flatten": True, "nuslerp_row_wise": False},
+    "multislerp": {"normalize_weights": True, "eps": 1e-8},
+    "karcher": {"max_iter": 10, "tol": 1e-5},
+    "model_stock": {"filter_wise": False},
     "passthrough": {"scale": 1.0},
     "task_arithmetic": {**TASK_DEFAULTS, "normalize": False, "rescale": False},
     "ties": {**TASK_DEFAULTS, "normalize": True, "rescale": False},
     "dare_linear": {**TASK_DEFAULTS, "normalize": False, "rescale": True},
     "dare_ties": {**TASK_DEFAULTS, "normalize": False, "rescale": True},
 }
-REQUIRED = {"linear": {"weight"}, "slerp": {"t"}, "passthrough": set()}
+REQUIRED = {
+    "linear": {"weight"},
+    "slerp": {"t"},
+    "passthrough": set(),
+    "karcher": set(),
+    "model_stock": set(),
+}
 PER_MODEL = {"weight", "density", "scale"}
 
 
@@ -283,14 +293,14 @@ def test_slerp_of_huge_and_tiny_float32_keeps_their_angle() -> None:
 
 def test_slerp_coefficients_clamp_a_cosine_above_one() -> None:
     dots = torch.tensor([[1.0, 1.0 + 1e-15], [1.0 + 1e-15, 1.0]], dtype=torch.float64)
-    assert slerp_coefficients(dots, 0.25) == (0.75, 0.25)
+    assert slerp_coefficients(dots, 0.25).tolist() == [0.75, 0.25]
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_slerp_is_straight_above_a_cosine_of_0_9995(sign: float) -> None:
     for cosine, straight in ((0.99951, True), (0.99949, False)):
         dots = torch.tensor([[4.0, 6 * sign * cosine], [6 * sign * cosine, 9.0]]).double()
-        assert (slerp_coefficients(dots, 0.25) == (0.75, 0.25)) is straight
+        assert (slerp_coefficients(dots, 0.25).tolist() == [0.75, 0.25]) is straight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -413,9 +423,10 @@ def test_every_method_takes_empty_tensors_and_scalars(
     method: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     x = torch.full(shape, 2.0, dtype=dtype)
-    base = x.clone() if method in TASK_VECTORS else None
+    base = x.clone() if mk.methods()[method].base == "required" else None
     n = 1 if method == "passthrough" else 2
-    given = {"t": 0.5} if method == "slerp" else {} if method == "passthrough" else {"weight": 1}
+    required = REQUIRED.get(method, {"weight"})
+    given = {name: 0.5 if name == "t" else 1 for name in required}
     if method in TASK_VECTORS:
         given["density"] = 0.5
     assert_bits_equal(merge_tensors([x] * n, method, base=base, **given), x)
