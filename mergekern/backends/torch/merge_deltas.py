@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ... import digits
 from ...check import accumulator
 from ...keep import Band, Bernoulli, Keep, Mask, Recipe, Threshold
-from .. import digits
 from . import chunks
 
 
