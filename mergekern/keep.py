@@ -9,6 +9,8 @@ import hashlib
 import math
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Threshold(NamedTuple):
     """The k-th largest magnitude of a tensor, and how to keep exactly k elements by it.
@@ -56,6 +58,12 @@ class Bernoulli(NamedTuple):
         text = f"{self.seed}\0{self.name}\0{self.model}".encode()
         digest = hashlib.blake2b(text, digest_size=8).digest()
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+class Mask(NamedTuple):
+    """A stored mask: uint8, one bit per element in C order, as numpy.packbits writes them."""
+
+    bits: Tensor
 
 
 Keep = Threshold | Bernoulli | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import interpolation, task_vectors
+from . import emr, fisher, interpolation, masks, selective, task_vectors
 from .registry import Inputs, Method, Parameter
 
 REGISTRY: dict[str, Method] = {
@@ -15,6 +15,12 @@ REGISTRY: dict[str, Method] = {
         task_vectors.TIES,
         task_vectors.DARE_LINEAR,
         task_vectors.DARE_TIES,
+        selective.NEARSWAP,
+        selective.ARCEE_FUSION,
+        fisher.FISHER,
+        emr.EMR_MERGING,
+        masks.MAGMAX,
+        masks.CONSENSUS,
     )
 }
 

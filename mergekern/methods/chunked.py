@@ -1,0 +1,66 @@
+"""Recipes in plain torch, on any device: chunks that stay in cache, one rounding at the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import check, dispatch
+from ..errors import ArgumentError, BackendError
+
+Part = Callable[[int], Tensor]  # the i-th tensor's elements of one chunk, flat
+Step = Callable[[Part], Tensor]
+
+
+def chunks_for(op: str, backend: str) -> ModuleType:
+    """The chunks of the torch backend, the only one these recipes have; imported on first use."""
+    wanted = dispatch.requested(backend)
+    if wanted not in ("auto", "torch"):
+        raise BackendError(f"{op}: {wanted}: has no kernel for {op}; use backend='auto' or 'torch'")
+    from ..backends.torch import chunks
+
+    return chunks
+
+
+def elementwise(
+    op: str,
+    xs: Sequence[Any],
+    step: Step,
+    *,
+    beside: Sequence[Tensor] = (),
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    acc: torch.dtype | None = None,
+) -> Tensor:
+    """step(part) of every chunk, rounded once to `out_dtype` (that of the xs).
+
+    `part(i)` reads xs[i], or beyond them `beside` (same shape, any dtype), in the dtype of the
+    arithmetic, `acc` or the accumulator of the xs: of many models it holds one at a time.
+    """
+    chunks = chunks_for(op, backend)
+    tensors = check.tensors(op, xs)
+    for i, x in enumerate(beside):
+        if x.shape != tensors[0].shape or x.device != tensors[0].device:
+            got, expected = (f"{list(t.shape)} on {t.device}" for t in (x, tensors[0]))
+            raise ArgumentError.of(op, f"tensor {i} beside the models does not fit", got, expected)
+    acc = check.accumulator(tensors[0].dtype) if acc is None else acc
+    dtype = check.result_dtype(op, out_dtype, None, tensors[0])
+    result = check.output(op, None, tensors[0], dtype=dtype)
+    out, *flat = chunks.flat([result, *tensors, *beside])
+    for begin, end, _ in chunks.rows(flat):
+
+        def part(i: int, begin: int = begin, end: int = end) -> Tensor:
+            values: Tensor = chunks.part(flat[i], begin, end, acc)
+            return values
+
+        chunks.store(out, begin, end, step(part))
+    return result
+
+
+def number(value: float, like: Tensor) -> Tensor:
+    """A number rounded to the dtype of `like`, on its device."""
+    return torch.tensor(value, dtype=torch.float64).to(like)
