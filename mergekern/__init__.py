@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from .engine.run import Manifest, merge_checkpoints
 from .errors import ArgumentError, BackendError, CheckpointError, ConfigError, MergekernError
-from .keep import Bernoulli, Threshold
+from .keep import Bernoulli, Mask, Threshold
 from .methods import methods
+from .methods.bits import load_masks, save_masks
+from .methods.emr import emr, emr_state_dicts
+from .methods.masks import consensus_mask, masked, tall_masks
 from .methods.merge import merge_state_dicts, merge_tensors
 from .ops.gram import gram
 from .ops.kth_magnitude import kth_magnitude
@@ -22,15 +25,23 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Manifest",
+    "Mask",
     "MergekernError",
     "Threshold",
+    "consensus_mask",
+    "emr",
+    "emr_state_dicts",
     "gram",
     "kth_magnitude",
+    "load_masks",
+    "masked",
     "merge_checkpoints",
     "merge_deltas",
     "merge_state_dicts",
     "merge_tensors",
     "methods",
     "permute",
+    "save_masks",
+    "tall_masks",
     "weighted_sum",
 ]

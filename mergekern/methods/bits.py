@@ -30,10 +30,8 @@ class Packer:
         self._rest = piece[whole:].clone()
 
     def _store(self, piece: Tensor) -> None:
-        columns = piece.view(torch.uint8).view(-1, 8)
-        packed = columns[:, 0] << 7
-        for i in range(1, 8):
-            packed |= columns[:, i] << (7 - i)
+        powers = 2.0 ** torch.arange(7, -1, -1, device=piece.device)
+        packed = (piece.view(-1, 8).to(torch.float32) @ powers).to(torch.uint8)  # exact
         self._bits[self._at : self._at + len(packed)] = packed
         self._at += len(packed)
 

@@ -12,7 +12,7 @@ from .. import check
 from ..errors import ArgumentError
 from ..keep import Mask
 from .bits import Packer
-from .chunked import Part, chunks_for, number
+from .chunked import Part, chunks_for, number, select
 from .compat import require_fit
 from .deltas import SCALE, checked, deltas, merge_chunks, total_of
 from .masks import masked
@@ -37,18 +37,16 @@ class EMR(NamedTuple):
         return masked(base, self.unified, self.masks[i], self.rescale[i])
 
 
-def _unify(part: Part, n: int, base: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Of a chunk: the sum of the task vectors, the unified one, and who agrees with its sign."""
-    total = total_of(part, n, base)
-    positive = total > 0
-    unified = torch.zeros_like(total)
+def _unify(part: Part, n: int, base: bool) -> tuple[Tensor, list[Tensor]]:
+    """Of a chunk: the unified task vector, and who agrees with its sign."""
+    sign = (total_of(part, n, base) > 0).to(part(0).dtype) * 2 - 1
+    unified = torch.zeros_like(sign)
     masks = []
     for d in deltas(part, n, base):
-        agrees = torch.where(positive, d > 0, d < 0)
-        unified = torch.maximum(unified, torch.where(agrees, d.abs(), 0))
-        masks.append(agrees | d.isnan())
-    unified = torch.where(positive, unified, -unified)
-    return total, torch.where(total.isnan(), total, unified), masks
+        along = d * sign
+        torch.maximum(unified, along, out=unified)  # at least 0; NaN stays
+        masks.append(~(along <= 0))
+    return unified * sign, masks
 
 
 def _emr(
@@ -68,13 +66,13 @@ def _emr(
         def part(i: int, begin: int = begin, end: int = end) -> Tensor:
             return chunks.part(flat[i], begin, end, acc)
 
-        _, values, agreeing = _unify(part, n, base is not None)
+        values, agreeing = _unify(part, n, base is not None)
         chunks.store(out, begin, end, values)
         size = chunks.part(out, begin, end, acc).abs()  # as it is stored, and will be used
         for i, (d, mask) in enumerate(zip(deltas(part, n, base is not None), agreeing)):
             packers[i].add(mask)
             before[i] += float(d.abs().sum(dtype=torch.float64))
-            after[i] += float(torch.where(mask, size, 0).sum(dtype=torch.float64))
+            after[i] += float(select(mask, size, torch.zeros_like(size)).sum(dtype=torch.float64))
     numel = max(1, first.numel())
     masks = [p.mask() for p in packers]
     return unified, masks, [v / numel for v in before], [v / numel for v in after]
@@ -94,8 +92,8 @@ def emr(base: Tensor | None, xs: Sequence[Tensor], *, backend: str = "auto") -> 
     Shapes: all of one shape, any strides. Dtypes: floating, one for all.
     Result: unified and masks the same bits on every device and split; unified rounded once to the
     dtype of the xs. rescale from float64 sums; 1 where nothing of a model is left.
-    NaN: unified is NaN where the sum is (a NaN, infinities of both signs); a mask is set where its
-    own tau_i is NaN, and then rescale[i] is NaN as well: such a model is lost, visibly.
+    NaN: unified is NaN where a tau_i is, and that model's mask is set and its rescale NaN: such a
+    model is lost, visibly. Infinities of both signs elect -.
     Cost: one read of base and xs from memory, one write, and a bit per element and model.
     Raises: ArgumentError for unequal inputs.
     Source: EMR-Merging (Huang et al., 2405.17461); FusionBench `emr_merge`.
@@ -151,7 +149,7 @@ def _merge_emr(inputs: Inputs, *, scale: float) -> Tensor:
     n = len(inputs.xs)
 
     def step(part: Part) -> Tensor:
-        _, unified, _ = _unify(part, n, True)
+        unified, _ = _unify(part, n, True)
         return part(n) + unified * number(scale, unified)
 
     return merge_chunks("emr", inputs, step)
@@ -161,7 +159,7 @@ EMR_MERGING = Method(
     "emr",
     "base + scale * gamma max_i |tau_i| over the task vectors of the elected sign gamma (that of "
     "their sum, - for 0): the unified model of EMR-Merging (Huang et al., 2405.17461). Its masks "
-    "and rescalers: mergekern.emr_state_dicts. NaN where the sum of the task vectors is.",
+    "and rescalers: mergekern.emr_state_dicts. NaN where a task vector is.",
     base="required",
     models=(1, None),
     parameters=(SCALE,),

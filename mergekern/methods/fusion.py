@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import check
-from .chunked import chunks_for
+from .chunked import chunks_for, select
 
 _EPS = 1e-8  # mergekit's addition to each probability
 _STORED_ROWS = 1 << 21  # the KL of so many rows is kept (16 MB); of more it is taken anew
@@ -55,7 +55,8 @@ def fuse(base: Tensor, x: Tensor, out_dtype: torch.dtype, backend: str) -> Tenso
     for first, p, q, importance in parts():
         taken = importance >= threshold
         # v - v is 0 or, where v is not finite, NaN, as in base + (x - base) * mask.
-        merged = torch.where(taken, q - (p - p), p - (q - q))
+        none = p - p
+        merged = select(taken, q - none, p - none - (q - q))
         chunks.store(out, first, first + len(p), merged)
     return result
 
@@ -128,7 +129,7 @@ def _kl(base: Tensor, x: Tensor, most: int) -> Tensor:
     for _, (v, b) in _columns([x, base], most):
         p, q = (f(part) + _EPS for f, part in zip(softmax, (v, b), strict=True))
         d = p - q
-        total += ((d / q).log1p_().mul_(p).sub_(d)).sum(1)
+        total += (p * (p / q).log_()).sub_(d).sum(1)
     return total.clamp_(min=0)
 
 
@@ -165,10 +166,9 @@ def _select(keys: Callable[[], Iterable[Tensor]], ranks: list[int], bits: int) -
         counts = {prefix: np.zeros(1 << 16, np.int64) for prefix, _ in found}
         for chunk in keys():
             for prefix, count in counts.items():
-                top = shift + 16 == bits
-                chosen = chunk if top else chunk[chunk >> (shift + 16) == prefix]
-                digit = chosen >> shift & 0xFFFF
-                count += torch.bincount(digit, minlength=1 << 16).cpu().numpy()
+                # Keys that begin otherwise are counted in a last bin; choosing would cost more.
+                digit = ((chunk >> shift) ^ (prefix << 16)).clamp_(max=1 << 16)
+                count += torch.bincount(digit, minlength=(1 << 16) + 1)[:-1].cpu().numpy()
         for i, (prefix, k) in enumerate(found):
             last, above, _ = digits.in_histogram(counts[prefix], k)
             found[i] = (prefix << 16 | last, k - above)

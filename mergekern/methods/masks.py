@@ -16,7 +16,7 @@ from .. import check
 from ..errors import ArgumentError
 from ..keep import Mask
 from .bits import Packer, require_mask, unpack
-from .chunked import Part, chunks_for, number
+from .chunked import Part, chunks_for, number, select
 from .deltas import SCALE, checked, deltas, merge_chunks, total_of
 from .registry import REQUIRED, Inputs, Method, Parameter
 
@@ -31,7 +31,7 @@ def magmax(inputs: Inputs, *, scale: float) -> Tensor:
         best = next(each)
         for d in each:
             larger = d.abs() >= best.abs() if host else (d.abs() > best.abs()) | d.isnan()
-            best = torch.where(larger, d, best)
+            best = select(larger, d, best)
         return part(n) + best * (scale if host else number(scale, best))
 
     return merge_chunks("magmax", inputs, step, inputs.xs[0].dtype if host else None)
@@ -139,7 +139,7 @@ def masked(
     for begin, end, first in chunks.rows([origin]):
         b = chunks.part(origin, begin, end, acc)
         moved = b + chunks.part(d, begin, end, acc) * number(scale, b)
-        chunks.store(out, begin, end, torch.where(unpack(mask, first, len(b)), moved, b))
+        chunks.store(out, begin, end, select(unpack(mask, first, len(b)), moved, b))
     return result
 
 
@@ -181,7 +181,7 @@ def consensus(inputs: Inputs, *, scale: float, lambda_: list[float], k: int) -> 
         base = part(n)
         # Where the sum is no number no mask is set; hiding that would be worse than passing it on.
         kept = (count >= k) | ~total.isfinite()
-        return torch.where(kept, base + total * number(scale, total), base)
+        return select(kept, base + total * number(scale, total), base)
 
     return merge_chunks("consensus", inputs, step)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,24 +13,20 @@ _LEAST = 1e-6  # mergekit's floor of |base - x|, below which the step shrinks wi
 
 
 def nearswap(inputs: Inputs, *, t: float) -> Tensor:
-    """With m = max(t, 1e-6): x where |x - base| <= t, else base + clamp(x - base, -m, m) t / m.
-
-    That is weight x + (1 - weight) base without its cancellation.
-    """
-    t = max(t, 0.0)  # the weight is clamped to 0
-    most = max(t, _LEAST)
+    """x clamped to [base - t, base + t]; for t below 1e-6, base + clamp(x - base, -1e-6, 1e-6)
+    t / 1e-6. Either is weight x + (1 - weight) base, without its division and cancellation."""
+    share = max(t, 0.0) / _LEAST  # of the difference, where that is least
 
     def step(part: Part) -> Tensor:
         base, x = part(0), part(1)
-        delta = x - base
-        limit = number(most, delta)
-        moved = delta.clamp(-limit, limit)
-        if t < most:
-            merged = base + moved * number(t / most, delta)
+        if share < 1:
+            least = number(_LEAST, base)
+            merged = base + (x - base).clamp(-least, least) * number(share, base)
         else:
-            merged = torch.where(delta.abs() <= limit, x, base + moved)
-        # The weight of an infinite x is 0, and 0 times infinity is no number.
-        return torch.where(x.isinf(), number(math.nan, merged), merged)
+            most = number(t, base)
+            merged = torch.minimum(torch.maximum(x, base - most), base + most)
+        # The weight of an infinite x is 0, and 0 times infinity is no number; else x - x is 0.
+        return merged - (x - x)
 
     def as_mergekit(part: Part) -> Tensor:
         base, x = part(0), part(1)
@@ -54,8 +48,8 @@ NEARSWAP = Method(
     "nearswap",
     "w x + (1 - w) base, w = clamp(t / max(|base - x|, 1e-6), 0, 1): each element moves to the "
     "model by t at most, and becomes the model's where it is nearer (alchemonaut, "
-    "QuartetAnemoi-70B). In float32 at most 4 roundings, all but the last relative to t. NaN in "
-    "either, and an infinite x, give NaN; an infinite base stays.",
+    "QuartetAnemoi-70B). In float32 one rounding of base + t or base - t, for t below 1e-6 four, "
+    "and one to the result. NaN in either, and an infinite x, give NaN; an infinite base stays.",
     base="required",
     models=(1, 1),
     parameters=(Parameter("t", float, "tensor", REQUIRED, "the most an element may move"),),
