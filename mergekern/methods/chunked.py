@@ -46,7 +46,7 @@ def elementwise(
     for i, x in enumerate(beside):
         if x.shape != tensors[0].shape or x.device != tensors[0].device:
             got, expected = (f"{list(t.shape)} on {t.device}" for t in (x, tensors[0]))
-            raise ArgumentError.of(op, f"tensor {i} beside the models does not fit", got, expected)
+            raise ArgumentError.of(op, f"{op}[{i}] does not fit the models", got, expected)
     acc = check.accumulator(tensors[0].dtype) if acc is None else acc
     dtype = check.result_dtype(op, out_dtype, None, tensors[0])
     result = check.output(op, None, tensors[0], dtype=dtype)
