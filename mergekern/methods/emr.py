@@ -46,7 +46,7 @@ def _unify(part: Part, n: int, base: bool) -> tuple[Tensor, list[Tensor]]:
         along = d * sign
         torch.maximum(unified, along, out=unified)  # at least 0; NaN stays
         masks.append(~(along <= 0))
-    return unified * sign, masks
+    return unified.add_(0.0) * sign, masks  # maxima of +0 and -0 are either
 
 
 def _emr(

@@ -14,7 +14,8 @@ _LEAST = 1e-6  # mergekit's floor of |base - x|, below which the step shrinks wi
 
 def nearswap(inputs: Inputs, *, t: float) -> Tensor:
     """x clamped to [base - t, base + t]; for t below 1e-6, base + clamp(x - base, -1e-6, 1e-6)
-    t / 1e-6. Either is weight x + (1 - weight) base, without its division and cancellation."""
+    t / 1e-6. Either is weight x + (1 - weight) base, without its division and cancellation.
+    (Of a zero x at a bound that is zero as well, the sign may be that of either.)"""
     share = max(t, 0.0) / _LEAST  # of the difference, where that is least
 
     def step(part: Part) -> Tensor:

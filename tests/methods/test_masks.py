@@ -113,9 +113,11 @@ def test_emr(dtype: torch.dtype, values: str, n: int) -> None:
     with np.errstate(all="ignore"):
         for i, (d, m) in enumerate(zip(ds, masks, strict=True)):
             before, after = np.abs(d).mean(), np.where(m, np.abs(stored), 0).mean()
-            want = torch.tensor(1.0 if after == 0 else before / after).double()
+            want = torch.tensor(1.0 if after == 0 else before / after, dtype=torch.float64)
             bound = want.abs() * 4 * 1031 * 2.0**-53  # sums of 1031 in float64, of any order
-            assert_within(torch.tensor(got.rescale[i]), want, bound.nan_to_num(0, 0))
+            assert_within(
+                torch.tensor(got.rescale[i], dtype=torch.float64), want, bound.nan_to_num(0, 0)
+            )
     b, one = numbers(dtype, 1.0, 0.75)
     with np.errstate(all="ignore"):
         origin = base.to(accumulator(dtype)).numpy()
@@ -174,9 +176,10 @@ def test_emr_state_dicts_share_one_rescale() -> None:
             sum(float(v.abs().mean()) for v in t.values() if v.numel()) for t in (tau, kept)
         )
         for key in shapes:
-            want = torch.tensor(before / after).double()
+            want = torch.tensor(before / after, dtype=torch.float64)
             # Differences are rounded to float32 before they are summed.
-            assert_within(torch.tensor(got[key].rescale[i]), want, 2.0**-22 * want)
+            rescale = torch.tensor(got[key].rescale[i], dtype=torch.float64)
+            assert_within(rescale, want, 2.0**-22 * want)
             single = mk.emr(base[key], [m[key] for m in ds])
             assert_bytes_equal(got[key].unified, single.unified)
     with refused("emr_state_dicts", "w: missing from state_dicts[1]", sentence=False):
