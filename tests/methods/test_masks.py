@@ -305,7 +305,7 @@ def test_files_are_packbits_of_the_vector_in_sorted_order(tmp_path: Path) -> Non
 
 
 def test_files_that_are_refused(tmp_path: Path) -> None:
-    like, flags, masks = state_masks()
+    like, _, masks = state_masks()
     with refused("save_masks", "names differ", "z"):
         mk.save_masks(tmp_path / "m.npy", {k: m for k, m in masks.items() if k != "z"}, like)
     with refused("save_masks", "a mask does not fit", "uint8 [2]", "uint8 [1]"):
@@ -321,7 +321,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     for name, write in wrong.items():
         path = tmp_path / f"{name}.npy"
         write(path)
-        with pytest.raises(mk.CheckpointError, match="load_masks: .*; expected"):
+        with pytest.raises(mk.CheckpointError, match=r"load_masks: .*; expected"):
             mk.load_masks(path, like)
     with pytest.raises(FileNotFoundError):
         mk.load_masks(tmp_path / "none.npy", like)
