@@ -32,9 +32,12 @@ def fuse(base: Tensor, x: Tensor, out_dtype: torch.dtype, backend: str) -> Tenso
     acc = check.accumulator(x.dtype)
     stored = None
     if x.numel() <= _STORED_ROWS * _width(x):
-        stored = torch.cat(
-            [_kl(b, v, chunks.CHUNK) for _, (b, v) in _rows([base, x], chunks.CHUNK)]
-        )
+        # One tensor, filled: many small ones that stay would cut up the memory between them.
+        stored = torch.empty(x.numel() // _width(x), dtype=torch.float64, device=x.device)
+        row = 0
+        for _, (b, v) in _rows([base, x], chunks.CHUNK):
+            stored[row : row + len(b)] = _kl(b, v, chunks.CHUNK)
+            row += len(b)
 
     def parts() -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """(flat index of the first, base, x, importance), flat and in the accumulator."""
@@ -92,12 +95,12 @@ def _sampled(
     if n <= _SAMPLE:
         return torch.cat([importance for *_, importance in parts()])
     index = torch.randint(n, (_SAMPLE,), device=like.device).sort().values
-    drawn = []
+    sample = torch.empty(_SAMPLE, dtype=like.dtype, device=like.device)
     for first, *_, importance in parts():
         bounds = torch.tensor([first, first + len(importance)], device=like.device)
         low, high = torch.searchsorted(index, bounds).tolist()
-        drawn.append(importance[index[low:high] - first])
-    return torch.cat(drawn)
+        sample[low:high] = importance[index[low:high] - first]
+    return sample
 
 
 def _width(x: Tensor) -> int:

@@ -142,7 +142,7 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("factor", [0.2, 0.4, 1.0])
 @pytest.mark.parametrize("n", [2, 5])
 def test_tall_masks_and_files(n: int, factor: float, tmp_path: Any) -> None:
-    """Both are the float64 mask where float32 leaves no doubt; the file is theirs, byte for byte."""
+    """Both are the float64 mask where float32 leaves no doubt; the file is theirs."""
     base, models = state_dicts(n)
     origin, xs = flat(base), torch.stack([flat(m) for m in models])
     theirs = tall.generate_task_masks(xs - origin, xs, origin, tall_mask_lambda=factor)
