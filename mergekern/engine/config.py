@@ -142,6 +142,12 @@ def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
     if "merge_method" not in data:
         raise ConfigError("config: key 'merge_method' is missing")
     method = method_named(str(data["merge_method"]))
+    if method.tensor_valued:
+        names = ", ".join(method.tensor_valued)
+        raise ConfigError(
+            f"config: merge_method {method.name} needs a tensor per model ({names}), which a "
+            f"configuration cannot give; use merge_state_dicts(..., '{method.name}', {names}=[...])"
+        )
     base = _path(data["base_model"], "base_model") if data.get("base_model") else None
     entries = [_entry(e, i) for i, e in enumerate(_list(data.get("models"), "models"))]
     models = _settle_base(method, entries, base)
