@@ -164,6 +164,21 @@ MK_CLONES void multiply(A* v, A factor, std::int64_t n) {
 }
 
 template <class A>
+MK_CLONES void divide_by(A* v, A divisor, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) v[i] /= divisor;
+}
+
+// d * 0 where u is +0: where d was dropped, and where it is 0 itself.
+template <class A>
+MK_CLONES void multiply_dropped(A* u, const A* d, std::int64_t n) {
+  using K = key_t<A>;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const K dropped = mask_if<A>(bit_cast<K>(u[i]) == 0);
+    u[i] = bit_cast<A>(K(bit_cast<K>(u[i]) | (bit_cast<K>(A(d[i] * 0)) & dropped)));
+  }
+}
+
+template <class A>
 MK_CLONES void add(A* sum, const A* v, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) sum[i] += v[i];
 }
@@ -237,13 +252,16 @@ MK_CLONES void add_base(acc_t<T>* m, const T* base, std::int64_t n) {
 template <class A>
 void weigh_block(const MergeDeltas& args, std::int64_t at, std::int64_t n, A* u, A* sum) {
   const DType dtype = args.xs[0].dtype;
+  alignas(64) A d[kMergeBlock];
   std::fill_n(sum, n, A(0));
   for (std::int64_t i = 0; i < args.n; ++i) {
     A* ui = u + i * kMergeBlock;
     delta_block(args.xs[i], {args.base, args.stepwise}, at, n, ui);
+    if (args.stepwise) std::copy_n(ui, n, d);
     keep_block(args.keep[i], at, n, ui);
+    if (args.stepwise) multiply_dropped(ui, d, n);
     if (args.stepwise && args.rescale[i] != 1) {
-      multiply(ui, A(args.rescale[i]), n);
+      args.divide ? divide_by(ui, A(args.rescale[i]), n) : multiply(ui, A(args.rescale[i]), n);
       round_block(dtype, ui, n);
     }
     multiply(ui, A(args.before[i]), n);

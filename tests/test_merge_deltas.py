@@ -68,6 +68,7 @@ def specified(
     *,
     keep: Sequence[Keep] | None = None,
     rescale: Any = None,
+    divide: bool = False,
     elect: str | None = None,
     zero: str = "positive",
     weigh: str = "before",
@@ -93,7 +94,7 @@ def specified(
     ones = [1.0] * n
     before, after = (ones, weights) if elect and weigh == "after" else (weights, ones)
     if not stepwise:
-        before = [b * f for b, f in zip(before, factors, strict=True)]
+        before = [b / f if divide else b * f for b, f in zip(before, factors, strict=True)]
     total = float(torch.tensor(weights, dtype=xs[0].dtype).sum()) if stepwise else sum(weights)
     recipe = Recipe(
         keep=rules,
@@ -107,6 +108,7 @@ def specified(
         combine=combine,
         normalize=bool(normalize),
         stepwise=stepwise,
+        divide=divide,
         total=total if abs(total) >= 1e-8 else 1.0,
         least=floor,
         instead=floor or 1.0,
@@ -201,6 +203,14 @@ RECIPES: dict[str, Callable[[list[Tensor], Tensor | None], dict[str, Any]]] = {
         "rounding": "host",
     },
     "host dare": lambda xs, base: {"keep": masks(xs), "rescale": "l1", "rounding": "host"},
+    "host trim": lambda xs, base: {"keep": trims(xs, base), "elect": "sum", "rounding": "host"},
+    "host quotient": lambda xs, base: {
+        "keep": masks(xs),
+        "rescale": [0.3 + 0.1 * i for i in range(len(xs))],
+        "divide": True,
+        "rounding": "host",
+    },
+    "quotient": lambda xs, base: {"rescale": [0.3] * len(xs), "divide": True},
     "host normalized": lambda xs, base: {"normalize": True, "scale": 1.25, "rounding": "host"},
     "host after": lambda xs, base: {
         "elect": "count",

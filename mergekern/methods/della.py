@@ -13,7 +13,7 @@ from ..ops.merge_deltas import l1_factor, merge_deltas
 from ..ops.rank_mask import rank_mask
 from . import host_masks
 from .registry import Inputs, Method, Parameter
-from .task_vectors import combine, parameters
+from .task_vectors import combine, host_factors, parameters
 
 _MASKS = 48 << 20  # bytes of masks held at a time
 
@@ -42,7 +42,7 @@ def _recipe(elect: str | None) -> Callable[..., Tensor]:
                 host_masks.magprune(x, base, d, e) if 0 < d < 1 else _certain(d)
                 for x, (d, e) in zip(inputs.xs, chances, strict=True)
             ]
-            restored = "l1" if rescale else None
+            restored = host_factors(inputs, keep) if rescale else None
             return combine(inputs, weight, keep, restored, elect, normalize, lambda_)
 
         slabs = _slabs(base, len(inputs.xs))

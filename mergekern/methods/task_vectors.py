@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..keep import NOTHING, Band, Bernoulli, Keep
@@ -111,8 +112,12 @@ def combine(
     options: dict[str, Any] = {"normalize": normalize}
     if inputs.host == "mergekit":
         options["rounding"] = "host"
-    elif inputs.host == "peft" and elect:
-        options = {"weigh": "after", "normalize": "count"}
+    elif inputs.host == "peft":
+        options["divide"] = True
+        if inputs.xs[0].dtype == torch.float32:  # PEFT computes 16-bit types in float32
+            options["rounding"] = "host"
+        if elect:
+            options |= {"weigh": "after", "normalize": "count"}
     return merge_deltas(
         inputs.base,
         inputs.xs,
@@ -125,6 +130,13 @@ def combine(
         backend=inputs.backend,
         **options,
     )
+
+
+def host_factors(inputs: Inputs, keep: list[Keep]) -> list[float]:
+    """What restores the L1 norms as mergekit sums them."""
+    assert inputs.base is not None  # base="required"
+    base = inputs.base
+    return [host_masks.l1_factor(x, base, k) for x, k in zip(inputs.xs, keep, strict=True)]
 
 
 def _recipe(trim: Trim | None, elect: str | None) -> Callable[..., Tensor]:
@@ -141,8 +153,10 @@ def _recipe(trim: Trim | None, elect: str | None) -> Callable[..., Tensor]:
     ) -> Tensor:
         keep = trim.rules(inputs, density, **special) if trim else None
         restored: str | list[float] | None = "l1" if rescale and keep else None
-        if restored and inputs.host == "peft":  # by the probability, not the norm
-            restored = [1 / d if d else 1.0 for d in density]
+        if restored and inputs.host == "mergekit":
+            restored = host_factors(inputs, keep)
+        elif restored and inputs.host == "peft":  # by the probability, not the norm
+            restored = [d or 1.0 for d in density]
         return combine(inputs, weight, keep, restored, elect, normalize, lambda_)
 
     return merge
