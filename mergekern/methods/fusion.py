@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import check
+from .. import check, digits
 from .chunked import chunks_for, select
 
 _EPS = 1e-8  # mergekit's addition to each probability
@@ -149,8 +149,6 @@ def _softmax(x: Tensor, most: int) -> Callable[[Tensor], Tensor]:
 
 def _threshold(keys: Callable[[], Iterable[Tensor]], n: int, acc: torch.dtype) -> float:
     """median + 1.5 (q3 - q1), rounded up to `acc`: what reaches the one reaches the other."""
-    from .. import digits
-
     ranks = [n - i * (n - 1) // 4 for i in (1, 2, 3)]
     bits = 64 if acc == torch.float64 else 32
     q1, median, q3 = (digits.key_value(k, acc) for k in _select(keys, ranks, bits))
@@ -162,8 +160,6 @@ def _threshold(keys: Callable[[], Iterable[Tensor]], n: int, acc: torch.dtype) -
 
 def _select(keys: Callable[[], Iterable[Tensor]], ranks: list[int], bits: int) -> list[int]:
     """The keys of those ranks (1 the largest), with one read per 16-bit digit for all of them."""
-    from .. import digits
-
     found = [(0, k) for k in ranks]  # digits so far, rank among the keys that begin with them
     for shift in range(bits - 16, -1, -16):
         counts = {prefix: np.zeros(1 << 16, np.int64) for prefix, _ in found}
