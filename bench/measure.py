@@ -49,6 +49,13 @@ class Copy:
         return 2 * self.source.nbytes / statistics.median(self.times)
 
 
+def first_touch(nbytes: int) -> float:
+    """Seconds that the pages of a new result cost: filling it new, less filling it again."""
+    old = torch.zeros(nbytes, dtype=torch.uint8).fill_(1)
+    new = best(lambda: torch.empty(nbytes, dtype=torch.uint8).fill_(1), 5)
+    return max(0.0, new - best(lambda: old.fill_(1), 5))
+
+
 def gemm_rate(n: int = 1536) -> float:
     """Float32 FLOP/s of torch.mm, all threads."""
     a, b = torch.randn(n, n), torch.randn(n, n)
