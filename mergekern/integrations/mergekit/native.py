@@ -43,6 +43,11 @@ class Kernel:
     def why_not(self, inputs: Any, parameters: dict[str, Any]) -> str | None:
         return calls.why_not(inputs.tensors, parameters.values())
 
+    def ignores_base(self) -> bool:
+        """Whether a base is one model among the others."""
+        ignored: bool = self.method.spec.contract.base == "ignored"
+        return ignored
+
     def read(self, inputs: Any, parameters: dict[str, Any]) -> list[Call]:
         raise NotImplementedError
 
@@ -55,11 +60,12 @@ class BatchKernel(Kernel):
     """linear and slerp: [outputs, ...] tensors, coefficients as tensors with a row per output."""
 
     def read(self, batch: Any, parameters: dict[str, Any]) -> list[Call]:
+        index = None if self.ignores_base() else batch.base_index
         rows = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in parameters.items()}
         found = []
         for i in range(batch.tensors[0].shape[0]):
             xs = [x[i] for x in batch.tensors]
-            base = None if batch.base_index is None else xs.pop(batch.base_index)
+            base = None if index is None else xs.pop(index)
             own = {k: v[i] if isinstance(v, list) else v for k, v in rows.items()}
             found.append(Call(xs, base, own))
         return found
@@ -77,10 +83,9 @@ class GroupKernel(Kernel):
     """Methods that merge one output at a time."""
 
     def read(self, group: Any, parameters: dict[str, Any]) -> list[Call]:
-        from mergekit.merge_methods.base import BasePolicy, PerInputValues
+        from mergekit.merge_methods.base import PerInputValues
 
-        ignored = self.method.spec.contract.base == BasePolicy.IGNORED
-        base = None if ignored or group.base is None else group.base
+        base = None if self.ignores_base() else group.base
         entries = group.entries if base is None else group.non_base
         own = {
             k: v.values_for(entries) if isinstance(v, PerInputValues) else v
