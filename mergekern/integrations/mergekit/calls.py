@@ -106,7 +106,7 @@ def _backends(device: str) -> list[str]:
 
 def why_not(tensors: Iterable[Tensor], coefficients: Iterable[Any] = ()) -> str | None:
     """None, or why mergekit's own code must serve: known before anything is computed."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return "torch is tracing"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside a torch.func transform"
@@ -149,10 +149,8 @@ def why_not_values(spec: Method, call: Call) -> str | None:
                 return f"{name} is not finite"
             if not low <= v <= high:
                 return f"{name} is outside {low:g} to {high:g}"
-    if spec.name == "linear" and call.parameters.get("normalize", True):
-        if sum(call.parameters["weight"]) == 0:
-            return "weights sum to 0"
-    return None
+    normalized = spec.name == "linear" and call.parameters.get("normalize", True)
+    return "weights sum to 0" if normalized and sum(call.parameters["weight"]) == 0 else None
 
 
 def run(spec: Method, call: Call) -> Tensor:

@@ -68,7 +68,7 @@ class Shard:
 
 
 def opener(original: Any) -> Any:
-    """In the place of the class method `TensorLoader.get`, which stands in the class as `original`."""
+    """In the place of `TensorLoader.get`, whose class method object is `original`."""
 
     def get(cls: type, shard_path: str, *args: Any, **kwargs: Any) -> Any:
         loader = original.__get__(None, cls)(shard_path, *args, **kwargs)

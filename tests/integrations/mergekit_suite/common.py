@@ -56,7 +56,7 @@ def make_gpt2size(path: object, vocab_size: int = 64) -> str:
     return saved(GPT2LMHeadModel(config), path)
 
 
-def make_picoLlaVa(path: object) -> str:  # noqa: N802 (the name is mergekit's)
+def make_picoLlaVa(path: object) -> str:
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=48,
