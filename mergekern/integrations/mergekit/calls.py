@@ -17,7 +17,7 @@ from ...check import FLOATS, name_of
 from ...methods import Method
 from ...methods.merge import merge_tensors
 
-# Their masks are drawn: each call takes its key from torch's generator.
+# Their masks are drawn: the key comes from torch's generator.
 RANDOM = frozenset({"dare_linear", "dare_ties", "della", "della_linear"})
 
 
@@ -27,6 +27,8 @@ class Mode:
 
     installed: bool = False
     host: bool = False
+    running: bool = False  # a run of mergekit's executor is under way
+    seed: int | None = None  # of the masks of that run, once one was asked for
 
 
 MODE = Mode()
@@ -153,15 +155,31 @@ def why_not_values(spec: Method, call: Call) -> str | None:
     return "weights sum to 0" if normalized and sum(call.parameters["weight"]) == 0 else None
 
 
+def _seed(name: str) -> int:
+    """The key of a mask, from torch's generator: one for all named tensors of a run.
+
+    A mask is keyed by tensor name as well, so within a run the order of tensors does not matter.
+    """
+    with _LOCK:
+        if not (MODE.running and name):
+            return _draw()
+        if MODE.seed is None:
+            MODE.seed = _draw()
+        return MODE.seed
+
+
+def _draw() -> int:
+    return int(torch.randint(2**63 - 1, ()))
+
+
 def run(spec: Method, call: Call) -> Tensor:
     """The merged tensor."""
-    seed = int(torch.randint(2**63 - 1, ())) if spec.name in RANDOM else 0
     return merge_tensors(
         call.xs,
         spec.name,
         base=call.base,
         name=call.name,
-        seed=seed,
+        seed=_seed(call.name) if spec.name in RANDOM else 0,
         host="mergekit" if MODE.host and "mergekit" in spec.parity else None,
         **call.parameters,
     )

@@ -78,11 +78,16 @@ def opener(original: Any) -> Any:
 
 
 def reporting(run: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """`run` of an executor, which says at its end who merged what."""
+    """`run` of an executor: one key for its masks, and a line at its end on who merged what."""
 
     def reported(executor: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
         before = counts()
-        yield from run(executor, *args, **kwargs)
+        around = MODE.running, MODE.seed  # a run may start others
+        MODE.running, MODE.seed = True, None
+        try:
+            yield from run(executor, *args, **kwargs)
+        finally:
+            MODE.running, MODE.seed = around
         served = counts() - before
         if MODE.installed and (served.merged or served.fallbacks):
             LOG.info("mergekern: %s", served.sentence())
