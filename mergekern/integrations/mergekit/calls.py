@@ -173,13 +173,15 @@ def _draw() -> int:
 
 
 def run(spec: Method, call: Call) -> Tensor:
-    """The merged tensor."""
+    """The merged tensor. mergekit's own rules draw from torch's generator themselves."""
+    host = "mergekit" if MODE.host and "mergekit" in spec.parity else None
+    keyed = spec.name in RANDOM and host is None
     return merge_tensors(
         call.xs,
         spec.name,
         base=call.base,
         name=call.name,
-        seed=_seed(call.name) if spec.name in RANDOM else 0,
-        host="mergekit" if MODE.host and "mergekit" in spec.parity else None,
+        seed=_seed(call.name) if keyed else 0,
+        host=host,
         **call.parameters,
     )
