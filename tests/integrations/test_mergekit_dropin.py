@@ -1,43 +1,31 @@
-"""The drop-in under mergekit: who serves which call, what stays mergekit's, what is put back."""
+"""The drop-in under mergekit: what is replaced and put back, and the calls that it serves."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import importlib.metadata
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mergekern as mk
-from mergekern import MergekernError
 from mergekern.integrations import mergekit as dropin
 from mergekern.integrations.mergekit import calls, executor
 from mergekern.integrations.mergekit.native import Kernel
 from mergekern.methods import REGISTRY
 
 from accuracy import assert_bits_equal, assert_bytes_equal
+from mergekit_calls import METHODS, SHAPE, api, arguments, base_api, registry, served
 from refusal import refused
 from required import peer
 
-api = peer("mergekit.merge_methods.api", "mergekit")
-registry = peer("mergekit.merge_methods.registry", "mergekit")
-base_api = peer("mergekit.merge_methods.base", "mergekit")
 graph = peer("mergekit.graph", "mergekit")
 loader = peer("mergekit.io.loader", "mergekit")
 multigpu = peer("mergekit.multigpu_executor", "mergekit")
-
-if importlib.metadata.version("mergekit") != "0.1.5":
-    pytest.skip("these tests are for mergekit 0.1.5", allow_module_level=True)
-
-METHODS = sorted(set(REGISTRY) & set(registry._METHODS))
-SHAPE = (12, 10)
-VALUES = {"weight": [0.6, 0.9, 0.3], "t": 0.4, "density": 0.5, "scale": 3.0}
 
 
 @pytest.fixture(autouse=True)
@@ -49,39 +37,6 @@ def taken_back() -> Iterator[None]:
 @pytest.fixture
 def installed() -> None:
     dropin.install(host=False)
-
-
-def arguments(name: str, *, dtype: torch.dtype = torch.float32, **given: Any) -> dict[str, Any]:
-    """Keyword arguments of mergekit's merge_tensors for a plain call of that method."""
-    spec = registry.get(name).spec
-    contract = spec.contract
-    has_base = contract.base in (base_api.BasePolicy.REQUIRED, base_api.BasePolicy.OPTIONAL)
-    most = contract.max_inputs or (contract.max_non_base or 3) + has_base
-    g = torch.Generator().manual_seed(1)
-    tensors = [torch.randn(SHAPE, generator=g).to(dtype) for _ in range(min(3 + has_base, most))]
-    parameters = {p.name: VALUES[p.name] for p in spec.parameters if p.name in VALUES} | given
-    if isinstance(parameters.get("weight"), list):
-        scope = next(p.scope for p in spec.parameters if p.name == "weight")
-        n = len(tensors) - (has_base and scope == base_api.ParameterScope.NON_BASE)
-        parameters["weight"] = parameters["weight"][:n]
-    return {
-        "tensors": tensors,
-        "method": name,
-        "parameters": parameters,
-        "base_index": 0 if has_base else None,
-    }
-
-
-def served(before: dropin.Counts) -> dropin.Counts:
-    return dropin.counts() - before
-
-
-def only_reason(before: dropin.Counts) -> str:
-    """The one fallback since; nothing was merged by mergekern."""
-    since = served(before)
-    assert not since.merged
-    ((_, reason),) = since.fallbacks
-    return reason
 
 
 # ---- what is replaced, what is put back ------------------------------------------------------
@@ -312,298 +267,3 @@ def test_host_mode_gives_the_bits_it_promises(name: str, dtype: torch.dtype) -> 
         torch.manual_seed(3)
         outcome.append(api.merge_tensors(**given))
     assert_bits_equal(*outcome)
-
-
-# ---- calls that go to mergekit ---------------------------------------------------------------
-
-
-def autograd(given: dict[str, Any]) -> Tensor:
-    xs = [x.requires_grad_() for x in given["tensors"]]
-    merged = api.merge_tensors(**given)
-    merged.sum().backward()
-    return torch.stack([x.grad for x in xs if x.grad is not None])
-
-
-def fake(given: dict[str, Any]) -> Tensor:
-    with FakeTensorMode() as mode:
-        xs = [mode.from_tensor(x) for x in given["tensors"]]
-        return api.merge_tensors(**given | {"tensors": xs})
-
-
-def vmap(given: dict[str, Any]) -> Tensor:
-    def merge(*xs: Tensor) -> Tensor:
-        return api.merge_tensors(**given | {"tensors": xs})
-
-    return torch.func.vmap(merge)(*(x[None] for x in given["tensors"]))
-
-
-def forward_mode(given: dict[str, Any]) -> Tensor:
-    forward = torch.autograd.forward_ad
-    with forward.dual_level():
-        x, *more = given["tensors"]
-        dual = forward.make_dual(x, torch.ones_like(x))
-        merged = api.merge_tensors(**given | {"tensors": [dual, *more]})
-        return forward.unpack_dual(merged).tangent
-
-
-class Marked(Tensor):
-    pass
-
-
-def subclass(given: dict[str, Any]) -> Tensor:
-    xs = [x.as_subclass(Marked) for x in given["tensors"]]
-    return api.merge_tensors(**given | {"tensors": xs})
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "slerp"])
-@pytest.mark.parametrize(
-    ("call", "reason"),
-    [
-        (autograd, "autograd"),
-        (fake, "a torch dispatch mode is active"),
-        (vmap, "inside a torch.func transform"),
-        (forward_mode, "forward-mode autograd"),
-        (subclass, "tensor subclass Marked"),
-    ],
-    ids=lambda p: getattr(p, "__name__", ""),
-)
-def test_tensors_that_go_to_mergekit(call: Any, reason: str, name: str) -> None:
-    """With the reason counted, and with mergekit's result."""
-    outcome = []
-    for place in (dropin.install, dropin.uninstall):
-        place()
-        before = dropin.counts()
-        try:
-            outcome.append(call(arguments(name)))
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            outcome.append(str(error))
-        if place is dropin.install:
-            assert only_reason(before) == reason
-    got, expected = outcome
-    assert type(got) is type(expected)
-    if isinstance(got, str) or call is fake:
-        assert str(got) == str(expected)
-    else:
-        assert_bits_equal(got, expected)
-
-
-def test_meta_tensors_go_to_mergekit(installed: None) -> None:
-    """Straight to the function: mergekit's entry points stop at autocast."""
-    method = registry.get("ties")
-    xs = [torch.empty(SHAPE, device="meta") for _ in range(3)]
-    group = base_api.TensorGroup.from_tensors(xs, base_index=0)
-    (bound,) = method._bind_parameters((group,), {"weight": 1.0})
-    before = dropin.counts()
-    assert method.merge_group(group, **bound).is_meta
-    assert only_reason(before) == "meta tensors"
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "reason"),
-    [
-        ("linear", {"weight": [1.0, -1.0, 0.0]}, "weights sum to 0"),
-        ("linear", {"weight": [1.0, float("inf"), 0.0]}, "weight is not finite"),
-        ("slerp", {"t": float("nan")}, "t is not finite"),
-        ("ties", {"density": 1.5}, "density is outside 0 to 1"),
-        ("ties", {"density": -1.0}, "density is outside 0 to 1"),
-        ("passthrough", {"scale": None}, "scale is not set"),
-    ],
-)
-def test_values_that_go_to_mergekit(name: str, values: dict[str, Any], reason: str) -> None:
-    given = arguments(name, **values)
-    dropin.install()
-    before = dropin.counts()
-    got = api.merge_tensors(**given)
-    assert only_reason(before) == reason
-    dropin.uninstall()
-    assert_bits_equal(got, api.merge_tensors(**given))
-
-
-def test_a_base_alone_is_handed_on(installed: None) -> None:
-    x = torch.randn(3)
-    before = dropin.counts()
-    merged = api.merge_tensors([x], "ties", base_index=0, parameters={"weight": 1.0})
-    assert merged is x
-    assert only_reason(before) == "too few models beside the base"
-
-
-def test_an_error_of_a_kernel_is_no_fallback(
-    installed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*_: Any, **__: Any) -> Tensor:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(calls, "merge_tensors", fails)
-    before = dropin.counts()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        api.merge_tensors(**arguments("ties"))
-    assert not served(before).fallbacks
-
-
-# ---- what others do to the same objects ------------------------------------------------------
-
-
-def test_a_wrapper_around_an_implementation_is_seen_and_stays() -> None:
-    method = registry.get("linear")
-    original = method.implementation
-    given = arguments("linear")
-    expected = api.merge_tensors(**given)
-    seen = []
-    dropin.install()
-    inside = method.implementation
-
-    def wrapper(batch: Any, **parameters: Any) -> Tensor:
-        seen.append(calls.MODE.installed)
-        return inside(batch, **parameters)
-
-    method.implementation = wrapper
-    try:
-        api.merge_tensors(**given)
-        dropin.uninstall()
-        assert method.implementation is wrapper
-        before = dropin.counts()
-        assert_bytes_equal(api.merge_tensors(**given), expected)
-        assert served(before) == ({}, {})
-        assert seen == [True, False]
-    finally:
-        method.implementation = original
-
-
-def test_a_method_that_somebody_replaced_before_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def own(batch: Any, **_: Any) -> Tensor:
-        return batch.tensors[0] * 0
-
-    monkeypatch.setattr(registry.get("linear"), "implementation", own)
-    assert "linear" not in dropin.install()
-    assert not api.merge_tensors(**arguments("linear")).any()
-
-
-def test_a_merge_group_that_is_replaced_later_is_called(
-    installed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    method = registry.get("ties")
-    monkeypatch.setattr(type(method), "merge_group", lambda self, group, **_: group.base.tensor)
-    before = dropin.counts()
-    given = arguments("ties")
-    assert api.merge_tensors(**given) is given["tensors"][0]
-    assert only_reason(before) == "its merge_group was replaced in mergekit"
-
-
-def test_the_objects_stay_what_they_are(installed: None) -> None:
-    ties = registry.get("ties")
-    assert ties.sparsification_method.value == "magnitude"
-    assert ties.consensus_method.value == "sum"
-    assert dataclasses.replace(ties) == ties
-    assert registry.get("linear").supports_batching
-
-
-# ---- executor --------------------------------------------------------------------------------
-
-
-class Value:
-    """A result that knows how many others are alive."""
-
-    alive = 0
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        Value.alive += 1
-
-    def __del__(self) -> None:
-        Value.alive -= 1
-
-
-LIVING: list[int] = []
-
-
-class Step(graph.Task):
-    number: int
-    needs: tuple[graph.Task, ...] = ()
-
-    def arguments(self) -> dict[str, Any]:
-        return {f"x{i}": t for i, t in enumerate(self.needs)}
-
-    def priority(self) -> int:
-        return self.number % 3
-
-    def execute(self, **values: Value) -> Value:
-        LIVING.append(Value.alive)
-        return Value(self.number + sum(v.number for v in values.values()))
-
-
-def steps(seed: int) -> list[Any]:
-    """A graph of tasks that need up to three earlier ones; every third is a target."""
-    g = torch.Generator().manual_seed(seed)
-    made: list[Any] = []
-    for i in range(30):
-        n = int(torch.randint(0, min(4, i + 1), (), generator=g))
-        which = torch.randperm(i, generator=g)[:n].tolist()
-        made.append(Step(number=i, needs=tuple(made[j] for j in which)))
-    return made[::3]
-
-
-def ran(seed: int, *, cached: bool) -> tuple[list[tuple[int, int]], list[int]]:
-    """Targets and values in order, and how many results were alive at each step."""
-    targets = steps(seed)
-    universe = graph.TaskUniverse(targets)
-    handles = [universe.get_handle(t) for t in targets]
-    known = {handles[0]: Value(100)} if cached else None
-    run = graph.Executor(handles, cached_values=known)._run(quiet=True)
-    LIVING.clear()
-    got = []
-    for handle, value in run:
-        got.append((handle.task().number, value.number))
-        del value
-    return got, list(LIVING)
-
-
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("cached", [False, True])
-def test_executor_runs_frees_and_yields_alike(seed: int, cached: bool) -> None:
-    expected = ran(seed, cached=cached)
-    dropin.install()
-    assert ran(seed, cached=cached) == expected
-    assert expected[0]
-    assert Value.alive == 0
-
-
-def test_a_file_lists_its_names_once(installed: None, tmp_path: Any) -> None:
-    from safetensors.torch import save_file
-
-    states = {f"w{i}": torch.full((2,), float(i)) for i in range(5)}
-    save_file(states, tmp_path / "m.safetensors")
-    torch.save(states, tmp_path / "m.bin")
-    shard = loader.TensorLoader.get(str(tmp_path / "m.safetensors"))
-    assert shard.keys() is not shard.keys()
-    assert list(shard.keys()) == list(states)
-    assert "w3" in shard.keys()  # noqa: SIM118 (mergekit asks this way)
-    assert_bytes_equal(shard.get_tensor("w3"), states["w3"])
-    assert not isinstance(loader.TensorLoader.get(str(tmp_path / "m.bin")), executor.Shard)
-
-
-def test_one_line_a_run(installed: None, caplog: pytest.LogCaptureFixture) -> None:
-    class Merge(graph.Task):
-        method: str
-
-        def arguments(self) -> dict[str, Any]:
-            return {}
-
-        def execute(self, **_: Any) -> Any:
-            return api.merge_tensors(**arguments(self.method))
-
-    caplog.set_level(logging.INFO, logger="mergekern")
-    tasks = [Merge(method="linear"), Merge(method="ties"), Merge(method="passthrough")]
-    graph.Executor(tasks).execute()
-    graph.Executor(steps(0)).execute()  # nothing merged, nothing to say
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "mergekern"]
-    assert line.startswith("mergekern: 3 tensors merged by mergekern (linear 1, passthrough 1, tie")
-    assert "backends for cpu: " in line
-    api.merge_tensors(**arguments("passthrough", scale=None))
-    assert len(caplog.records) == 1
-
-
-def test_refusals_are_mergekerns_errors() -> None:
-    assert issubclass(mk.BackendError, MergekernError)
