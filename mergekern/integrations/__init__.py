@@ -1,0 +1,1 @@
+"""Drop-ins for other tools: one module each, with install() and uninstall()."""
