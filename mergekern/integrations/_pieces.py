@@ -28,12 +28,12 @@ class Piece(NamedTuple):
         return x[self.begin : self.end].reshape(-1)
 
 
-def pieces(xs: Sequence[Tensor]) -> list[Piece]:
+def pieces(xs: Sequence[Tensor], limit: int = SIZE) -> list[Piece]:
     """What covers tensors of one shape; rows where one of them is not contiguous."""
     total = xs[0].numel()
     flat = all(x.is_contiguous() for x in xs)
     width = 1 if flat or not total else total // xs[0].shape[0]
-    step = max(1, SIZE // width)
+    step = max(1, limit // width)
     starts = range(0, total // width, step) if total else ()
     ends = [min(i + step, total // width) for i in starts]
     return [
@@ -43,7 +43,7 @@ def pieces(xs: Sequence[Tensor]) -> list[Piece]:
 
 def packed(kept: Tensor) -> np.ndarray:
     """A mask in one bit per element."""
-    return np.packbits(kept.bool().numpy())
+    return np.packbits(kept.bool().cpu().numpy())
 
 
 def unpacked(bits: np.ndarray, size: int, dtype: torch.dtype) -> Tensor:
