@@ -493,7 +493,7 @@ def test_bits_of_magmax(fill: Callable[..., Tensor], dtype: torch.dtype) -> None
 
 
 def test_emr() -> None:
-    """Unified vectors and masks bit for bit; rescalers within the rounding of FusionBench's sums."""
+    """Unified vectors and masks in bits; rescalers within the rounding of FusionBench's sums."""
     pytest.importorskip("mergekern.methods.emr", reason="method not built yet")
     pool = models()
     got, expected = (run(c, pool) for c in (ours("EMRMerging"), theirs("EMRMerging")))
