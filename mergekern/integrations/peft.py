@@ -33,8 +33,8 @@ from ..check import FLOATS, accumulator, name_of
 from ..errors import BackendError
 from ..keep import NOTHING, Keep
 from ..ops.kth_magnitude import kth_magnitude
+from ..ops.merge_deltas import merge_deltas
 from ._pieces import packed, pieces, unpacked
-from ._standin import merge_deltas
 
 SUPPORTED = ((0, 19), (0, 22))  # first version, and the first one after the last
 

@@ -269,7 +269,7 @@ def test_the_threshold_is_that_of_the_whole_model() -> None:
         size = torch.cat([(x - b).abs().reshape(-1) for x, b in typed])
         order = size.sort(descending=True).values  # NaN first
         for rank in range(1, len(order) + 1):
-            found = vectors.global_threshold(lambda typed=typed: iter(typed), rank, dtype)
+            found = vectors.global_threshold(lambda typed=typed: iter(typed), rank)
             assert found.value == order[rank - 1] or found.value != found.value
             assert (found.value != found.value) == (rank == 1)
             assert found.cut == len(order)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ...check import FLOATS
 from ...errors import ArgumentError
 from ...methods.merge import merge_tensors
+from ...ops.merge_deltas import merge_deltas
 from ...ops.weighted_sum import weighted_sum
-from .._standin import merge_deltas
 from .pool import as_pool, load, merge_all, named, state_dicts
 
 

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...backends import digits
-from ...backends.torch import chunks
 from ...check import accumulator
 from ...keep import Keep, Threshold
+from ...ops.kth_magnitude import WholeModel
+from ...ops.merge_deltas import merge_deltas
 from .._pieces import Piece, packed, pieces, unpacked
-from .._standin import merge_deltas
 
 LIMIT = 1 << 20  # elements of one piece: a few tasks of an op
 
@@ -93,30 +92,17 @@ def draw(entries: Sequence[Entry], model: int, sparsity: float) -> None:
 Vectors = Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
 
 
-def global_threshold(vectors: Vectors, rank: int, dtype: torch.dtype) -> Threshold:
+def global_threshold(vectors: Vectors, rank: int) -> Threshold:
     """The rank-th largest |x - base| of all elements of all pairs, as one vector; keeps every tie.
 
-    `vectors` is called once per 16 bits of the keys, and yields the same pairs each time, of
-    `dtype`.
+    `vectors` is called once per 16 bits of the keys, and yields the same pairs each time.
     """
-    acc = accumulator(dtype)
-    bits = 64 if acc == torch.float64 else 32
-    total = 0
-
-    def histogram(prefix: int, shift: int) -> np.ndarray:
-        nonlocal total
-        counts = np.zeros(1 << 16, np.int64)
+    whole = WholeModel(lambda total: rank)
+    while whole.unfinished:
         for x, base in vectors():
-            d = x.to(acc) if base is None else x.to(acc) - base.to(acc)
-            keys = chunks.magnitude_keys(d.reshape(-1))
-            if shift + 16 < bits:
-                keys = keys[keys >> (shift + 16) == prefix]
-            counts += torch.bincount(keys >> shift & 0xFFFF, minlength=1 << 16).cpu().numpy()
-        total = total or int(counts.sum())
-        return counts
-
-    key, above, equal = digits.by_digits(histogram, bits, rank)
-    return Threshold(digits.key_value(key, acc), above, equal, total)
+            whole.update(x, base)
+        whole.end_pass()
+    return whole.threshold
 
 
 def trims(entries: Sequence[Entry], dtype: torch.dtype, share: float) -> list[Keep] | None:
@@ -135,8 +121,7 @@ def trims(entries: Sequence[Entry], dtype: torch.dtype, share: float) -> list[Ke
                 yield x, base
 
     return [
-        global_threshold(functools.partial(vectors, i), rank, dtype)
-        for i in range(len(entries[0].xs))
+        global_threshold(functools.partial(vectors, i), rank) for i in range(len(entries[0].xs))
     ]
 
 
