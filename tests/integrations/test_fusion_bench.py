@@ -492,6 +492,7 @@ def test_bits_of_magmax(fill: Callable[..., Tensor], dtype: torch.dtype) -> None
     assert_same(positive_zeros(got), positive_zeros(expected))
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # FusionBench's own
 def test_emr() -> None:
     """Unified vectors and masks in bits; rescalers within the rounding of FusionBench's sums."""
     pytest.importorskip("mergekern.methods.emr", reason="method not built yet")

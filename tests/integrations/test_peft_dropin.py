@@ -28,7 +28,7 @@ api = peer("peft", "peft")
 utils = peer("peft.utils.merge_utils", "peft")
 lora = peer("peft.tuners.lora.model", "peft")
 
-THEIRS: dict[str, Callable[..., Tensor]] = {n: getattr(utils, n) for n in dropin._FUNCTIONS}
+THEIRS: dict[str, Callable[..., Tensor]] = {n: getattr(utils, n) for n in dropin.FUNCTIONS}
 BOUND = ("task_arithmetic", "magnitude_prune", "ties", "dare_linear", "dare_ties")
 CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("task_arithmetic", ()),
@@ -71,7 +71,7 @@ def both(name: str, *args: Any) -> tuple[Tensor, Tensor]:
     expected = THEIRS[name](*args)
     state = torch.get_rng_state()
     torch.manual_seed(3)
-    got = dropin._FUNCTIONS[name](*args)
+    got = dropin.FUNCTIONS[name](*args)
     assert torch.equal(torch.get_rng_state(), state)
     return got, expected
 
@@ -90,7 +90,7 @@ def test_install_replaces_and_uninstall_restores_the_same_objects() -> None:
     assert {f.__module__ for f in before.values()} == {utils.__name__}
     dropin.install()
     dropin.install()
-    assert all(f is dropin._FUNCTIONS[name] for (_, name), f in bound().items())
+    assert all(f is dropin.FUNCTIONS[name] for (_, name), f in bound().items())
     dropin.uninstall()
     dropin.uninstall()
     after = bound()
@@ -136,7 +136,7 @@ def test_signatures_are_those_of_peft(name: str) -> None:
     def shape(f: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
         return [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
 
-    assert shape(dropin._FUNCTIONS[name]) == shape(THEIRS[name])
+    assert shape(dropin.FUNCTIONS[name]) == shape(THEIRS[name])
 
 
 # ---- the same bits ---------------------------------------------------------------------------
