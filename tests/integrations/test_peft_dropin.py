@@ -284,6 +284,28 @@ def test_weights_of_16_bits_are_rounded_once(dtype: torch.dtype) -> None:
     assert dropin.served["task_arithmetic"] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_ties_with_weights_of_16_bits(dtype: torch.dtype) -> None:
+    """float32 as PEFT returns it, within 6 roundings of the float64 result."""
+    xs = [distinct((32, 61), dtype, i) for i in range(4)]
+    weights = torch.tensor(WEIGHTS, dtype=dtype)
+    got, expected = both("ties", xs, weights, 0.3)
+    assert got.dtype == expected.dtype == torch.float32
+    kept = []
+    for x in xs:
+        least = x.abs().flatten().sort(descending=True).values[int(0.3 * x.numel()) - 1]
+        kept.append(torch.where(x.abs() >= least, x.double(), 0))
+    stack = torch.stack(kept)
+    agree = stack.sign() == torch.where(stack.sum(0) >= 0, 1.0, -1.0)
+    terms = stack * weights.double().view(-1, 1, 1) * agree
+    count = agree.sum(0).clamp(min=1)
+    exact = terms.sum(0) / count
+    assert_within(got, exact, 6 * U / (1 - 6 * U) * terms.abs().sum(0) / count)
+    errors = [float((x.double() - exact).abs().sum()) for x in (got, expected)]
+    assert errors[0] < errors[1]
+    assert dropin.served["ties"] == 1
+
+
 @pytest.mark.parametrize("name", ["task_arithmetic", "dare_linear"])
 @pytest.mark.parametrize("n", [5, 9, 17])
 def test_many_task_tensors(name: str, n: int) -> None:

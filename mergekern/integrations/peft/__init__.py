@@ -5,10 +5,10 @@
 own back. The other names of merge_utils stay: each is one or two elementwise steps on tensors that
 exist already, so there is nothing to gain. A name that was imported before `install` stays PEFT's.
 
-Equal to PEFT 0.19 to 0.21, for finite values and up to four task tensors (torch sums more in an order of
-its own): every bit where PEFT computes in float32 or float64, random draws included, unless a trim
-has to choose among equal magnitudes; lowest index first here, undefined there. Where PEFT rounds
-products to 16 bits (16-bit weights) there is one rounding here, to PEFT's result type.
+Equal to PEFT 0.19 to 0.21, for finite values and up to four task tensors (torch sums more in an
+order of its own): every bit where PEFT computes in float32 or float64, random draws included,
+unless a trim has to choose among equal magnitudes; lowest index first here, undefined there. Where
+PEFT rounds products to 16 bits (16-bit weights) there is one rounding here, to PEFT's result type.
 
 What mergekern does not serve goes to PEFT's own function, counted in `fallbacks` with its reason;
 `served` counts the rest.
