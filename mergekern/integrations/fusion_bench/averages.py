@@ -1,4 +1,7 @@
-"""Averages, task arithmetic and MagMax: each tensor by itself, in one pass over all models."""
+"""Averages, task arithmetic and MagMax: each tensor by itself, in one pass over all models.
+
+By `merge_deltas`, whose sums are FusionBench's in float32; `weighted_sum` is closer to float64.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ from ...check import FLOATS
 from ...errors import ArgumentError
 from ...methods.merge import merge_tensors
 from ...ops.merge_deltas import merge_deltas
-from ...ops.weighted_sum import weighted_sum
 from .pool import as_pool, load, merge_all, named, state_dicts
 
 
@@ -32,7 +34,7 @@ class SimpleAverage:
         dicts = [utils.get_target_state_dict(m) for m in models]
 
         def mean(_: Tensor | None, xs: list[Tensor]) -> Tensor:
-            return weighted_sum(xs, [1.0] * len(xs), normalize=True)
+            return merge_deltas(None, xs, [1.0] * len(xs), normalize=True)
 
         merged = merge_all("simple average", None, dicts, mean)
         if not isinstance(models[0], nn.Module):
@@ -66,7 +68,7 @@ class WeightedAverage:
         models = [pool.load_model(name) for name in pool.model_names]
 
         def mean(_: Tensor | None, xs: list[Tensor]) -> Tensor:
-            return weighted_sum(xs, weights.tolist())
+            return merge_deltas(None, xs, weights.tolist())
 
         dicts = [m.state_dict() for m in models]
         return load(models[0], merge_all("weighted average", None, dicts, mean))
