@@ -153,7 +153,7 @@ def _recipe(trim: Trim | None, elect: str | None) -> Callable[..., Tensor]:
     ) -> Tensor:
         keep = trim.rules(inputs, density, **special) if trim else None
         restored: str | list[float] | None = "l1" if rescale and keep else None
-        if restored and inputs.host == "mergekit":
+        if restored and keep and inputs.host == "mergekit":
             restored = host_factors(inputs, keep)
         elif restored and inputs.host == "peft":  # by the probability, not the norm
             restored = [d or 1.0 for d in density]

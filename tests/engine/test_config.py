@@ -157,7 +157,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (config(chat_template="auto"), "key 'chat_template' is not supported"),
     (config(nonsense=1), "unknown key 'nonsense'"),
     ({"models": []}, "key 'merge_method' is missing"),
-    (config(merge_method="della"), "unknown method; got 'della'"),
+    (config(merge_method="dell"), "unknown method; got 'dell'"),
     (config(merge_method=["linear"]), "unknown method"),
     ({"merge_method": "linear"}, "'models' is no list"),
     (config(models={"model": "a"}), "'models' is no list"),

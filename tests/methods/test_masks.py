@@ -356,7 +356,7 @@ def test_result_is_rounded_once(method: str) -> None:
 
 def test_refusals() -> None:
     base, xs = family(2)
-    with refused("consensus", "k is no integer"):
+    with refused("consensus", "k is no whole number"):
         mk.merge_tensors(xs, "consensus", base=base, lambda_=0.4, k=1.5)
     with refused("consensus", "k is out of range"):
         mk.merge_tensors(xs, "consensus", base=base, lambda_=0.4, k=-1)
