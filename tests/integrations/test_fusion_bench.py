@@ -277,6 +277,29 @@ def test_the_threshold_is_that_of_the_whole_model() -> None:
                 assert found.equal == int((size == found.value).sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_majority_sees_differences_of_half_a_unit(dtype: torch.dtype) -> None:
+    base[::3] = torch.exp2(base[::3].log2().nan_to_num(0).round())  # where units change
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(4000, generator=g) * 10 ** (20 * torch.rand(4000, generator=g) - 10)
+    base[::3] = torch.exp2(base[::3].log2().nan_to_num(0).round())  # units change at powers of 2
+    base[::7] = 0
+    base = base.to(dtype)
+    up = torch.nextafter(base, torch.tensor(math.inf, dtype=dtype))
+    down = torch.nextafter(base, torch.tensor(-math.inf, dtype=dtype))
+    kinds = torch.stack([base, up, down, -base, base * 1e-30, base * 1e6, 2 * base])
+    for n in (1, 2, 3):
+        pick = torch.randint(len(kinds), (n, 4000), generator=g)
+        xs = [kinds.gather(0, p[None])[0] for p in pick]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        total = torch.zeros(4000, dtype=wide)
+        for x in xs:
+            total += x.to(wide) - base.to(wide)
+        expected = int((total > 0).sum()) - int((total < 0).sum())
+        entry = vectors.Entry("w", base, xs, [None] * n)
+        assert vectors.majority([entry], dtype, None) == expected
+
+
 # ---- narrow types ----------------------------------------------------------------------------
 
 
