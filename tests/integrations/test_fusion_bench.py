@@ -279,7 +279,7 @@ def test_the_threshold_is_that_of_the_whole_model() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_majority_sees_differences_of_half_a_unit(dtype: torch.dtype) -> None:
-    base[::3] = torch.exp2(base[::3].log2().nan_to_num(0).round())  # where units change
+    """Models one unit beside the base, tiny, huge or of the other sign, at every scale."""
     g = torch.Generator().manual_seed(0)
     base = torch.randn(4000, generator=g) * 10 ** (20 * torch.rand(4000, generator=g) - 10)
     base[::3] = torch.exp2(base[::3].log2().nan_to_num(0).round())  # units change at powers of 2
