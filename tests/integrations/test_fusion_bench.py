@@ -506,9 +506,6 @@ def test_a_lazy_state_dict_becomes_its_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fill", [plain, coarse])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_of_magmax(fill: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    methods = importlib.import_module("mergekern.methods")
-    if "magmax" not in methods.REGISTRY:
-        pytest.skip("method not built yet")
     pool = models(fill, dtype, norm=True)
     got, expected = both("MagMaxAlgorithm", pool, scaling_factor=0.4)
     assert_same(positive_zeros(got), positive_zeros(expected))
@@ -517,7 +514,6 @@ def test_bits_of_magmax(fill: Callable[..., Tensor], dtype: torch.dtype) -> None
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # FusionBench's own
 def test_emr() -> None:
     """Unified vectors and masks in bits; rescalers within the rounding of FusionBench's sums."""
-    pytest.importorskip("mergekern.methods.emr", reason="method not built yet")
     pool = models()
     got, expected = (run(c, pool) for c in (ours("EMRMerging"), theirs("EMRMerging")))
     assert_same(
@@ -533,7 +529,6 @@ def test_emr() -> None:
 
 
 def test_emr_says_that_buffers_must_be_equal() -> None:
-    pytest.importorskip("mergekern.methods.emr", reason="method not built yet")
     pool = models(norm=True)
     run(ours("EMRMerging"), pool)  # FusionBench fails on the integers that are equal
     pool["b"].norm.running_mean.fill_(1)
