@@ -277,6 +277,29 @@ def test_the_threshold_is_that_of_the_whole_model() -> None:
                 assert found.equal == int((size == found.value).sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_majority_sees_differences_of_half_a_unit(dtype: torch.dtype) -> None:
+    """Models one unit beside the base, tiny, huge or of the other sign, at every scale."""
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(4000, generator=g) * 10 ** (20 * torch.rand(4000, generator=g) - 10)
+    base[::3] = torch.exp2(base[::3].log2().nan_to_num(0).round())  # units change at powers of 2
+    base[::7] = 0
+    base = base.to(dtype)
+    up = torch.nextafter(base, torch.tensor(math.inf, dtype=dtype))
+    down = torch.nextafter(base, torch.tensor(-math.inf, dtype=dtype))
+    kinds = torch.stack([base, up, down, -base, base * 1e-30, base * 1e6, 2 * base])
+    for n in (1, 2, 3):
+        pick = torch.randint(len(kinds), (n, 4000), generator=g)
+        xs = [kinds.gather(0, p[None])[0] for p in pick]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        total = torch.zeros(4000, dtype=wide)
+        for x in xs:
+            total += x.to(wide) - base.to(wide)
+        expected = int((total > 0).sum()) - int((total < 0).sum())
+        entry = vectors.Entry("w", base, xs, [None] * n)
+        assert vectors.majority([entry], dtype, None) == expected
+
+
 # ---- narrow types ----------------------------------------------------------------------------
 
 
@@ -483,9 +506,6 @@ def test_a_lazy_state_dict_becomes_its_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fill", [plain, coarse])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_of_magmax(fill: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    methods = importlib.import_module("mergekern.methods")
-    if "magmax" not in methods.REGISTRY:
-        pytest.skip("method not built yet")
     pool = models(fill, dtype, norm=True)
     got, expected = both("MagMaxAlgorithm", pool, scaling_factor=0.4)
     assert_same(positive_zeros(got), positive_zeros(expected))
@@ -494,7 +514,6 @@ def test_bits_of_magmax(fill: Callable[..., Tensor], dtype: torch.dtype) -> None
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # FusionBench's own
 def test_emr() -> None:
     """Unified vectors and masks in bits; rescalers within the rounding of FusionBench's sums."""
-    pytest.importorskip("mergekern.methods.emr", reason="method not built yet")
     pool = models()
     got, expected = (run(c, pool) for c in (ours("EMRMerging"), theirs("EMRMerging")))
     assert_same(
@@ -510,7 +529,6 @@ def test_emr() -> None:
 
 
 def test_emr_says_that_buffers_must_be_equal() -> None:
-    pytest.importorskip("mergekern.methods.emr", reason="method not built yet")
     pool = models(norm=True)
     run(ours("EMRMerging"), pool)  # FusionBench fails on the integers that are equal
     pool["b"].norm.running_mean.fill_(1)

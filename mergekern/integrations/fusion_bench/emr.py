@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from ...errors import ArgumentError
+from ...methods.bits import unpack
 from ...methods.compat import identical
+from ...methods.emr import emr_state_dicts
 from .pool import StateDict, as_pool, state_dicts
 
 
@@ -20,8 +22,6 @@ class EMR:
     @torch.no_grad()
     def run(self, modelpool: Any) -> Any:
         host = importlib.import_module("fusion_bench.method.emr_merging.utils")
-        emr = importlib.import_module("mergekern.methods.emr")
-        bits = importlib.import_module("mergekern.methods.bits")
         pool = as_pool(modelpool)
         pretrained = pool.load_pretrained_model()
         dicts: list[StateDict] = [pretrained.state_dict(), *state_dicts(pool)]
@@ -29,7 +29,7 @@ class EMR:
             self._check_buffers(pretrained, dicts)
             names = [name for name, _ in pretrained.named_parameters()]
             dicts = [{name: d[name] for name in names} for d in dicts]
-        found = emr.emr_state_dicts(dicts[0], dicts[1:])
+        found = emr_state_dicts(dicts[0], dicts[1:])
         result = host.EMRModulatedModel(
             backbone=pretrained,
             modulators={},
@@ -37,7 +37,7 @@ class EMR:
         )
         for i, task in enumerate(pool.model_names):
             masks = {
-                name: bits.unpack(e.masks[i], 0, e.unified.numel()).view(e.unified.shape)
+                name: unpack(e.masks[i], 0, e.unified.numel()).view(e.unified.shape)
                 for name, e in found.items()
             }
             rescaler = next(iter(found.values())).rescale[i]

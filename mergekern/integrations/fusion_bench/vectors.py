@@ -14,7 +14,7 @@ from ...check import accumulator
 from ...keep import Keep, Threshold
 from ...ops.kth_magnitude import WholeModel
 from ...ops.merge_deltas import merge_deltas
-from .._pieces import Piece, packed, pieces, unpacked
+from .._pieces import SIZE, Piece, packed, pieces, unpacked
 
 LIMIT = 1 << 20  # elements of one piece: a few tasks of an op
 
@@ -30,6 +30,10 @@ class Entry(NamedTuple):
     drops: list[Drop]
     divisor: float = 1.0  # of task vectors that something was dropped of
 
+    def plain(self, dtype: torch.dtype) -> bool:
+        """Whether ops can take the tensors as they are."""
+        return self.drops[0] is None and all(x.dtype == dtype for x in (self.base, *self.xs))
+
     def pieces(self) -> list[Piece]:
         return pieces([self.base, *self.xs], LIMIT)
 
@@ -38,29 +42,28 @@ class Entry(NamedTuple):
     ) -> Iterator[tuple[Piece, list[Tensor], Tensor | None]]:
         """Piece, models (or the one), and their base; None where these are task vectors already."""
         chosen = range(len(self.xs)) if only is None else [only]
-        dropped = any(drop is not None for drop in self.drops)
         for k, p in enumerate(self.pieces()):
             base = p.of(self.base).to(dtype)
             xs = [p.of(self.xs[i]).to(dtype) for i in chosen]
-            if dropped:
-                base = base.to(accumulator(dtype))
-                drops = [self.drops[i] for i in chosen]
-                ds = [self._left(x - base, drop, k) for x, drop in zip(xs, drops, strict=True)]
-                yield p, ds, None
-            else:
+            if self.drops[0] is None:
                 yield p, xs, base
+                continue
+            base = base.to(accumulator(dtype))
+            yield p, [self._left(x - base, i, k) for i, x in zip(chosen, xs, strict=True)], None
 
-    def _left(self, d: Tensor, drop: Drop, k: int) -> Tensor:
-        if drop is None:
-            return d
+    def _left(self, d: Tensor, model: int, k: int) -> Tensor:
+        drop = self.drops[model]
+        assert drop is not None  # draws are for all models or for none
         return d * unpacked(drop[k], d.numel(), d.dtype).to(d.device) / self.divisor
 
     def merge(self, dtype: torch.dtype, **options: Any) -> Tensor:
         """base + the merged task vectors, of the dtype of the base (of `dtype` for integers)."""
+        ones = [1.0] * len(self.xs)
+        if self.plain(dtype):
+            return merge_deltas(self.base, self.xs, ones, **options)
         kind = self.base.dtype if self.base.dtype.is_floating_point else dtype
         out = torch.empty(self.base.shape, dtype=kind, device=self.base.device)
         for p, xs, base in self.parts(dtype):
-            ones = [1.0] * len(xs)
             if base is not None:
                 merge_deltas(base, xs, ones, out=p.of(out), **options)
             else:
@@ -117,6 +120,9 @@ def trims(entries: Sequence[Entry], dtype: torch.dtype, share: float) -> list[Ke
 
     def vectors(model: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         for e in entries:
+            if e.plain(dtype):
+                yield e.xs[model], e.base
+                continue
             for _, (x,), base in e.parts(dtype, model):
                 yield x, base
 
@@ -126,12 +132,20 @@ def trims(entries: Sequence[Entry], dtype: torch.dtype, share: float) -> list[Ke
 
 
 def majority(entries: Sequence[Entry], dtype: torch.dtype, keep: list[Keep] | None) -> int:
-    """How many more sums of trimmed task vectors are above 0 than below."""
+    """How many more sums of trimmed task vectors are above 0 than below.
+
+    A rounded difference to b is a multiple of half an ulp of b, and so is a sum of them: times
+    2**60 it outweighs b, and b + 2**60 s compares with b as s with 0.
+    """
     acc = accumulator(dtype)
     difference = 0
     for e in entries:
+        ones = [1.0] * len(e.xs)
         for _, xs, base in e.parts(dtype):
-            ds = xs if base is None else [x.to(acc) - base.to(acc) for x in xs]
-            s = merge_deltas(None, ds, [1.0] * len(ds), keep=keep)
-            difference += int((s > 0).sum()) - int((s < 0).sum())
+            moved = merge_deltas(base, xs, ones, keep=keep, scale=2.0**60, out_dtype=acc)
+            origin = moved.new_zeros(()) if base is None else base
+            for at in range(0, len(moved), SIZE):
+                s = moved[at : at + SIZE]
+                b = origin[at : at + SIZE].to(acc) if origin.ndim else origin
+                difference += int((s > b).sum()) - int((s < b).sum())
     return difference

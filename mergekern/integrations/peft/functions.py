@@ -7,7 +7,6 @@ import importlib
 from collections.abc import Callable
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -196,12 +195,9 @@ def _dropped(
     if _unpruned(xs, density):
         return merge(xs, out=out)
     parts = pieces(xs)
-    masks = [[_draw(p.size, density, x.dtype) for p in parts] for x in xs]
+    chance = torch.full((max(p.size for p in parts),), density, dtype=xs[0].dtype)
+    masks = [[packed(torch.bernoulli(chance[: p.size])) for p in parts] for _ in xs]
     for i, p in enumerate(parts):
         kept = [p.of(x) * unpacked(m[i], p.size, x.dtype) for x, m in zip(xs, masks)]
         merge([x / density for x in kept], out=p.of(out))
     return out
-
-
-def _draw(n: int, density: float, dtype: torch.dtype) -> np.ndarray:
-    return packed(torch.bernoulli(torch.full((n,), density, dtype=dtype)))
