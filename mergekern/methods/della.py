@@ -110,8 +110,10 @@ def _masks(
 
 _EPSILON = Parameter("epsilon", float, "model", 0.15, "half the span of the chances to stay")
 _PARITY = {
-    "mergekit": "bits on a CPU but for equal magnitudes in a row, whose order is undefined there; "
-    "rows of one element and scalars, which fail there, are kept with probability density"
+    "mergekit": "bits on a CPU for float32, bfloat16 and float16, with NaN, infinities and both "
+    "zeros: masks are drawn from torch's generator in its order. Exceptions: with 5 or more "
+    "float32 models torch sums in another order; rows of one element and scalars, which fail "
+    "there, are kept with probability density; a density of 0 drops a NaN there and keeps it here"
 }
 
 DELLA = Method(

@@ -46,32 +46,45 @@ TABLE = {
     "ties": {**TASK_DEFAULTS, "normalize": True, "rescale": False},
     "dare_linear": {**TASK_DEFAULTS, "normalize": False, "rescale": True},
     "dare_ties": {**TASK_DEFAULTS, "normalize": False, "rescale": True},
+    "breadcrumbs": {**TASK_DEFAULTS, "gamma": 0.01, "normalize": False, "rescale": False},
+    "breadcrumbs_ties": {**TASK_DEFAULTS, "gamma": 0.01, "normalize": False, "rescale": False},
+    "della": {**TASK_DEFAULTS, "epsilon": 0.15, "normalize": True, "rescale": True},
+    "della_linear": {**TASK_DEFAULTS, "epsilon": 0.15, "normalize": False, "rescale": True},
+    "sce": {"select_topk": 1.0, "int8_mask": False},
+    "ram": {"epsilon": 1e-5},
+    "ramplus_tl": {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2},
+    # Not of mergekit.
+    "magnitude_prune": {"density": 1.0, "lambda": 1.0},
+    "ties_global": {"weight": 1.0, "density": 0.2, "merge_func": "mean", "lambda": 1.0},
 }
-REQUIRED = {
-    "linear": {"weight"},
-    "slerp": {"t"},
-    "passthrough": set(),
-    "karcher": set(),
-    "model_stock": set(),
+NOTHING_REQUIRED = {"karcher", "model_stock", "passthrough", "sce", "ram", "ramplus_tl", "ties_global"}
+PER_MODEL = {
+    ("weight", "*"),
+    ("density", "*"),
+    ("scale", "passthrough"),
+    ("gamma", "breadcrumbs"),
+    ("gamma", "breadcrumbs_ties"),
+    ("epsilon", "della"),
+    ("epsilon", "della_linear"),
 }
 # Tested in files of their own.
 ELSEWHERE = {"nearswap", "arcee_fusion", "fisher", "emr", "magmax", "consensus"}
-PER_MODEL = {"weight", "density", "scale"}
 
 
 def test_methods_are_those_of_the_table() -> None:
     assert set(mk.methods()) == set(TABLE) | ELSEWHERE
+    assert all(name == spec.name for name, spec in mk.methods().items())
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_parameters_have_the_names_scopes_and_defaults_of_mergekit(name: str) -> None:
     spec = mk.methods()[name]
     assert {p.name: p.default for p in spec.parameters if not p.required} == TABLE[name]
-    required = REQUIRED.get(name, {"weight"})
+    required = set() if name in NOTHING_REQUIRED else {"t" if name == "slerp" else "weight"}
     assert {p.name for p in spec.parameters if p.required} == required
     assert {p.name for p in spec.parameters if p.scope == "model"} == {
-        p.name for p in spec.parameters
-    } & PER_MODEL
+        p.name for p in spec.parameters if PER_MODEL & {(p.name, "*"), (p.name, name)}
+    }
 
 
 def test_registry_is_a_copy() -> None:
@@ -425,12 +438,13 @@ def test_every_method_takes_empty_tensors_and_scalars(
     method: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     x = torch.full(shape, 2.0, dtype=dtype)
-    base = x.clone() if mk.methods()[method].base == "required" else None
-    n = 1 if method == "passthrough" else 2
-    required = REQUIRED.get(method, {"weight"})
-    given = {name: 0.5 if name == "t" else 1 for name in required}
-    if method in TASK_VECTORS:
-        given["density"] = 0.5
+# Tested in files of their own.
+ELSEWHERE = {"nearswap", "arcee_fusion", "fisher", "emr", "magmax", "consensus"}
+
+
+def test_methods_are_those_of_the_table() -> None:
+    assert set(mk.methods()) == set(TABLE) | ELSEWHERE
+    assert all(name == spec.name for name, spec in mk.methods().items())
     assert_bits_equal(merge_tensors([x] * n, method, base=base, **given), x)
 
 
@@ -470,7 +484,7 @@ def test_inputs_are_not_changed_and_may_be_strided() -> None:
 
 X, Y = torch.zeros(3), torch.ones(3)
 WRONG: list[tuple[str, list[Any], str, dict[str, Any], str]] = [
-    ("unknown method", [X], "della", {"weight": 1}, "unknown method; got 'della'"),
+    ("unknown method", [X], "delta", {"weight": 1}, "unknown method; got 'delta'"),
     ("unknown parameter", [X], "linear", {"weight": 1, "wieght": 2}, "'wieght'; expected weight"),
     ("foreign parameter", [X], "linear", {"weight": 1, "density": 1}, "got 'density'"),
     ("missing weight", [X], "linear", {}, "weight is required"),
