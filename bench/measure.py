@@ -8,6 +8,7 @@ and what is reported is the median of the ratios.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -66,6 +67,10 @@ def gemm_rate(n: int = 1536) -> float:
 def peak_extra(call: Call) -> int | None:
     """Bytes by which the process grew at most during the call; None where Linux does not say."""
     with contextlib.suppress(OSError):
+        with contextlib.suppress(
+            AttributeError
+        ):  # what malloc kept of former calls would hide this
+            ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")  # resets the high-water mark
         before = _status("VmRSS")
