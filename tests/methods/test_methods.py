@@ -57,7 +57,15 @@ TABLE = {
     "magnitude_prune": {"density": 1.0, "lambda": 1.0},
     "ties_global": {"weight": 1.0, "density": 0.2, "merge_func": "mean", "lambda": 1.0},
 }
-NOTHING_REQUIRED = {"karcher", "model_stock", "passthrough", "sce", "ram", "ramplus_tl", "ties_global"}
+NOTHING_REQUIRED = {
+    "karcher",
+    "model_stock",
+    "passthrough",
+    "sce",
+    "ram",
+    "ramplus_tl",
+    "ties_global",
+}
 PER_MODEL = {
     ("weight", "*"),
     ("density", "*"),
@@ -438,6 +446,8 @@ def test_every_method_takes_empty_tensors_and_scalars(
     method: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     x = torch.full(shape, 2.0, dtype=dtype)
+
+
 # Tested in files of their own.
 ELSEWHERE = {"nearswap", "arcee_fusion", "fisher", "emr", "magmax", "consensus"}
 
