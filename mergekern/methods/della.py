@@ -51,7 +51,8 @@ def _recipe(elect: str | None) -> Callable[..., Tensor]:
         if rescale:
             norms = torch.zeros(len(inputs.xs), 2, dtype=torch.float64)
             for i, slab in enumerate(slabs):  # only the first is held: one is enough as a rule
-                norms += torch.tensor((drawn[0] if i == 0 else _masks(inputs, chances, slab))[1])
+                of_slab = (drawn[0] if i == 0 else _masks(inputs, chances, slab))[1]
+                norms += torch.tensor(of_slab, dtype=torch.float64)
             factors = [l1_factor(everything, kept) for everything, kept in norms.tolist()]
         out = torch.empty(base.shape, dtype=inputs.out_dtype, device=base.device)
         for i, slab in enumerate(slabs):
@@ -108,7 +109,9 @@ def _masks(
     return keep, norms
 
 
-_EPSILON = Parameter("epsilon", float, "model", 0.15, "half the span of the chances to stay")
+_EPSILON = Parameter(
+    "epsilon", float, "model", 0.15, "half the span of the chances to stay", bounds=(0, 1)
+)
 _PARITY = {
     "mergekit": "bits on a CPU for float32, bfloat16 and float16, with NaN, infinities and both "
     "zeros: masks are drawn from torch's generator in its order. Exceptions: with 5 or more "
