@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from .engine.run import Manifest, merge_checkpoints
-from .errors import ArgumentError, BackendError, CheckpointError, ConfigError, MergekernError
+from .errors import (
+    ArgumentError,
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    ConfigWarning,
+    MergekernError,
+)
 from .keep import Band, Bernoulli, MagPrune, Mask, Threshold
 from .methods import methods
 from .methods.bits import load_masks, save_masks
@@ -28,6 +35,7 @@ __all__ = [
     "Bernoulli",
     "CheckpointError",
     "ConfigError",
+    "ConfigWarning",
     "MagPrune",
     "Manifest",
     "Mask",

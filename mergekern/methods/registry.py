@@ -153,7 +153,7 @@ class Method:
     def check_count(self, n: int, base: bool) -> None:
         """Whether n models (base apart) are as many as the method takes."""
         if self.base == "required" and not base:
-            raise ArgumentError(f"{self.name}: needs a base model; got none")
+            raise ArgumentError(f"{self.name}: needs a base model; got none; expected one")
         count = n + (base and not self.subtracts_base)
         fewest, most = self.models
         if count < fewest or (most is not None and count > most):

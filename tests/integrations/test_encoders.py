@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,12 +240,14 @@ def configuration(method: str, folders: list[Path]) -> dict[str, Any]:
     return config if method == "linear" else {**config, "base_model": str(folders[0])}
 
 
-def merge(config: dict[str, Any], out: Path, capfd: pytest.CaptureFixture[str]) -> str:
+def merge(
+    config: dict[str, Any], out: Path, capfd: pytest.CaptureFixture[str], *options: str
+) -> str:
     """`mergekern merge`, and what it printed."""
     file = out.with_suffix(".yml")
     file.write_text(json.dumps(config))
     capfd.readouterr()
-    code = cli.run(["merge", str(file), str(out), "--seed", str(SEED)])
+    code = cli.run(["merge", str(file), str(out), "--seed", str(SEED), *options])
     printed, errors = capfd.readouterr()
     assert (code, errors) == (0, "")
     return printed
@@ -390,6 +394,31 @@ def test_counters_that_differ_are_copied_when_told(
     merge({**config, "exceptions": [copied]}, out, capfd)
     assert_merged("ties", folders, out)
     assert_runs(name, load(name, out))
+
+
+@pytest.mark.parametrize("out_dtype", [None, "float32"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_host_mergekit_gives_the_bits_of_its_command(
+    dtype: str | None, out_dtype: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where it knows all tensors: mergekit-pytorch, which takes files; nothing is selected."""
+    peer("mergekit", "mergekit")
+    folders = save_family(tmp_path, "BertForSequenceClassification")
+    files = [folder / "model.safetensors" for folder in folders]
+    config = {**configuration("ties", files), "merge_method": "task_arithmetic"}
+    config |= {"parameters": {"lambda": 0.9}, "dtype": dtype, "out_dtype": out_dtype}
+    theirs, out = tmp_path / "theirs", tmp_path / "ours"
+    merge(config, out, capfd, "--host", "mergekit")
+    command = "from mergekit.scripts.merge_raw_pytorch import main; main()"
+    subprocess.run(
+        [sys.executable, "-c", command, str(out.with_suffix(".yml")), str(theirs)],
+        check=True,
+        capture_output=True,
+    )
+    expected = weights(theirs)
+    assert set(expected) == set(weights(out))
+    for key, x in weights(out).items():
+        assert_bits_equal(x, expected[key])
 
 
 def test_what_the_encoders_are_made_of(tmp_path: Path) -> None:
