@@ -85,7 +85,7 @@ def describe() -> dict[str, Any]:
 
 
 def show(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    console = Console(width=140)
+    console = Console(width=170)
     table = Table("benchmark")
     shown = [c for c in COLUMNS if any(c[0] in row for row in rows)]
     for _, title, _ in shown:
