@@ -85,8 +85,9 @@ def describe() -> dict[str, Any]:
 
 
 def show(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    console = Console(width=140)
-    table = Table("benchmark")
+    console = Console(width=190)
+    table = Table()
+    table.add_column("benchmark", no_wrap=True)
     shown = [c for c in COLUMNS if any(c[0] in row for row in rows)]
     for _, title, _ in shown:
         table.add_column(title, justify="right")
