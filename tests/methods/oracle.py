@@ -162,3 +162,44 @@ def assert_task_vectors(
         assert int((~clear).sum()) <= 0.01 * clear.numel()
         got, oracle, bound = got[clear], oracle[clear], bound[clear]
     assert_within(got, oracle, bound)
+
+
+def variance_mask(base: Tensor, xs: list[Tensor], topk: float) -> Tensor:
+    """The selection of SCE in float64: that in float32 where variances are exact."""
+    tv = torch.stack([x.double() - base.double() for x in xs])
+    variance = ((tv - tv.mean(0)) ** 2).mean(0).reshape(-1)
+    k = int(int((variance != 0).sum()) * topk) if topk < 1 else len(variance)
+    mask = torch.zeros(variance.shape, dtype=torch.bool)
+    mask[torch.sort(variance, descending=True, stable=True).indices[:k]] = True
+    return mask.reshape(base.shape)
+
+
+def sce_oracle(base: Tensor, xs: list[Tensor], mask: Tensor) -> Tensor:
+    tv = torch.where(mask, torch.stack([x.double() - base.double() for x in xs]), 0.0)
+    squares = (tv**2).reshape(len(xs), -1).mean(1)
+    total = squares.sum()
+    weights = torch.full_like(squares, 1 / len(xs)) if total < 1e-6 else squares / total
+    majority = torch.where(tv.sum(0) >= 0, 1.0, -1.0)
+    voters = (tv.sign() == majority) * weights.reshape(-1, *[1] * base.ndim)
+    return base.double() + (tv * voters).sum(0) / voters.sum(0).clamp(min=1e-6)
+
+
+def ram_oracle(
+    base: Tensor, xs: list[Tensor], epsilon: float, r: float | None, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """The value, and the sum of magnitudes that its roundings are relative to."""
+    acc = torch.float64 if base.dtype == torch.float64 else torch.float32
+    tv = torch.stack([(x.to(acc) - base.to(acc)).double() for x in xs])
+    changed = ~(tv.abs() <= epsilon)
+    count = changed.sum(0)
+    factors = [1.0] * len(xs)
+    if r is not None:
+        unique = [int((c & (count == 1)).sum()) for c in changed]
+        shared = [int((c & (count > 1)).sum()) for c in changed]
+        ratios = [s / max(u, epsilon or 1e-30) for s, u in zip(shared, unique, strict=True)]
+        factors = [1 + r * min(max(q, 0.0), alpha) for q in ratios]
+    scale = torch.tensor(factors, dtype=torch.float64).reshape(-1, *[1] * base.ndim)
+    alone = (torch.where(changed, tv, 0.0) * scale).sum(0)
+    mean = torch.where(changed, tv, 0.0).sum(0) / count.clamp(min=1)
+    size = (tv.abs() * changed * scale).sum(0)
+    return base.double() + torch.where(count == 1, alone, mean), size

@@ -28,6 +28,9 @@ from methods.oracle import (
     magnitude_mask,
     magprune_mask,
     normal,
+    ram_oracle,
+    sce_oracle,
+    variance_mask,
 )
 from refusal import refused
 
@@ -196,30 +199,13 @@ def test_della_in_slabs_has_the_same_bits(
 # ---- SCE -------------------------------------------------------------------------------------
 
 
-def sce_oracle(base: Tensor, xs: list[Tensor], topk: float) -> Tensor:
-    """On a grid where variances are exact, so that the selection is the one in float32."""
-    tv = torch.stack([x.double() - base.double() for x in xs])
-    if topk < 1:
-        variance = ((tv - tv.mean(0)) ** 2).mean(0).reshape(-1)
-        k = int(int((variance != 0).sum()) * topk)
-        mask = torch.zeros(variance.shape, dtype=torch.bool)
-        mask[torch.sort(variance, descending=True, stable=True).indices[:k]] = True
-        tv = tv * mask.reshape(base.shape)
-    squares = (tv**2).reshape(len(xs), -1).mean(1)
-    total = squares.sum()
-    weights = torch.full_like(squares, 1 / len(xs)) if total < 1e-6 else squares / total
-    majority = torch.where(tv.sum(0) >= 0, 1.0, -1.0)
-    voters = (tv.sign() == majority) * weights.reshape(-1, *[1] * base.ndim)
-    return base.double() + (tv * voters).sum(0) / voters.sum(0).clamp(min=1e-6)
-
-
 @pytest.mark.parametrize("topk", [1.0, 0.5, 0.1, 0.001, 0.0])
 @pytest.mark.parametrize("n", [1, 2, 4])
 @pytest.mark.parametrize("shape", [(31, 17), (6, 1, 3, 3), (9,), (1,), ()])
 def test_sce(shape: tuple[int, ...], n: int, topk: float) -> None:
     base, xs = grid(n, *shape)
     got = merge_tensors(xs, "sce", base=base, select_topk=topk)
-    oracle = sce_oracle(base, xs, topk)
+    oracle = sce_oracle(base, xs, variance_mask(base, xs, topk))
     # n products and sums above and below, a quotient and a sum; |mean of those that agree| is at
     # most the largest |task vector|, 5.
     assert_within(got, oracle, (4 * n + 6) * U * 5 + half_ulp(oracle, torch.float32))
@@ -248,27 +234,6 @@ def test_sce_with_a_special_among_the_kept_is_nan(special: float) -> None:
 
 
 # ---- RAM -------------------------------------------------------------------------------------
-
-
-def ram_oracle(
-    base: Tensor, xs: list[Tensor], epsilon: float, r: float | None, alpha: float
-) -> tuple[Tensor, Tensor]:
-    """The value, and the sum of magnitudes that its roundings are relative to."""
-    acc = torch.float64 if base.dtype == torch.float64 else torch.float32
-    tv = torch.stack([(x.to(acc) - base.to(acc)).double() for x in xs])
-    changed = ~(tv.abs() <= epsilon)
-    count = changed.sum(0)
-    factors = [1.0] * len(xs)
-    if r is not None:
-        unique = [int((c & (count == 1)).sum()) for c in changed]
-        shared = [int((c & (count > 1)).sum()) for c in changed]
-        ratios = [s / max(u, epsilon or 1e-30) for s, u in zip(shared, unique, strict=True)]
-        factors = [1 + r * min(max(q, 0.0), alpha) for q in ratios]
-    scale = torch.tensor(factors, dtype=torch.float64).reshape(-1, *[1] * base.ndim)
-    alone = (torch.where(changed, tv, 0.0) * scale).sum(0)
-    mean = torch.where(changed, tv, 0.0).sum(0) / count.clamp(min=1)
-    size = (tv.abs() * changed * scale).sum(0)
-    return base.double() + torch.where(count == 1, alone, mean), size
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
