@@ -12,9 +12,10 @@ import torch
 
 from mergekern.ops._cost import Cost
 
-from measure import ROUNDS, Call, Copy, best, gemm_rate, peak_extra
+from measure import ROUNDS, Call, Copy, best, first_touch, gemm_rate, peak_extra
 
 MEGABYTE = 2**20
+SCRATCH = 64 * MEGABYTE  # what a call may take beside its result
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +59,10 @@ def row(benchmark: Any, timed: bool, nbytes: int, gemm: float) -> Row:
     error: float64 error over the bound of the docstring, at most 1 or the benchmark fails.
     torch: the same in plain torch on the same tensors. peers: name -> (call, share of elements):
     slow tools run on a slice, and are compared per element.
+    result: bytes of a result that the call allocates. Filling its pages is timed apart, and the
+    call may take no more memory than that plus 64 MiB.
+    allowed, wanted: times the limit at most and times mergekit at least, told beside what is
+    measured; times of a shared machine are not asserted.
     """
 
     def measure(
@@ -67,6 +72,9 @@ def row(benchmark: Any, timed: bool, nbytes: int, gemm: float) -> Row:
         error: float,
         torch: Call | None = None,
         peers: dict[str, tuple[Call, float]] | None = None,
+        result: int | None = None,
+        allowed: float | None = None,
+        wanted: float | None = None,
     ) -> None:
         assert 0 <= error <= 1, f"error is {error} times its bound"
         if not timed:
@@ -81,7 +89,13 @@ def row(benchmark: Any, timed: bool, nbytes: int, gemm: float) -> Row:
         info["ms"], info["gbs"] = 1e3 * ours, cost.bytes / ours / 1e9
         info["times_limit"] = _median_ratio(benchmark.stats.stats.data, copy, cost, gemm)
         info["error"] = error
-        info["extra_mb"] = (peak_extra(call) or 0) / 1e6
+        extra = peak_extra(call) or 0
+        info["extra_mb"] = extra / 1e6
+        if result is not None:
+            assert extra <= result + SCRATCH, f"{extra} bytes for a result of {result}"
+            info["pages_ms"] = 1e3 * first_touch(result)
+        targets = {"allowed": allowed, "wanted": wanted}
+        info.update({key: value for key, value in targets.items() if value is not None})
         if torch is not None:
             info["torch"] = best(torch) / ours
         for name, (peer, share) in (peers or {}).items():

@@ -8,6 +8,7 @@ and what is reported is the median of the ratios.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -49,6 +50,13 @@ class Copy:
         return 2 * self.source.nbytes / statistics.median(self.times)
 
 
+def first_touch(nbytes: int) -> float:
+    """Seconds that the pages of a new result cost: filling it new, less filling it again."""
+    old = torch.zeros(nbytes, dtype=torch.uint8).fill_(1)
+    new = best(lambda: torch.empty(nbytes, dtype=torch.uint8).fill_(1), 5)
+    return max(0.0, new - best(lambda: old.fill_(1), 5))
+
+
 def gemm_rate(n: int = 1536) -> float:
     """Float32 FLOP/s of torch.mm, all threads."""
     a, b = torch.randn(n, n), torch.randn(n, n)
@@ -59,6 +67,10 @@ def gemm_rate(n: int = 1536) -> float:
 def peak_extra(call: Call) -> int | None:
     """Bytes by which the process grew at most during the call; None where Linux does not say."""
     with contextlib.suppress(OSError):
+        with contextlib.suppress(
+            AttributeError
+        ):  # what malloc kept of former calls would hide this
+            ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")  # resets the high-water mark
         before = _status("VmRSS")

@@ -1,8 +1,13 @@
-"""Other tools on the same task, where they are installed."""
+"""Other tools on the same task, where they are installed, and plain torch where it is short.
+
+Each function gives name -> (call, share of the elements it runs on), as `row` takes them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 from typing import Any
 
 import torch
@@ -10,38 +15,84 @@ from torch import Tensor
 
 from measure import Call
 
-PEER_ELEMENTS = 1 << 25  # peers that sort take minutes on more
+PEER_ELEMENTS = 1 << 25  # more would say nothing else
+SORT_ELEMENTS = 1 << 22  # for what sorts: seconds a call; a smaller sort is not slower per element
+
+Peers = dict[str, tuple[Call, float]]
 
 
-def _slice(x: Tensor) -> Tensor:
-    return x.reshape(-1)[:PEER_ELEMENTS]
+def _slice(x: Tensor, elements: int) -> Tensor:
+    """The first elements, in whole rows."""
+    return x.reshape(-1)[:elements].reshape(-1, *x.shape[1:])
 
 
-def _share(x: Tensor) -> float:
-    return min(1.0, PEER_ELEMENTS / x.numel())
+def _share(x: Tensor, elements: int) -> float:
+    return min(1.0, elements / x.numel())
 
 
 def mergekit(
-    method: str, xs: list[Tensor], base: Tensor | None = None, **parameters: Any
-) -> dict[str, tuple[Call, float]]:
+    method: str,
+    xs: list[Tensor],
+    base: Tensor | None = None,
+    *,
+    elements: int = PEER_ELEMENTS,
+    **parameters: Any,
+) -> Peers:
     if importlib.util.find_spec("mergekit") is None:
         return {}
     from mergekit.merge_methods import merge_tensors
 
-    tensors = [_slice(x) for x in ([] if base is None else [base]) + xs]
+    tensors = [_slice(x, elements) for x in ([] if base is None else [base]) + xs]
 
     def call() -> object:
         index = None if base is None else 0
         return merge_tensors(tensors, method, parameters=parameters, base_index=index)
 
-    return {"mergekit": (call, _share(xs[0]))}
+    return {"mergekit": (call, _share(xs[0], elements))}
 
 
-def peft_ties(xs: list[Tensor], density: float) -> dict[str, tuple[Call, float]]:
+def peft_ties(base: Tensor, xs: list[Tensor], density: float) -> Peers:
     if importlib.util.find_spec("peft") is None:
         return {}
     from peft.utils.merge_utils import ties
 
-    tensors = [_slice(x) for x in xs]
+    b = _slice(base, PEER_ELEMENTS)
+    deltas = [_slice(x, PEER_ELEMENTS) - b for x in xs]
     weights = torch.ones(len(xs))
-    return {"peft": (lambda: ties(tensors, weights, density), _share(xs[0]))}
+    return {"peft": (lambda: ties(deltas, weights, density), _share(base, PEER_ELEMENTS))}
+
+
+def fusion_bench_ties(base: Tensor, xs: list[Tensor], density: float) -> Peers:
+    """As its TiesMergingAlgorithm merges flat vectors."""
+    if importlib.util.find_spec("fusion_bench") is None:
+        return {}
+    b = _slice(base, SORT_ELEMENTS)
+    tensors = [_slice(x, SORT_ELEMENTS) for x in xs]
+
+    def call() -> object:
+        # Imported in the first of two calls, the best of which counts: it takes seconds.
+        from fusion_bench.method.ties_merging.ties_merging_utils import ties_merging
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress
+            merged = ties_merging(torch.vstack(tensors) - b, density, "sum")
+        return b + merged
+
+    return {"fusion_bench": (call, _share(base, SORT_ELEMENTS))}
+
+
+def torch_ties(base: Tensor, xs: list[Tensor], density: float) -> Peers:
+    """TIES as one writes it in torch: top-k by sort, stacked masks."""
+    b, tensors = _slice(base, SORT_ELEMENTS), [_slice(x, SORT_ELEMENTS) for x in xs]
+    k = int(density * b.numel())
+
+    def call() -> object:
+        kept = []
+        for x in tensors:
+            d = x - b
+            threshold = d.abs().sort().values[-k]
+            kept.append(torch.where(d.abs() >= threshold, d, 0))
+        stack = torch.stack(kept)
+        agree = torch.sign(stack) == torch.where(stack.sum(0) >= 0, 1, -1)
+        return b + (stack * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+    return {"torch": (call, _share(base, SORT_ELEMENTS))}

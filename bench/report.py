@@ -23,18 +23,23 @@ COLUMNS = (
     ("gbs", "GB/s", "{:.1f}"),
     ("copy_gbs", "copy GB/s", "{:.1f}"),
     ("times_limit", "x limit", "{:.2f}"),
+    ("allowed", "allowed", "{:.1f}"),
+    ("pages_ms", "pages ms", "{:.1f}"),
     ("torch", "vs torch", "{:.1f}"),
     ("mergekit", "vs mergekit", "{:.1f}"),
+    ("wanted", "wanted", "{:.0f}"),
     ("peft", "vs peft", "{:.1f}"),
+    ("fusion_bench", "vs fusion-bench", "{:.1f}"),
     ("extra_mb", "extra MB", "{:.0f}"),
     ("error", "error / bound", "{:.2f}"),
 )
 NOTES = (
     "x limit: time over the least time that the bytes (or FLOPs) of cost() need at the copy "
     "bandwidth (or GEMM rate), each round against the copy just before it, the median; 1 is the "
-    "limit. ms: the best round. vs: how many times faster than that tool (peers run on 32 Mi "
-    "elements at most and are compared per element). Rows without a limit are whole processes "
-    "from a cold Python."
+    "limit. ms: the best round; pages: of these, what new memory for the result costs. vs: how "
+    "many times faster than that tool (peers run on 32 Mi elements at most, on 4 Mi where they "
+    "sort, and are compared per element). allowed, wanted: what is aimed at. Rows without a limit "
+    "are whole processes from a cold Python."
 )
 
 
@@ -80,8 +85,9 @@ def describe() -> dict[str, Any]:
 
 
 def show(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    console = Console(width=140)
-    table = Table("benchmark")
+    console = Console(width=190)
+    table = Table()
+    table.add_column("benchmark", no_wrap=True)
     shown = [c for c in COLUMNS if any(c[0] in row for row in rows)]
     for _, title, _ in shown:
         table.add_column(title, justify="right")

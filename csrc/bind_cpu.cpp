@@ -80,7 +80,7 @@ struct Recipe {
   std::vector<double> before, after, weights, alone, rescale;
   mk::Elect elect;
   mk::Zero zero;
-  bool max, normalize, stepwise;
+  bool max, normalize, stepwise, divide;
   double total, least, instead, scale;
 };
 
@@ -92,11 +92,27 @@ void merge_deltas(const mk::View& out, const std::optional<mk::View>& base,
               r.weights.size() == n && r.rescale.size() == n &&
               (r.alone.empty() || r.alone.size() == n),
           "merge_deltas: one rule and one of each factor per input");
-  mk::merge_deltas(
-      {out, base ? &*base : nullptr, xs.data(), r.keep.data(), r.before.data(), r.after.data(),
-       r.weights.data(), r.alone.empty() ? nullptr : r.alone.data(), r.rescale.data(), int64_t(n),
-       r.elect, r.zero, r.max, r.normalize, r.stepwise, r.total, r.least, r.instead, r.scale},
-      begin, end, at<void>(scratch));
+  mk::merge_deltas({out,
+                    base ? &*base : nullptr,
+                    xs.data(),
+                    r.keep.data(),
+                    r.before.data(),
+                    r.after.data(),
+                    r.weights.data(),
+                    r.alone.empty() ? nullptr : r.alone.data(),
+                    r.rescale.data(),
+                    int64_t(n),
+                    r.elect,
+                    r.zero,
+                    r.max,
+                    r.normalize,
+                    r.stepwise,
+                    r.divide,
+                    r.total,
+                    r.least,
+                    r.instead,
+                    r.scale},
+                   begin, end, at<void>(scratch));
 }
 
 void l1_norms(const std::vector<mk::View>& xs, const std::optional<mk::View>& base, bool rounded,
@@ -273,8 +289,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       .def(py::init([](std::vector<mk::KeepRule> keep, std::vector<double> before,
                        std::vector<double> after, std::vector<double> weights,
                        std::vector<double> alone, std::vector<double> rescale, mk::Elect elect,
-                       mk::Zero zero, bool max, bool normalize, bool stepwise, double total,
-                       double least, double instead, double scale) {
+                       mk::Zero zero, bool max, bool normalize, bool stepwise, bool divide,
+                       double total, double least, double instead, double scale) {
              return Recipe{std::move(keep),
                            std::move(before),
                            std::move(after),
@@ -286,14 +302,15 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
                            max,
                            normalize,
                            stepwise,
+                           divide,
                            total,
                            least,
                            instead,
                            scale};
            }),
            kw, "keep"_a, "before"_a, "after"_a, "weights"_a, "alone"_a, "rescale"_a, "elect"_a,
-           "zero"_a, "max"_a, "normalize"_a, "stepwise"_a, "total"_a, "least"_a, "instead"_a,
-           "scale"_a);
+           "zero"_a, "max"_a, "normalize"_a, "stepwise"_a, "divide"_a, "total"_a, "least"_a,
+           "instead"_a, "scale"_a);
   py::class_<mk::RankMask>(m, "RankMask")
       .def(py::init(&make_rank_mask), kw, "source"_a, "units"_a, "length"_a, "inner"_a, "limits"_a,
            "k0"_a, "k1"_a, "first"_a, "bits"_a, py::keep_alive<1, 2>())

@@ -64,7 +64,7 @@ using acc_t = typename Traits<T>::Acc;
 template <class T>
 using key_t = typename Traits<T>::Key;
 // The accumulator of weighted sums. float32 inputs have a double's: a float's roundings would show
-// in the result. 16-bit inputs keep a float: there a double took 1.2 to 1.9 times as long.
+// in the result. 16-bit inputs keep a float: there a double took 1.3 to 1.9 times as long.
 template <class T>
 using sum_t = std::conditional_t<sizeof(T) == 2, float, double>;
 
@@ -210,12 +210,16 @@ void round_block(DType dtype, double* values, std::int64_t n);
 constexpr std::uint32_t kNanKey32 = 0x7f800001u;
 constexpr std::uint64_t kNanKey64 = 0x7ff0000000000001ull;
 
+MK_INLINE std::uint32_t magnitude_bits(float x) { return bit_cast<std::uint32_t>(x) & 0x7fffffffu; }
+MK_INLINE std::uint64_t magnitude_bits(double x) {
+  return bit_cast<std::uint64_t>(x) & 0x7fffffffffffffffull;
+}
 MK_INLINE std::uint32_t magnitude_key(float x) {
-  const std::uint32_t key = bit_cast<std::uint32_t>(x) & 0x7fffffffu;
+  const std::uint32_t key = magnitude_bits(x);
   return key < kNanKey32 ? key : kNanKey32;
 }
 MK_INLINE std::uint64_t magnitude_key(double x) {
-  const std::uint64_t key = bit_cast<std::uint64_t>(x) & 0x7fffffffffffffffull;
+  const std::uint64_t key = magnitude_bits(x);
   return key < kNanKey64 ? key : kNanKey64;
 }
 

@@ -35,7 +35,7 @@ void any_delta_block(const View& x, const Deltas& from, std::int64_t begin, std:
 template <class A>
 MK_CLONES void keep_interval(A* v, std::int64_t n, key_t<A> low, key_t<A> width) {
   for (std::int64_t i = 0; i < n; ++i)
-    v[i] = masked(v[i], mask_if<A>(key_t<A>(magnitude_key(v[i]) - low) < width));
+    v[i] = masked(v[i], mask_if<A>(key_t<A>(magnitude_bits(v[i]) - low) < width));
 }
 
 template <class A>
@@ -52,30 +52,11 @@ void any_keep_block(const KeepRule& rule, std::int64_t begin, std::int64_t n, A*
       const Interval kept = interval_at<A>(rule, begin + at);
       keep_interval(v + at, m, key_t<A>(kept.low), key_t<A>(kept.width));
     }
-  } else if (rule.kind != Keep::all) {
+  } else if (is_drawn(rule)) {
     alignas(64) std::uint16_t draws[kDeltaBlock];
     draw_block(rule, begin, n, draws);
     keep_drawn(v, draws, n, draw_limit(rule));
   }
-}
-
-constexpr std::int64_t kDraws = 8;  // per Philox block
-constexpr std::int64_t kBlocks = kDeltaBlock / kDraws + 1;
-
-// Word w of all blocks lies at words + w * kBlocks, so that neighbouring lanes hold neighbouring
-// blocks and no lane is shuffled before the end.
-MK_CLONES void philox_words(PhiloxKey key, std::uint64_t counter, std::int64_t blocks,
-                            std::uint32_t* words) {
-  for (std::int64_t q = 0; q < blocks; ++q) {
-    std::uint32_t c[4];
-    philox_block(key, counter + std::uint64_t(q), c);
-    for (int w = 0; w < 4; ++w) words[w * kBlocks + q] = c[w];
-  }
-}
-
-MK_CLONES void interleave(const std::uint32_t* words, std::int64_t blocks, std::uint32_t* out) {
-  for (std::int64_t q = 0; q < blocks; ++q)
-    for (int w = 0; w < 4; ++w) out[4 * q + w] = words[w * kBlocks + q];
 }
 
 // For each byte, 0 where its bit is set, all ones where not.
@@ -109,6 +90,36 @@ MK_CLONES void add_lanes(const A* v, std::int64_t n, double* lanes) {
   for (int l = 0; l < kLanes; ++l) lanes[l] = sums[l];
 }
 
+// The sums of |v| and of kept |v| at once. One lane per element: blocks need not be whole.
+template <class A, class F>
+MK_INLINE void add_kept(const A* v, std::int64_t n, double* all, double* kept, F&& mask) {
+  double a[kLanes], k[kLanes];
+  for (int l = 0; l < kLanes; ++l) a[l] = all[l], k[l] = kept[l];
+  auto add = [&](std::int64_t i, int l) {
+    const A size = v[i] < 0 ? -v[i] : v[i];
+    a[l] += double(size);
+    k[l] += double(masked(size, mask(i)));
+  };
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) add(i + l, l);
+  for (int l = 0; i < n; ++i, ++l) add(i, l);
+  for (int l = 0; l < kLanes; ++l) all[l] = a[l], kept[l] = k[l];
+}
+template <class A>
+MK_CLONES void add_interval(const A* v, key_t<A> low, key_t<A> width, std::int64_t n, double* all,
+                            double* kept) {
+  add_kept(v, n, all, kept, [=](std::int64_t i) {
+    return mask_if<A>(key_t<A>(magnitude_bits(v[i]) - low) < width);
+  });
+}
+template <class A>
+MK_CLONES void add_drawn(const A* v, const std::uint16_t* draws, std::uint32_t limit,
+                         std::int64_t n, double* all, double* kept) {
+  add_kept(v, n, all, kept,
+           [=](std::int64_t i) { return mask_if<A>(std::uint32_t(draws[i]) < limit); });
+}
+
 MK_CLONES void pack(const std::uint8_t* kept, std::int64_t bytes, std::uint8_t* bits) {
   for (std::int64_t q = 0; q < bytes; ++q) {
     std::uint64_t eight;
@@ -136,21 +147,15 @@ void keep_block(const KeepRule& rule, std::int64_t begin, std::int64_t n, double
 }
 
 void draw_block(const KeepRule& rule, std::int64_t begin, std::int64_t n, std::uint16_t* draws) {
-  alignas(64) std::uint16_t whole[kBlocks * kDraws];
-  const std::int64_t first = begin / kDraws, last = (begin + n - 1) / kDraws;
-  if (rule.kind == Keep::random) {
-    alignas(64) std::uint32_t words[4 * kBlocks], ordered[4 * kBlocks];
-    philox_words(rule.key, std::uint64_t(first), last - first + 1, words);
-    interleave(words, last - first + 1, ordered);
-    for (std::int64_t i = 0; i < (last - first + 1) * 4; ++i) {
-      whole[2 * i] = std::uint16_t(ordered[i]);
-      whole[2 * i + 1] = std::uint16_t(ordered[i] >> 16);
-    }
-  } else {
-    for (std::int64_t q = first; q <= last; ++q)
-      std::memcpy(whole + (q - first) * kDraws, kBits.dropped[rule.bits[q]],
+  constexpr std::int64_t kRoom = kDeltaBlock + (1 + kDrawGroup) * kDraws;
+  alignas(64) std::uint16_t whole[kRoom];
+  const std::int64_t first = begin / kDraws, blocks = (begin + n - 1) / kDraws + 1 - first;
+  if (rule.kind == Keep::random)
+    philox_draws(rule.key, std::uint64_t(first), blocks, whole);
+  else
+    for (std::int64_t q = 0; q < blocks; ++q)
+      std::memcpy(whole + q * kDraws, kBits.dropped[rule.bits[first + q]],
                   sizeof(kBits.dropped[0]));
-  }
   std::memcpy(draws, whole + begin % kDraws, std::size_t(n) * sizeof(*draws));
 }
 
@@ -173,19 +178,26 @@ void l1_norms(const View* xs, std::int64_t n, const Deltas& from, const KeepRule
   with_type(xs[0].dtype, [&](auto* tag) {
     using A = acc_t<std::remove_pointer_t<decltype(tag)>>;
     alignas(64) A v[kDeltaBlock];
+    alignas(64) std::uint16_t draws[kDeltaBlock];
     for (std::int64_t first = begin; first < end; first += kShare) {
       const std::int64_t last = std::min(end, first + kShare);
       for (std::int64_t i = 0; i < n; ++i) {
-        LaneSum all, kept;
-        for (std::int64_t at = first; at < last; at += kDeltaBlock) {
-          const std::int64_t m = std::min(kDeltaBlock, last - at);
+        double all[kLanes] = {}, kept[kLanes] = {};
+        for (std::int64_t at = first, m; at < last; at += m) {
+          m = up_to_cut(keep[i], at, std::min(kDeltaBlock, last - at));
           delta_block(xs[i], from, at, m, v);
-          all.add_magnitudes(v, m);
-          keep_block(keep[i], at, m, v);
-          kept.add_magnitudes(v, m);
+          if (is_drawn(keep[i])) {
+            draw_block(keep[i], at, m, draws);
+            add_drawn(v, draws, draw_limit(keep[i]), m, all, kept);
+          } else {
+            const Interval span = interval_at<A>(keep[i], at);
+            add_interval(v, key_t<A>(span.low), key_t<A>(span.width), m, all, kept);
+          }
         }
-        sums[2 * i] += all.total();
-        sums[2 * i + 1] += kept.total();
+        for (int l = 0; l < kLanes; ++l) {
+          sums[2 * i] += all[l];
+          sums[2 * i + 1] += kept[l];
+        }
       }
     }
   });

@@ -39,15 +39,20 @@ struct KeepRule {
   const std::uint8_t* bits = nullptr;
 };
 
-// An interval rule within a block that no cut divides: kept if key - low < width.
+// An interval rule within a block that no cut divides: kept if the bits of |d| - low < width. Here
+// NaN are many numbers, all from the one NaN key of the rule on; past it there are none.
 struct Interval {
   std::uint64_t low, width;
 };
 template <class A>
 MK_INLINE Interval interval_at(const KeepRule& rule, std::int64_t begin) {
-  if (rule.kind != Keep::interval) return {0, std::uint64_t(~key_t<A>(0))};
-  const std::uint64_t low = rule.low + (begin >= rule.low_cut);
-  const std::uint64_t high = rule.high + (begin >= rule.high_cut);
+  constexpr std::uint64_t kPast = std::uint64_t(1) << (8 * sizeof(A) - 1);
+  constexpr std::uint64_t kNan = sizeof(A) == 8 ? kNanKey64 : kNanKey32;
+  if (rule.kind != Keep::interval) return {0, kPast};
+  std::uint64_t low = rule.low + (begin >= rule.low_cut);
+  std::uint64_t high = rule.high + (begin >= rule.high_cut);
+  low = low > kNan ? kPast : low;
+  high = high > kNan ? kPast : high;
   return {low, high > low ? high - low : 0};
 }
 // The largest n such that no cut of the rule lies strictly inside [begin, begin + n).
@@ -58,7 +63,10 @@ MK_INLINE std::int64_t up_to_cut(const KeepRule& rule, std::int64_t begin, std::
   return n;
 }
 
-// For random and bits rules: element begin + i is kept if draws[i] < draw_limit(rule).
+// Whether a rule is applied by draws: element begin + i is kept if draws[i] < draw_limit(rule).
+MK_INLINE bool is_drawn(const KeepRule& rule) {
+  return rule.kind == Keep::bits || (rule.kind == Keep::random && rule.limit < 65536);
+}
 void draw_block(const KeepRule& rule, std::int64_t begin, std::int64_t n, std::uint16_t* draws);
 MK_INLINE std::uint32_t draw_limit(const KeepRule& rule) {
   return rule.kind == Keep::random ? rule.limit : 1u;

@@ -10,12 +10,17 @@ template <class A>
 MK_INLINE key_t<A> agreement(A u, key_t<A> positive, key_t<A> negative) {
   return (positive & ~mask_if<A>(u <= 0)) | (negative & ~mask_if<A>(u >= 0));
 }
+// The same where just one sign is elected, negative if `flip` is the sign bit and not 0.
+template <class A>
+MK_INLINE key_t<A> agreement(A u, key_t<A> flip) {
+  return ~mask_if<A>(bit_cast<A>(key_t<A>(bit_cast<key_t<A>>(u) ^ flip)) <= 0);
+}
 
 // ---- few models: the commonest recipes in registers from load to sum ----------------------------
 
 constexpr std::int64_t kFew = 4;  // models up to which all of them fit
 
-enum class Recipe { plain, elect, elect_mean, present_mean };
+enum class Recipe { plain, elect, elect_mean, elect_weighed_mean, present_mean };
 
 template <class T>
 struct Few {
@@ -38,22 +43,23 @@ MK_CLONES void merge_few(const Few<T>& few, const T* base, acc_t<T>* out, std::i
 #pragma GCC unroll 4
     for (int j = 0; j < kModels; ++j) {
       const A d = widen(f.x[j][i]) - b;
-      const key_t<A> kept = kDrawn ? mask_if<A>(std::uint32_t(f.draws[j][i]) < f.limit[j])
-                                   : mask_if<A>(key_t<A>(magnitude_key(d) - f.low[j]) < f.width[j]);
+      const key_t<A> kept = kDrawn
+                                ? mask_if<A>(std::uint32_t(f.draws[j][i]) < f.limit[j])
+                                : mask_if<A>(key_t<A>(magnitude_bits(d) - f.low[j]) < f.width[j]);
       u[j] = masked(d, kept) * f.before[j];
       m += u[j];
     }
     if (kRecipe != Recipe::plain) {
       const A s = m;
-      const key_t<A> positive = mask_if<A>(s >= 0);
+      const key_t<A> flip = ~mask_if<A>(s >= 0) & (key_t<A>(1) << (8 * sizeof(A) - 1));
       A q = 0;
       m = 0;
 #pragma GCC unroll 4
       for (int j = 0; j < kModels; ++j) {
-        const key_t<A> agrees = kRecipe == Recipe::present_mean
-                                    ? mask_if<A>(u[j] != 0)
-                                    : agreement(u[j], positive, key_t<A>(~positive));
-        m += masked(A(u[j] * f.after[j]), agrees);
+        const key_t<A> agrees =
+            kRecipe == Recipe::present_mean ? mask_if<A>(u[j] != 0) : agreement(u[j], flip);
+        const A v = kRecipe == Recipe::elect_weighed_mean ? u[j] * f.after[j] : u[j];
+        m += masked(v, agrees);
         q += masked(f.weight[j], agrees);
       }
       if (kRecipe != Recipe::present_mean) m = s != s ? s : m;
@@ -86,13 +92,11 @@ void merge_few(Recipe recipe, std::int64_t models, const Few<T>& few, const T* b
       return merge_few<Recipe::elect, kDrawn>(models, few, base, out, n);
     case Recipe::elect_mean:
       return merge_few<Recipe::elect_mean, kDrawn>(models, few, base, out, n);
+    case Recipe::elect_weighed_mean:
+      return merge_few<Recipe::elect_weighed_mean, kDrawn>(models, few, base, out, n);
     case Recipe::present_mean:
       return merge_few<Recipe::present_mean, kDrawn>(models, few, base, out, n);
   }
-}
-
-bool is_drawn(const KeepRule& rule) {
-  return rule.kind == Keep::bits || (rule.kind == Keep::random && rule.limit < 65536);
 }
 
 bool suits_few(const MergeDeltas& args) {
@@ -101,8 +105,11 @@ bool suits_few(const MergeDeltas& args) {
   const bool elected = args.elect == Elect::sum && args.zero == Zero::positive;
   const KeepRule* end = args.keep + args.n;
   const auto drawn = std::count_if(args.keep, end, is_drawn);
+  const bool weighed =
+      std::any_of(args.after, args.after + args.n, [](double a) { return a != 1; });
   return args.base && args.n <= kFew && !args.max && !args.alone && !args.stepwise &&
-         (plain || mean || elected) && (drawn == 0 || drawn == args.n);
+         (plain || (mean && !weighed) || (elected && (args.normalize || !weighed))) &&
+         (drawn == 0 || drawn == args.n);
 }
 
 template <class T>
@@ -111,8 +118,11 @@ void run_few(const MergeDeltas& args, std::int64_t begin, std::int64_t end) {
   alignas(64) T gathered[kFew + 1][kMergeBlock];
   alignas(64) std::uint16_t draws[kFew][kMergeBlock];
   alignas(64) A sum[kMergeBlock];
+  const bool weighed =
+      std::any_of(args.after, args.after + args.n, [](double a) { return a != 1; });
   const Recipe recipe = args.elect == Elect::everyone  ? Recipe::plain
                         : args.elect == Elect::present ? Recipe::present_mean
+                        : weighed                      ? Recipe::elect_weighed_mean
                         : args.normalize               ? Recipe::elect_mean
                                                        : Recipe::elect;
   const bool drawn = is_drawn(args.keep[0]);
@@ -151,6 +161,21 @@ void run_few(const MergeDeltas& args, std::int64_t begin, std::int64_t end) {
 template <class A>
 MK_CLONES void multiply(A* v, A factor, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) v[i] *= factor;
+}
+
+template <class A>
+MK_CLONES void divide_by(A* v, A divisor, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) v[i] /= divisor;
+}
+
+// d * 0 where u is +0: where d was dropped, and where it is 0 itself.
+template <class A>
+MK_CLONES void multiply_dropped(A* u, const A* d, std::int64_t n) {
+  using K = key_t<A>;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const K dropped = mask_if<A>(bit_cast<K>(u[i]) == 0);
+    u[i] = bit_cast<A>(K(bit_cast<K>(u[i]) | (bit_cast<K>(A(d[i] * 0)) & dropped)));
+  }
 }
 
 template <class A>
@@ -227,13 +252,16 @@ MK_CLONES void add_base(acc_t<T>* m, const T* base, std::int64_t n) {
 template <class A>
 void weigh_block(const MergeDeltas& args, std::int64_t at, std::int64_t n, A* u, A* sum) {
   const DType dtype = args.xs[0].dtype;
+  alignas(64) A d[kMergeBlock];
   std::fill_n(sum, n, A(0));
   for (std::int64_t i = 0; i < args.n; ++i) {
     A* ui = u + i * kMergeBlock;
     delta_block(args.xs[i], {args.base, args.stepwise}, at, n, ui);
+    if (args.stepwise) std::copy_n(ui, n, d);
     keep_block(args.keep[i], at, n, ui);
+    if (args.stepwise) multiply_dropped(ui, d, n);
     if (args.stepwise && args.rescale[i] != 1) {
-      multiply(ui, A(args.rescale[i]), n);
+      args.divide ? divide_by(ui, A(args.rescale[i]), n) : multiply(ui, A(args.rescale[i]), n);
       round_block(dtype, ui, n);
     }
     multiply(ui, A(args.before[i]), n);

@@ -17,7 +17,9 @@
 //   one rounding at the store
 //
 // stepwise: every d_i, u_i, v_i, s, m, q, quotient and product is rounded to the type of the xs at
-// once, u_i = R(before_i R(rescale_i d_i)), and scale 1 and rescale 1 take no step.
+// once, u_i = R(before_i R(rescale_i d_i)), or R(before_i R(d_i / rescale_i)) if divide, and
+// scale 1 and rescale 1 take no step. What is not kept is d_i * 0, as where tools multiply by a
+// mask: -0 for a negative d_i, NaN for NaN and infinity.
 #pragma once
 
 #include "deltas.h"
@@ -42,7 +44,7 @@ struct MergeDeltas {
   Zero zero;
   bool max;
   bool normalize;
-  bool stepwise;
+  bool stepwise, divide;
   double total;  // q of everyone
   double least, instead;
   double scale;

@@ -12,21 +12,11 @@ struct PhiloxKey {
   std::uint32_t k0, k1;
 };
 
-MK_INLINE void philox_block(PhiloxKey key, std::uint64_t counter, std::uint32_t* c) {
-  c[0] = std::uint32_t(counter);
-  c[1] = std::uint32_t(counter >> 32);
-  c[2] = c[3] = 0;
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t p0 = std::uint64_t(0xD2511F53u) * c[0];
-    const std::uint64_t p1 = std::uint64_t(0xCD9E8D57u) * c[2];
-    const std::uint32_t c1 = c[1], c3 = c[3];
-    c[0] = std::uint32_t(p1 >> 32) ^ c1 ^ key.k0;
-    c[1] = std::uint32_t(p1);
-    c[2] = std::uint32_t(p0 >> 32) ^ c3 ^ key.k1;
-    c[3] = std::uint32_t(p0);
-    key.k0 += 0x9E3779B9u;
-    key.k1 += 0xBB67AE85u;
-  }
-}
+constexpr std::int64_t kDraws = 8;  // per block
+
+// The draws of blocks [first, first + blocks), in order. Whole groups of kDrawGroup blocks are
+// written: `draws` has room for blocks rounded up to such a group.
+constexpr std::int64_t kDrawGroup = 8;
+void philox_draws(PhiloxKey key, std::uint64_t first, std::int64_t blocks, std::uint16_t* draws);
 
 }  // namespace mk

@@ -19,12 +19,13 @@ constexpr std::int64_t kInsertion = 24;  // items up to which moving them one by
 
 template <class A>
 struct Scratch {
-  A* values;                // [kMaskUnits * length * inner], zeroed where dropped in the end
-  std::uint16_t* draws;     // the same
-  std::uint8_t* kept;       // the same
-  key_t<A>* keys;           // [length]
-  std::uint16_t* bins;      // [length]
-  Item<key_t<A>>* ordered;  // [length]
+  A* values;                 // [kMaskUnits * length * inner], zeroed where dropped in the end
+  std::uint16_t* draws;      // the same
+  std::uint8_t* kept;        // the same
+  key_t<A>* keys;            // [length]
+  std::uint16_t* bins;       // [length]
+  std::uint32_t* undecided;  // [length]
+  Item<key_t<A>>* ordered;   // [length]
 };
 
 std::int64_t padded(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -42,6 +43,7 @@ std::int64_t lay_out(const RankMask& args, char* at, Scratch<A>* s) {
   take(s->kept, many + 8);
   take(s->keys, args.length);
   take(s->bins, args.length);
+  take(s->undecided, args.length);
   take(s->ordered, args.length);
   return at - start;
 }
@@ -73,63 +75,110 @@ MK_CLONES void to_bins(const K* keys, std::int64_t n, K floor, int shift, std::u
   }
 }
 
-// Sorts items whose bins are in order already: only neighbours of one bin change places.
+// Counts of items per bin become the places of their first.
+std::uint32_t to_starts(std::uint32_t* counts, std::int64_t bins) {
+  std::uint32_t start = 0, largest = 0;
+  for (std::int64_t b = 0; b < bins; ++b) {
+    const std::uint32_t size = counts[b];
+    largest = std::max(largest, size);
+    counts[b] = start;
+    start += size;
+  }
+  return largest;
+}
+
+// Items whose bins are in order already: only neighbours of one bin change places.
 template <class K>
-void sort_within_bins(Item<K>* items, const std::uint32_t* ends, std::int64_t bins) {
+void sort_within_bins(Item<K>* items, std::int64_t n, const std::uint32_t* ends, std::int64_t bins,
+                      std::uint32_t largest) {
   std::int64_t begin = 0;
-  for (std::int64_t b = 0; b < bins; begin = ends[b++]) {
+  for (std::int64_t b = 0; largest > kInsertion && b < bins; begin = ends[b++]) {
     const std::int64_t end = ends[b];
-    if (end - begin > kInsertion) {
-      if (!std::is_sorted(items + begin, items + end)) std::sort(items + begin, items + end);
-      continue;
-    }
-    for (std::int64_t i = begin + 1; i < end; ++i) {
-      const Item<K> item = items[i];
-      std::int64_t j = i;
-      for (; j > begin && item < items[j - 1]; --j) items[j] = items[j - 1];
-      items[j] = item;
-    }
+    if (end - begin > kInsertion && !std::is_sorted(items + begin, items + end))
+      std::sort(items + begin, items + end);
+  }
+  for (std::int64_t i = 1; i < n; ++i) {
+    const Item<K> item = items[i];
+    std::int64_t j = i;
+    for (; j > 0 && item.key < items[j - 1].key; --j) items[j] = items[j - 1];
+    items[j] = item;
   }
 }
 
-// Items of one row in ascending order, by bins of the leading bits of their keys: the octaves
-// below the largest magnitude get as many bins as there are elements, so most hold few.
+// Keys in bins of their leading bits: the octaves below the largest magnitude get as many as
+// there are elements, so most hold few.
+struct Bins {
+  std::int64_t count;
+  std::uint32_t starts[kBins + 3];
+};
 template <class K>
-void order(const K* keys, std::int64_t n, std::uint16_t* bins, Item<K>* items) {
-  constexpr int kMantissa = sizeof(K) == 8 ? 52 : 23;
-  constexpr K kOctaves = K(8) << kMantissa;
-  K least, most;
-  bounds(keys, n, &least, &most);
+void fill(const K* keys, std::int64_t n, K least, K most, std::uint16_t* bin_of, Bins& bins) {
+  constexpr K kOctaves = K(8) << (sizeof(K) == 8 ? 52 : 23);
   const K floor = most > kOctaves ? std::max(least, K(most - kOctaves)) : least;
   std::int64_t wanted = 64;
   while (wanted < n && wanted < kBins) wanted *= 2;
   int shift = 0;
-  while (K(most - floor) >> shift >= K(wanted)) ++shift;
-  to_bins(keys, n, floor, shift, bins);
-
-  std::uint32_t ends[kBins + 2] = {};
-  const std::int64_t count = std::int64_t(K(most - floor) >> shift) + 2;
-  for (std::int64_t i = 0; i < n; ++i) ++ends[bins[i]];
-  std::uint32_t begin = 0;
-  for (std::int64_t b = 0; b < count; ++b) {
-    const std::uint32_t size = ends[b];
-    ends[b] = begin;
-    begin += size;
-  }
-  for (std::int64_t i = 0; i < n; ++i) items[ends[bins[i]]++] = {keys[i], std::uint32_t(i)};
-  sort_within_bins(items, ends, count);
+  while (K(most - floor) >> shift > K(wanted)) ++shift;
+  to_bins(keys, n, floor, shift, bin_of);
+  bins.count = std::int64_t(K(most - floor) >> shift) + 2;
+  std::fill_n(bins.starts, bins.count, 0u);
+  for (std::int64_t i = 0; i < n; ++i) ++bins.starts[bin_of[i]];
 }
 
+// The place of element i among all keys, equal ones in index order.
+template <class K>
+MK_CLONES std::int64_t rank_of(const K* keys, std::int64_t n, std::int64_t i) {
+  const K key = keys[i];
+  K below = 0, same = 0;
+  for (std::int64_t j = 0; j < n; ++j) below += keys[j] < key;
+  for (std::int64_t j = 0; j < i; ++j) same += keys[j] == key;
+  return std::int64_t(below + same);
+}
+
+// Most draws are decided by the bin alone: below the limit of its first rank, or not below that
+// of its last. The few between are counted out one by one, or by a sort if they are many.
 template <class A>
 void mask_row(const RankMask& args, const Scratch<A>& s, std::int64_t at) {
+  using K = key_t<A>;
   const std::int64_t n = args.length, step = args.inner;
   const std::uint16_t* draws = s.draws + at;
   std::uint8_t* kept = s.kept + at;
+  const std::uint32_t* limits = args.limits;
+  K least, most;
   to_keys(s.values + at, step, s.keys, n);
-  order(s.keys, n, s.bins, s.ordered);
+  bounds(s.keys, n, &least, &most);
+  if (least == most) {
+    for (std::int64_t i = 0; i < n; ++i) kept[i * step] = draws[i * step] < limits[i];
+    return;
+  }
+  Bins bins;
+  fill(s.keys, n, least, most, s.bins, bins);
+  const std::uint32_t largest = to_starts(bins.starts, bins.count);
+  bins.starts[bins.count] = std::uint32_t(n);
+
+  std::uint32_t* undecided = s.undecided;
+  std::int64_t count = 0;
+  const std::uint32_t* starts = bins.starts;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::uint32_t draw = draws[i * step], bin = s.bins[i];
+    const std::uint32_t first = limits[starts[bin]], last = limits[starts[bin + 1] - 1];
+    kept[i * step] = draw < first;
+    undecided[count] = std::uint32_t(i);
+    count += (draw >= first) & (draw < last);
+  }
+  if (count <= n / 32) {
+    for (std::int64_t u = 0; u < count; ++u) {
+      const std::int64_t i = undecided[u];
+      kept[i * step] = draws[i * step] < limits[rank_of(s.keys, n, i)];
+    }
+    return;
+  }
+  for (std::int64_t i = 0; i < n; ++i)
+    s.ordered[bins.starts[s.bins[i]]++] = {s.keys[i], std::uint32_t(i)};
+  sort_within_bins(s.ordered, n, bins.starts, bins.count, largest);
   for (std::int64_t rank = 0; rank < n; ++rank) {
     const std::int64_t i = s.ordered[rank].index * step;
-    kept[i] = draws[i] < args.limits[rank];
+    kept[i] = draws[i] < limits[rank];
   }
 }
 

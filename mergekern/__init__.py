@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from .engine.run import Manifest, merge_checkpoints
-from .errors import ArgumentError, BackendError, CheckpointError, ConfigError, MergekernError
+from .errors import (
+    ArgumentError,
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    ConfigWarning,
+    MergekernError,
+)
 from .keep import Band, Bernoulli, MagPrune, Mask, Threshold
 from .methods import methods
+from .methods.bits import load_masks, save_masks
+from .methods.emr import emr, emr_state_dicts
+from .methods.masks import consensus_mask, masked, tall_masks
 from .methods.merge import merge_state_dicts, merge_tensors
 from .ops.gram import gram
 from .ops.kth_magnitude import kth_magnitude
@@ -25,13 +35,19 @@ __all__ = [
     "Bernoulli",
     "CheckpointError",
     "ConfigError",
+    "ConfigWarning",
     "MagPrune",
     "Manifest",
     "Mask",
     "MergekernError",
     "Threshold",
+    "consensus_mask",
+    "emr",
+    "emr_state_dicts",
     "gram",
     "kth_magnitude",
+    "load_masks",
+    "masked",
     "merge_checkpoints",
     "merge_deltas",
     "merge_state_dicts",
@@ -39,6 +55,8 @@ __all__ = [
     "methods",
     "permute",
     "rank_mask",
+    "save_masks",
+    "tall_masks",
     "variance_mask",
     "weighted_rows",
     "weighted_sum",

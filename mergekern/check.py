@@ -94,25 +94,25 @@ def same(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
             raise ArgumentError.of(op, f"{name} differs from {other} in {what}", got, expected)
 
 
-def number(op: str, name: str, value: Any) -> float:
+def number(op: str, name: str, value: Any, *, finite: bool = True) -> float:
     try:
         result = float(value)
     except (TypeError, ValueError):
         raise ArgumentError.of(op, f"{name} is no number", repr(value), "a number") from None
-    if not math.isfinite(result):
+    if finite and not math.isfinite(result):
         raise ArgumentError.of(op, f"{name} is not finite", result, "a finite number")
     return result
 
 
-def numbers(op: str, name: str, values: Any, n: int) -> list[float]:
-    """n finite floats."""
+def numbers(op: str, name: str, values: Any, n: int, *, finite: bool = True) -> list[float]:
+    """n floats."""
     if isinstance(values, Tensor) or hasattr(values, "tolist"):
         values = values.tolist()
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise ArgumentError.of(op, f"{name} is no list", repr(values), "a sequence of numbers")
     if len(values) != n:
         raise ArgumentError.of(op, f"{name} has the wrong length", len(values), n)
-    return [number(op, f"{name}[{i}]", v) for i, v in enumerate(values)]
+    return [number(op, f"{name}[{i}]", v, finite=finite) for i, v in enumerate(values)]
 
 
 def mask(op: str, bits: Any, like: Tensor) -> None:

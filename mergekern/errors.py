@@ -23,5 +23,9 @@ class ConfigError(MergekernError, ValueError):
     """A merge configuration has an unknown, unsupported or contradictory key."""
 
 
+class ConfigWarning(UserWarning):
+    """A merge configuration holds settings that have no effect; the text lists them."""
+
+
 class CheckpointError(MergekernError, ValueError):
     """A checkpoint is corrupt, incomplete or incompatible with the others."""

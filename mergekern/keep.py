@@ -139,6 +139,7 @@ class Recipe(NamedTuple):
     combine: str
     normalize: bool
     stepwise: bool
+    divide: bool
     total: float
     least: float
     instead: float

@@ -142,9 +142,9 @@ def merge_deltas(
     for x, k, r, w in zip(xs, recipe.keep, recipe.rescale, recipe.before, strict=True):
         d = step(x.to(acc) if origin is None else x.to(acc) - origin)
         mask = torch.tensor(kept(k, x, base, recipe.stepwise), dtype=torch.bool).reshape(x.shape)
-        u = torch.where(mask, d, nothing)
+        u = torch.where(mask, d, d * 0 if recipe.stepwise else nothing)
         if recipe.stepwise and r != 1:
-            u = step(u * r)
+            u = step(u / torch.tensor(r, dtype=acc) if recipe.divide else u * r)
         us.append(step(u * w))
     s = nothing
     for u in us:

@@ -27,6 +27,8 @@ def call(op: str, backend: str = "auto") -> object:
         "weighted_rows": lambda: mk.weighted_rows([X], torch.ones(3, 1), backend=backend),
         "merge_deltas": lambda: mk.merge_deltas(X, [X], [1], backend=backend),
         "kth_magnitude": lambda: mk.kth_magnitude(X, 1, backend=backend),
+        "rank_mask": lambda: mk.rank_mask(X, mk.MagPrune(0.5, 0.1), backend=backend),
+        "variance_mask": lambda: mk.variance_mask([X], 0.5, backend=backend),
         "gram": lambda: mk.gram([X], backend=backend),
         "permute": lambda: mk.permute(X, {0: [2, 1, 0]}, backend=backend),
     }[op]()

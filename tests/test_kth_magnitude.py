@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mergekern as mk
-from mergekern import Threshold, reference
-from mergekern.backends import digits
+from mergekern import Threshold, digits, reference
 from mergekern.check import accumulator, name_of
 from mergekern.ops.kth_magnitude import kth_magnitudes
 

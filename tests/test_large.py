@@ -87,6 +87,7 @@ def plain_sum(cpu_backend: Any, rules: list[object], weights: list[float]) -> ob
         max=False,
         normalize=False,
         stepwise=False,
+        divide=False,
         total=1.0,
         least=0.0,
         instead=1.0,

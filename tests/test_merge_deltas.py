@@ -42,13 +42,21 @@ def factors_of(
         return [1 / ((limit or 65536) / 65536) for limit in limits]
     if rescale == "l1":
         norms = reference.l1_norms(base, xs, keep, stepwise)
-        if stepwise:  # held in the dtype of the tensors
-            norms = [
-                torch.tensor(pair, dtype=torch.float64).to(xs[0].dtype).tolist() for pair in norms
-            ]
+        # Tools that compute in the dtype of the tensors hold their norms in it too, but for
+        # float16 in the type in which they draw masks.
+        held = [
+            torch.float32 if xs[0].dtype == torch.float16 and isinstance(k, Mask) else xs[0].dtype
+            for k in keep
+        ]
+
+        def hold(values: Any, dtype: torch.dtype) -> Any:
+            return torch.tensor(values, dtype=torch.float64).to(dtype).tolist()
+
+        if stepwise:
+            norms = [hold(pair, dtype) for pair, dtype in zip(norms, held, strict=True)]
         ratios = [a / b if 1e-7 <= a < INF and b >= 1e-7 else 1.0 for a, b in norms]
         if stepwise:
-            return torch.tensor(ratios, dtype=torch.float64).to(xs[0].dtype).float().tolist()
+            ratios = [hold(r, dtype) for r, dtype in zip(ratios, held, strict=True)]
         return [float(np.float32(r)) for r in ratios]
     return [1.0] * len(xs) if rescale is None else list(rescale)
 
@@ -60,6 +68,7 @@ def specified(
     *,
     keep: Sequence[Keep] | None = None,
     rescale: Any = None,
+    divide: bool = False,
     elect: str | None = None,
     zero: str = "positive",
     weigh: str = "before",
@@ -85,7 +94,7 @@ def specified(
     ones = [1.0] * n
     before, after = (ones, weights) if elect and weigh == "after" else (weights, ones)
     if not stepwise:
-        before = [b * f for b, f in zip(before, factors, strict=True)]
+        before = [b / f if divide else b * f for b, f in zip(before, factors, strict=True)]
     total = float(torch.tensor(weights, dtype=xs[0].dtype).sum()) if stepwise else sum(weights)
     recipe = Recipe(
         keep=rules,
@@ -99,6 +108,7 @@ def specified(
         combine=combine,
         normalize=bool(normalize),
         stepwise=stepwise,
+        divide=divide,
         total=total if abs(total) >= 1e-8 else 1.0,
         least=floor,
         instead=floor or 1.0,
@@ -193,6 +203,14 @@ RECIPES: dict[str, Callable[[list[Tensor], Tensor | None], dict[str, Any]]] = {
         "rounding": "host",
     },
     "host dare": lambda xs, base: {"keep": masks(xs), "rescale": "l1", "rounding": "host"},
+    "host trim": lambda xs, base: {"keep": trims(xs, base), "elect": "sum", "rounding": "host"},
+    "host quotient": lambda xs, base: {
+        "keep": masks(xs),
+        "rescale": [0.3 + 0.1 * i for i in range(len(xs))],
+        "divide": True,
+        "rounding": "host",
+    },
+    "quotient": lambda xs, base: {"rescale": [0.3] * len(xs), "divide": True},
     "host normalized": lambda xs, base: {"normalize": True, "scale": 1.25, "rounding": "host"},
     "host after": lambda xs, base: {
         "elect": "count",

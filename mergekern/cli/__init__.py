@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from ..errors import MergekernError
-from . import bench, demo, doctor, inspect, merge
+from . import bench, demo, doctor, hook, inspect, merge
 
 app = typer.Typer(
     name="mergekern",
@@ -24,6 +24,7 @@ app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
+app.command("hook")(hook.hook)
 app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     bench.bench
 )

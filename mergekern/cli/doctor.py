@@ -21,17 +21,16 @@ def doctor() -> None:
         f"{platform.machine()}, {_threads()} threads",
         highlight=False,
     )
-    table = Table("backend", *OPS)
+    table = Table("op", *BACKENDS)
     reasons: dict[str, None] = {}
-    for backend in BACKENDS:
-        device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    for op in OPS:
         cells = []
-        for op in OPS:
-            reason = why_not(backend, op, device)
+        for backend in BACKENDS:
+            reason = why_not(backend, op, "cuda" if backend in ("cuda", "triton") else "cpu")
             cells.append("-" if reason else "yes")
             if reason:
                 reasons[reason] = None
-        table.add_row(backend, *cells)
+        table.add_row(op, *cells)
     console.print(table)
     for reason in reasons:
         console.print(reason, highlight=False, soft_wrap=True)

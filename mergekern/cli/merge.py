@@ -25,6 +25,10 @@ def merge(
     backend: Annotated[
         str, typer.Option(help="auto, or a backend that `mergekern doctor` lists")
     ] = "auto",
+    host: Annotated[
+        str | None,
+        typer.Option(help="reproduce this tool's rounding and selection, such as mergekit"),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no summary")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="name every file; tracebacks of errors")
@@ -42,6 +46,7 @@ def merge(
         shard_size=shard_size,
         seed=seed,
         backend=backend,
+        host=host,
         progress=not quiet and sys.stderr.isatty(),
     )
     if not quiet:

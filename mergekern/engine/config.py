@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,8 +141,14 @@ def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
     if "merge_method" not in data:
         raise ConfigError("config: key 'merge_method' is missing")
     method = method_named(str(data["merge_method"]))
+    if method.tensor_valued:
+        names = ", ".join(method.tensor_valued)
+        raise ConfigError(
+            f"config: merge_method {method.name} needs a tensor per model ({names}), which a "
+            f"configuration cannot give; use merge_state_dicts(..., '{method.name}', {names}=[...])"
+        )
     base = _path(data["base_model"], "base_model") if data.get("base_model") else None
-    entries = [_entry(e, i) for i, e in enumerate(_list(data.get("models"), "models"))]
+    entries = [_entry(e, i, base) for i, e in enumerate(_list(data.get("models"), "models"))]
     models = _settle_base(method, entries, base)
     method.check_count(len(models), base is not None and method.subtracts_base)
 
@@ -181,11 +186,12 @@ def _settle_base(method: Method, entries: list[ModelEntry], base: str | None) ->
         return entries
     others = [e for e in entries if e.path != base]
     if method.subtracts_base:
-        if any(e.parameters for e in entries if e.path == base):
-            warnings.warn(
-                f"config: the parameters of {base} are not used: {method.name} subtracts the base",
-                stacklevel=2,
-            )
+        for i, e in enumerate(entries):
+            if e.path == base and e.parameters:
+                raise ConfigError(
+                    f"config: models[{i}] is the base, which {method.name} subtracts from the "
+                    f"others; got parameters {', '.join(e.parameters)}; expected none"
+                )
         return others
     own = [e for e in entries if e.path == base] or [ModelEntry(base)]
     if method.base == "first":
@@ -218,7 +224,13 @@ def _path(value: Any, key: str) -> str:
     return value
 
 
-def _entry(value: Any, i: int) -> ModelEntry:
+def _same(path: str, other: str | None) -> bool:
+    """Whether two spellings ("a", "./a/") name one file or folder."""
+    return other is not None and os.path.realpath(path) == os.path.realpath(other)
+
+
+def _entry(value: Any, i: int, base: str | None) -> ModelEntry:
+    """A model of the list; the base goes by its spelling in base_model."""
     key = f"models[{i}]"
     entry = _mapping(value, key)
     for k in entry:
@@ -227,7 +239,8 @@ def _entry(value: Any, i: int) -> ModelEntry:
     if "model" not in entry:
         raise ConfigError(f"config: key 'model' is missing in {key}")
     parameters = _mapping(entry.get("parameters"), f"{key}.parameters")
-    return ModelEntry(_path(entry["model"], f"{key}.model"), parameters)
+    path = _path(entry["model"], f"{key}.model")
+    return ModelEntry(base if base is not None and _same(path, base) else path, parameters)
 
 
 def _dtype(data: Mapping[str, Any], key: str) -> torch.dtype | None:
@@ -252,6 +265,7 @@ def _exception(value: Any, known: list[str]) -> ExceptionRule:
             f"config: an exception needs a filter and an action of {', '.join(ACTIONS)}; "
             f"got {dict(entry)!r}"
         )
+    source = next((k for k in known if isinstance(source, str) and _same(k, source)), source)
     if (action == "copy") != (source is not None) or (source is not None and source not in known):
         raise ConfigError(
             f"config: exception {entry['filter']!r}: 'from' names the model to copy from, "

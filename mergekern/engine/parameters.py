@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ..errors import ConfigError
-from .config import MergeConfig
+from ..errors import ArgumentError, ConfigError
+from ..methods.registry import Parameter
+from .config import MergeConfig, ModelEntry
 
 _LAYER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.|$)")
 
@@ -47,35 +48,53 @@ def evaluate(setting: Any, name: str, position: float) -> Any:
     Scalar: itself. List of numbers: a gradient, interpolated at `position`. {filter, value}, or a
     list of such: the first whose filter is contained in the name, is "*" or is missing.
     """
-    if isinstance(setting, Mapping):
-        setting = [setting]
-    if not isinstance(setting, list):
-        return setting
-    if not setting:
-        raise ConfigError("config: a parameter is an empty list")
-    if not all(isinstance(s, Mapping) for s in setting):
-        return _gradient(setting, position)
-    for condition in setting:
-        unknown = set(condition) - {"filter", "value"}
-        if unknown or "value" not in condition:
-            raise ConfigError(
-                f"config: a conditional parameter has filter and value; got {dict(condition)!r}"
-            )
-        pattern = condition.get("filter")
-        if pattern in (None, "*") or str(pattern) in name:
-            return evaluate(condition["value"], name, position)
+    conditions = _conditions(setting)
+    if conditions is None:
+        return _gradient(setting, position) if isinstance(setting, list) else setting
+    for pattern, value in conditions:
+        if _fits(pattern, name):
+            return evaluate(value, name, position)
     return None
 
 
+def _conditions(setting: Any) -> list[tuple[Any, Any]] | None:
+    """Filters and values of a conditional setting; None if it is a scalar or a gradient."""
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if not isinstance(setting, list) or (setting and not isinstance(setting[0], Mapping)):
+        return None
+    if not setting:
+        raise ConfigError("config: a parameter is an empty list")
+    for condition in setting:
+        if (
+            not isinstance(condition, Mapping)
+            or "value" not in condition
+            or set(condition) - {"filter", "value"}
+        ):
+            raise ConfigError(
+                f"config: a conditional parameter has filter and value; got {condition!r}"
+            )
+    return [(condition.get("filter"), condition["value"]) for condition in setting]
+
+
+def _fits(pattern: Any, name: str) -> bool:
+    return pattern in (None, "*") or str(pattern) in name
+
+
 def _gradient(values: list[Any], position: float) -> Any:
+    """Between numbers (also as YAML leaves them, "1e-3") interpolated, else the nearest."""
     place = position * (len(values) - 1)
     low = min(int(place), len(values) - 1)
-    if any(isinstance(v, bool | str) for v in values):
+    if any(isinstance(v, bool) for v in values):
         return values[round(place)]
-    if not all(isinstance(v, int | float) for v in values):
-        raise ConfigError(f"config: a gradient is a list of numbers; got {values!r}")
+    try:
+        numbers = [float(v) for v in values]
+    except ValueError:
+        return values[round(place)]
+    except TypeError:
+        raise ConfigError(f"config: a gradient is a list of numbers; got {values!r}") from None
     high = min(low + 1, len(values) - 1)
-    return values[low] + (place - low) * (values[high] - values[low])
+    return numbers[low] + (place - low) * (numbers[high] - numbers[low])
 
 
 def arguments(config: MergeConfig, name: str, position: float, models: list[int]) -> dict[str, Any]:
@@ -83,30 +102,67 @@ def arguments(config: MergeConfig, name: str, position: float, models: list[int]
 
     A model's own setting goes before the global one, and that before the default.
     """
+
+    def value(p: Parameter, owner: ModelEntry | None) -> Any:
+        settings = config.parameters if owner is None else owner.parameters
+        if p.name not in settings:
+            return None
+        try:
+            found = evaluate(settings[p.name], name, position)
+            return None if found is None else p.value("config", found)
+        except (ArgumentError, ConfigError) as error:
+            place = f"{_label(p.name, owner)}, tensor {name}"
+            raise ConfigError(f"{error} ({place})") from None
+
     given: dict[str, Any] = {}
     for p in config.method.parameters:
-        shared = (
-            evaluate(config.parameters[p.name], name, position)
-            if (p.name in config.parameters)
-            else None
-        )
+        shared = value(p, None)
         if p.scope != "model":
             if shared is not None:
                 given[p.name] = shared
             continue
         values = []
-        for i in models:
-            entry = config.models[i]
-            own = (
-                evaluate(entry.parameters[p.name], name, position)
-                if p.name in entry.parameters
-                else None
-            )
-            value = own if own is not None else shared
-            if value is None and p.required:
+        for entry in (config.models[i] for i in models):
+            own = value(p, entry)
+            if own is None and shared is None and p.required:
                 raise ConfigError(
                     f"config: parameter '{p.name}' is required for {entry.path} (tensor {name})"
                 )
-            values.append(p.default if value is None else value)
+            values.append(own if own is not None else p.default if shared is None else shared)
         given[p.name] = values
     return config.method.arguments(given, len(models))
+
+
+def _label(key: str, owner: ModelEntry | None) -> str:
+    return f"{key} of all models" if owner is None else f"{key} of model {owner.path}"
+
+
+def idle(config: MergeConfig, names: Iterable[str]) -> list[str]:
+    """The filters and gradients that change nothing in a merge of these tensors, in words."""
+    names = list(names)
+    found = []
+    for owner in (None, *config.models):
+        for key, setting in (config if owner is None else owner).parameters.items():
+            for what in _idle(setting, names, names):
+                found.append(f"{_label(key, owner)}: {what}")
+    return found
+
+
+def _idle(setting: Any, names: list[str], everything: list[str]) -> Iterator[str]:
+    """What is idle of a setting that is asked for `names` only."""
+    conditions = _conditions(setting)
+    if conditions is None:
+        gradient = isinstance(setting, list) and len(setting) > 1 and names
+        if gradient and not any(map(_container, names)):
+            yield f"gradient {setting} meets no stack of layers, so its first value counts"
+        return
+    left = names
+    for pattern, value in conditions:
+        fitting = [name for name in left if _fits(pattern, name)]
+        left = [name for name in left if not _fits(pattern, name)]
+        if fitting:
+            yield from _idle(value, fitting, everything)
+        elif pattern is not None and pattern != "*":
+            somewhere = any(_fits(pattern, name) for name in everything)
+            why = "fits only tensors that are settled before it" if somewhere else "fits no tensor"
+            yield f"filter '{pattern}' {why}"

@@ -52,9 +52,16 @@ class Plan:
 
 
 def make_plan(
-    config: MergeConfig, checkpoints: Sequence[Checkpoint], memory: int, shard_size: int
+    config: MergeConfig,
+    checkpoints: Sequence[Checkpoint],
+    memory: int,
+    shard_size: int,
+    host: str | None = None,
 ) -> Plan:
-    """All tasks in the order of the first checkpoint's file; CheckpointError lists every misfit."""
+    """All tasks in the order of the first checkpoint's file; CheckpointError lists every misfit.
+
+    host "mergekit": computed in the dtype of the configuration.
+    """
     rules = _rules(config, checkpoints)
     keys = list(dict.fromkeys(key for c in checkpoints for key in c.signatures))
     positions = layer_positions(keys)
@@ -62,7 +69,7 @@ def make_plan(
     if problems:
         raise CheckpointError(_listing(problems))
     tasks = [
-        _task(config, checkpoints, key, rules.get(key), positions[key])
+        _task(config, checkpoints, key, rules.get(key), positions[key], host)
         for key in keys
         if not (key in rules and rules[key].action == "drop")
     ]
@@ -161,6 +168,7 @@ def _task(
     key: str,
     rule: ExceptionRule | None,
     position: float,
+    host: str | None,
 ) -> Task:
     having = [i for i, c in enumerate(checkpoints) if key in c.signatures]
     if rule is not None and rule.action == "copy":
@@ -173,13 +181,16 @@ def _task(
         having, signatures = having[:1], signatures[:1]
 
     stored = common_dtype([s.dtype for s in signatures])
-    compute = torch.float64 if floating and config.dtype == torch.float64 else stored
+    cast = floating and (config.dtype == torch.float64 or host == "mergekit")
+    compute = (config.dtype or stored) if cast else stored
     result = (config.out_dtype or config.dtype or stored) if floating else stored
     if merged:
         config.method.check_count(len(models), config.base_apart)
     shape = signatures[0].shape
     read = sum(map(nbytes, signatures))
     converted = sum(nbytes(Signature(compute, shape)) for s in signatures if s.dtype != compute)
+    if host == "mergekit" and compute != result:  # which rounds twice
+        converted += nbytes(Signature(compute, shape))
     return Task(
         key=key,
         sources=tuple(having),

@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError, CheckpointError, ConfigWarning
 from .checkpoint import Checkpoint
 from .config import load_config
 from .folder import carry, write_card
+from .parameters import idle
 from .plan import make_plan
 from .progress import bar
 from .stream import Settings, stream
@@ -66,8 +68,11 @@ def merge_checkpoints(
     `out` appears, complete and synced to disk, or not at all.
 
     dtype in the configuration only sets the dtype of the result (out_dtype goes before it):
-    inputs are never rounded, the result is, once. float64 computes in float64. host: reproduce
-    that tool's selection, rounding and sign rules, as in `merge_tensors`.
+    inputs are never rounded, the result is, once. float64 computes in float64.
+    host: reproduce that tool's selection, rounding and sign rules, as in `merge_tensors`; with
+    "mergekit" the inputs are rounded to dtype first, the result to it and then to out_dtype, and
+    random masks are drawn from torch's generator, seeded with `seed`.
+    Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
     Raises: ConfigError, CheckpointError, ArgumentError; OSError where the disk refuses.
     Source: mergekit `mergekit-yaml`, `mergekit-pytorch`.
@@ -83,7 +88,10 @@ def merge_checkpoints(
         for path in parsed.paths:
             checkpoints.append(Checkpoint(path))
             stack.callback(checkpoints[-1].close)
-        plan = make_plan(parsed, checkpoints, limit, largest)
+        plan = make_plan(parsed, checkpoints, limit, largest, host)
+        if without_effect := idle(parsed, [t.key for t in plan.tasks if t.arguments is not None]):
+            lines = "".join(f"\n  {what}" for what in without_effect)
+            warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=2)
         staging = stack.enter_context(_staged(target, plan.bytes_written))
         home = checkpoints[parsed.paths.index(parsed.home)]
         carried, left_out = carry(home, staging, parsed.out_dtype or parsed.dtype)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..methods.registry import Inputs
@@ -111,7 +112,12 @@ def stream(
 
     settings.bar.expect(sum(task.cost for task in plan.tasks))
     survey = settings.config.method.survey
-    _merge(plan, checkpoints, staging, settings, None if survey is None else survey(visit))
+    found = None if survey is None else survey(visit)
+    with contextlib.ExitStack() as draws:
+        if settings.host is not None:  # hosts draw masks from torch's own generator
+            draws.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(settings.seed)
+        _merge(plan, checkpoints, staging, settings, found)
     return read
 
 
@@ -177,9 +183,10 @@ def _merge(
 
 def _compute(task: Task, checkpoints: list[Checkpoint], settings: Settings, survey: Any) -> Tensor:
     if task.arguments is None:
-        return checkpoints[task.sources[0]].read(task.key).to(task.result.dtype)
+        copied = checkpoints[task.sources[0]].read(task.key)
+        return copied.to(task.compute).to(task.result.dtype)
     inputs = replace(_inputs(task, checkpoints, settings), survey=survey)
-    return settings.config.method.merge(inputs, **task.arguments).cpu()
+    return settings.config.method.merge(inputs, **task.arguments).cpu().to(task.result.dtype)
 
 
 def _inputs(task: Task, checkpoints: list[Checkpoint], settings: Settings) -> Inputs:
@@ -193,7 +200,7 @@ def _inputs(task: Task, checkpoints: list[Checkpoint], settings: Settings) -> In
         base=tensors[0] if apart else None,
         name=task.key,
         seed=settings.seed,
-        out_dtype=task.result.dtype,
+        out_dtype=task.compute if settings.host == "mergekit" else task.result.dtype,
         backend=settings.backend,
         host=settings.host,
         models=[i - apart for i in task.sources[apart:]],

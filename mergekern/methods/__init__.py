@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from . import della, geometry, interpolation, ram, sce, task_vectors, whole_model
+from . import (
+    della,
+    emr,
+    fisher,
+    geometry,
+    interpolation,
+    masks,
+    ram,
+    sce,
+    selective,
+    task_vectors,
+    whole_model,
+)
 from .registry import Inputs, Method, Parameter
 
 REGISTRY: dict[str, Method] = {
@@ -28,6 +40,12 @@ REGISTRY: dict[str, Method] = {
         ram.RAM,
         ram.RAMPLUS_TL,
         whole_model.TIES_GLOBAL,
+        selective.NEARSWAP,
+        selective.ARCEE_FUSION,
+        fisher.FISHER,
+        emr.EMR_MERGING,
+        masks.MAGMAX,
+        masks.CONSENSUS,
     )
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..check import FLOATS, name_of
+from ..errors import ArgumentError
 
 
 class Signature(NamedTuple):
@@ -53,3 +54,21 @@ def agree(models: Mapping[str, Mapping[str, Signature]]) -> dict[str, str]:
                 problems[name] = f"{what} differs: {listed}"
                 break
     return problems
+
+
+def require_fit(op: str, models: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Whether the tensors agree by name, and those that are not floating in every bit.
+
+    Raises: ArgumentError with all that do not.
+    """
+    problems = agree(
+        {label: {k: Signature.of(t) for k, t in d.items()} for label, d in models.items()}
+    )
+    for key, x in next(iter(models.values())).items():
+        if key not in problems and x.dtype not in FLOATS:
+            differing = [label for label, d in models.items() if not identical(d[key], x)]
+            if differing:
+                problems[key] = f"values differ in {', '.join(differing)}; it cannot be averaged"
+    if problems:
+        lines = "; ".join(f"{key}: {what}" for key, what in problems.items())
+        raise ArgumentError(f"{op}: {len(problems)} tensors do not fit: {lines}")

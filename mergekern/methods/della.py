@@ -13,7 +13,7 @@ from ..ops.merge_deltas import l1_factor, merge_deltas
 from ..ops.rank_mask import rank_mask
 from . import host_masks
 from .registry import Inputs, Method, Parameter
-from .task_vectors import combine, parameters
+from .task_vectors import combine, host_factors, parameters
 
 _MASKS = 48 << 20  # bytes of masks held at a time
 
@@ -42,7 +42,7 @@ def _recipe(elect: str | None) -> Callable[..., Tensor]:
                 host_masks.magprune(x, base, d, e) if 0 < d < 1 else _certain(d)
                 for x, (d, e) in zip(inputs.xs, chances, strict=True)
             ]
-            restored = "l1" if rescale else None
+            restored = host_factors(inputs, keep) if rescale else None
             return combine(inputs, weight, keep, restored, elect, normalize, lambda_)
 
         slabs = _slabs(base, len(inputs.xs))
@@ -51,7 +51,8 @@ def _recipe(elect: str | None) -> Callable[..., Tensor]:
         if rescale:
             norms = torch.zeros(len(inputs.xs), 2, dtype=torch.float64)
             for i, slab in enumerate(slabs):  # only the first is held: one is enough as a rule
-                norms += torch.tensor((drawn[0] if i == 0 else _masks(inputs, chances, slab))[1])
+                of_slab = (drawn[0] if i == 0 else _masks(inputs, chances, slab))[1]
+                norms += torch.tensor(of_slab, dtype=torch.float64)
             factors = [l1_factor(everything, kept) for everything, kept in norms.tolist()]
         out = torch.empty(base.shape, dtype=inputs.out_dtype, device=base.device)
         for i, slab in enumerate(slabs):
@@ -108,10 +109,14 @@ def _masks(
     return keep, norms
 
 
-_EPSILON = Parameter("epsilon", float, "model", 0.15, "half the span of the chances to stay")
+_EPSILON = Parameter(
+    "epsilon", float, "model", 0.15, "half the span of the chances to stay", bounds=(0, 1)
+)
 _PARITY = {
-    "mergekit": "bits on a CPU but for equal magnitudes in a row, whose order is undefined there; "
-    "rows of one element and scalars, which fail there, are kept with probability density"
+    "mergekit": "bits on a CPU for float32, bfloat16 and float16, with NaN, infinities and both "
+    "zeros: masks are drawn from torch's generator in its order. Exceptions: with 5 or more "
+    "float32 models torch sums in another order; rows of one element and scalars, which fail "
+    "there, are kept with probability density; a density of 0 drops a NaN there and keeps it here"
 }
 
 DELLA = Method(

@@ -1,4 +1,4 @@
-"""Random masks as host tools draw them from torch's global generator on a CPU."""
+"""Random masks as host tools draw them from torch's generator on a CPU, and norms as they sum."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..keep import Mask
+from ..keep import Keep, Mask
+from ..ops.merge_deltas import merge_deltas
 
 _CHUNK = 1 << 20  # elements; torch draws the same numbers however the tensor is divided
 
@@ -43,7 +44,7 @@ def bernoulli(x: Tensor, density: float) -> Mask:
 
 def magprune(x: Tensor, base: Tensor, density: float, epsilon: float) -> Mask:
     """The mask of mergekit's `della_magprune`, whose ranks and probabilities are held in the
-    dtype of the tensor; equal magnitudes rank in index order (there: undefined)."""
+    dtype of the tensor; equal magnitudes rank as torch.argsort leaves them there too."""
     _on_cpu(x)
     work = _working(x.dtype)
     if x.ndim < 2:
@@ -56,12 +57,30 @@ def magprune(x: Tensor, base: Tensor, density: float, epsilon: float) -> Mask:
     def parts() -> Iterator[Tensor]:
         for at in range(0, x.shape[0], step):
             d = x[at : at + step] - base[at : at + step]
-            ranks = d.abs().argsort(dim=1, stable=True).argsort(dim=1).to(work) + 1
+            ranks = d.abs().argsort(dim=1).argsort(dim=1).to(work) + 1
             last = ranks.new_tensor(length - 1) + 1
             share = ((ranks - 1) / (last - 1)).clamp(0, 1)
             yield torch.bernoulli((density - epsilon) + share * 2 * epsilon).to(torch.uint8)
 
     return _packed(parts(), x.numel())
+
+
+def l1_factor(x: Tensor, base: Tensor, keep: Keep) -> float:
+    """What restores the L1 norm of x - base in mergekit: not finite where the norm is not.
+
+    Both norms are torch's own sums in the type that mergekit masks in, whose order is that of
+    torch; x - base is held once for it.
+    """
+    if keep is None:
+        return 1.0
+    d = x - base
+    if isinstance(keep, Mask):
+        d = d.to(_working(d.dtype))
+    everything = d.abs_().sum()
+    kept = merge_deltas(None, [d], [1.0], keep=[keep], rounding="host", out=d).sum()
+    if everything < 1e-7 or kept < 1e-7:
+        return 1.0
+    return float(everything / kept)
 
 
 def _on_cpu(x: Tensor) -> None:

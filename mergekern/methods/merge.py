@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import check
 from ..errors import ArgumentError
 from . import REGISTRY
-from .compat import Signature, agree, identical
+from .compat import require_fit
 from .registry import Inputs, Method
 
 
@@ -114,7 +114,8 @@ def merge_state_dicts(
     that is missing somewhere, has another shape or another class of dtype is an error that lists
     all of them: nothing is dropped or guessed.
 
-    Parameters: as in `merge_tensors`, the same for all tensors.
+    Parameters: as in `merge_tensors`, the same for all tensors; of those that are a tensor per
+    model (`fisher`), a state dict per model with exactly the floating tensors.
     Raises: ArgumentError.
 
     >>> import torch
@@ -129,34 +130,56 @@ def merge_state_dicts(
     spec = method_named(method)
     spec.check_host(host)
     spec.check_count(len(state_dicts), base is not None)
-    apart = base is not None and spec.subtracts_base
-    arguments = spec.arguments(parameters, len(models) - apart)
-    problems = agree(
-        {label: {k: Signature.of(t) for k, t in d.items()} for label, d in models.items()}
-    )
+    n = len(models) - (base is not None and spec.subtracts_base)
+    require_fit("merge_state_dicts", models)
     first = next(iter(models.values()))
-    for key, x in first.items():
-        if key not in problems and x.dtype not in check.FLOATS:
-            differing = [label for label, d in models.items() if not identical(d[key], x)]
-            if differing:
-                problems[key] = f"values differ in {', '.join(differing)}; it cannot be averaged"
-    if problems:
-        lines = "; ".join(f"{key}: {what}" for key, what in problems.items())
-        raise ArgumentError(f"merge_state_dicts: {len(problems)} tensors do not fit: {lines}")
+    floating = [key for key, x in first.items() if x.dtype in check.FLOATS]
+    _require_tensors(spec, parameters, {key: first[key] for key in floating}, n)
+    if floating or not spec.tensor_valued:
+        spec.arguments(_of_tensor(spec, parameters, next(iter(floating), "")), n)
+    if floating and spec.whole_models:
+        parameters = spec.whole_models(parameters, floating, backend)
 
     def inputs_of(key: str) -> Inputs:
         tensors, its_base = [d[key] for d in state_dicts], None if base is None else base[key]
         return _inputs(spec, tensors, its_base, key, seed, out_dtype, backend, host)
 
+    def arguments_of(key: str) -> dict[str, Any]:
+        return spec.arguments(_of_tensor(spec, parameters, key), n)
+
     def visit(visitor: Callable[..., None]) -> None:
-        for key, x in first.items():
-            if x.dtype in check.FLOATS:
-                visitor(inputs_of(key), **arguments)
+        for key in floating:
+            visitor(inputs_of(key), **arguments_of(key))
 
     survey = None if spec.survey is None else spec.survey(visit)
     return {
-        key: spec.merge(replace(inputs_of(key), survey=survey), **arguments)
+        key: spec.merge(replace(inputs_of(key), survey=survey), **arguments_of(key))
         if x.dtype in check.FLOATS
         else x.clone()
         for key, x in first.items()
+    }
+
+
+def _require_tensors(
+    spec: Method, parameters: Mapping[str, Any], like: Mapping[str, Tensor], n: int
+) -> None:
+    """Whether the parameters that are tensors hold n state dicts with the tensors of `like`."""
+    for name in spec.tensor_valued:
+        given = parameters.get(name)
+        if (
+            not isinstance(given, Sequence)
+            or len(given) != n
+            or not all(isinstance(d, Mapping) for d in given)
+        ):
+            got = f"{len(given)} values" if isinstance(given, Sequence) else type(given).__name__
+            raise ArgumentError.of(spec.name, f"{name} does not fit", got, f"{n} state dicts")
+        labels = {f"{name}[{i}]": d for i, d in enumerate(given)}
+        require_fit("merge_state_dicts", {"state_dicts": like, **labels})
+
+
+def _of_tensor(spec: Method, parameters: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The parameters for the tensor of that name."""
+    return {
+        name: [d[key] for d in value] if name in spec.tensor_valued else value
+        for name, value in parameters.items()
     }

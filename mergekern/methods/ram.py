@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,8 @@ def ram(inputs: Inputs, *, epsilon: float) -> Tensor:
 
 def ramplus_tl(inputs: Inputs, *, epsilon: float, r: float, alpha: float) -> Tensor:
     shared, unique = _counts(inputs, _rounded(epsilon, inputs))
-    ratios = [s / max(u, epsilon) for s, u in zip(shared, unique, strict=True)]
+    # Where a model changed nothing alone, its factor is used nowhere.
+    ratios = [s / max(u, epsilon) if u else 0.0 for s, u in zip(shared, unique, strict=True)]
     return _merge(inputs, epsilon, [1 + r * min(max(ratio, 0.0), alpha) for ratio in ratios])
 
 
@@ -64,7 +67,9 @@ def _counts(inputs: Inputs, epsilon: float) -> tuple[list[int], list[int]]:
     return shared, unique
 
 
-_EPSILON = Parameter("epsilon", float, "tensor", 1e-5, "changes up to this do not count")
+_EPSILON = Parameter(
+    "epsilon", float, "tensor", 1e-5, "changes up to this do not count", bounds=(0, math.inf)
+)
 
 RAM = Method(
     "ram",

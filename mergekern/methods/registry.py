@@ -21,6 +21,8 @@ class Parameter:
 
     scope "model": one value per model; "tensor": one value for all models. Both may vary from
     tensor to tensor in a configuration (filters, gradients over layers).
+    kind Tensor (scope "model"): a tensor of the shape of the model's; for whole models, a state
+    dict each. A configuration cannot give them. Default None: the method finds a value itself.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Parameter:
 
     def value(self, owner: str, given: Any) -> Any:
         """`given` as this parameter's type; strings as YAML leaves them ("1e-3") are read."""
+        if self.kind is Tensor:
+            return check.tensor(owner, given, self.name)
         if self.kind is str:
             check.choice(owner, self.name, given, self.choices)
             return given
@@ -49,20 +53,24 @@ class Parameter:
         if isinstance(given, bool):
             raise ArgumentError.of(owner, f"{self.name} is no number", repr(given), "a number")
         number = check.number(owner, self.name, given)
-        if self.kind is int:
-            if not number.is_integer():
-                raise ArgumentError.of(owner, f"{self.name} is no whole number", given, "one")
-            number = int(number)
+        if self.kind is int and not number.is_integer():
+            raise ArgumentError.of(owner, f"{self.name} is no whole number", given, "one")
         if self.bounds and not self.bounds[0] <= number <= self.bounds[1]:
             low, high = self.bounds
             raise ArgumentError.of(
                 owner, f"{self.name} is out of range", f"{number:g}", f"{low:g} to {high:g}"
             )
-        return number
+        return int(number) if self.kind is int else number
 
     def values(self, owner: str, given: Any, n: int) -> list[Any]:
         """One value per model: a single one stands for all."""
-        if isinstance(given, Tensor):
+        if self.kind is Tensor:
+            if not isinstance(given, Sequence):
+                kinds = "a tensor per model"
+                raise ArgumentError.of(
+                    owner, f"{self.name} is no list", type(given).__name__, kinds
+                )
+        elif isinstance(given, Tensor):
             given = given.tolist()
         if not isinstance(given, Sequence) or isinstance(given, str):
             return [self.value(owner, given)] * n
@@ -115,6 +123,14 @@ class Method:
     parity: Mapping[str, str] = field(default_factory=dict)  # host -> what equals its result
     survey: Callable[[Visit], Any] | None = None
 
+    # (parameters, names of floating tensors, backend) -> parameters, once before the first tensor
+    whole_models: Callable[[dict[str, Any], Sequence[str], str], dict[str, Any]] | None = None
+
+    @property
+    def tensor_valued(self) -> list[str]:
+        """The parameters that are a tensor per model."""
+        return [p.name for p in self.parameters if p.kind is Tensor]
+
     @property
     def subtracts_base(self) -> bool:
         """Whether a base stands apart from the models, rather than being one of them."""
@@ -137,7 +153,7 @@ class Method:
     def check_count(self, n: int, base: bool) -> None:
         """Whether n models (base apart) are as many as the method takes."""
         if self.base == "required" and not base:
-            raise ArgumentError(f"{self.name}: needs a base model; got none")
+            raise ArgumentError(f"{self.name}: needs a base model; got none; expected one")
         count = n + (base and not self.subtracts_base)
         fewest, most = self.models
         if count < fewest or (most is not None and count > most):
@@ -150,12 +166,15 @@ class Method:
     def arguments(self, given: Mapping[str, Any], n: int) -> dict[str, Any]:
         """Keyword arguments of `merge` for n models, defaults filled in."""
         by_name = {self.parameter(name).name: value for name, value in given.items()}
-        result = {}
+        result: dict[str, Any] = {}
         for p in self.parameters:
             value = by_name.get(p.name, p.default)
             if value is REQUIRED:
                 raise ArgumentError(f"{self.name}: parameter {p.name} is required; got none")
             key = "lambda_" if p.name == "lambda" else p.name
+            if value is None and p.default is None:
+                result[key] = None
+                continue
             result[key] = (
                 p.values(self.name, value, n) if p.scope == "model" else p.value(self.name, value)
             )

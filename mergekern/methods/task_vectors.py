@@ -3,7 +3,7 @@
 As mergekit's methods of these names, with these differences: arithmetic in float32 with one
 rounding (mergekit rounds to the tensor's dtype after each step), ties of a trim go to the lowest
 index (mergekit: undefined), masks are keyed by seed, tensor and model (mergekit: by call order).
-host="mergekit" and host="peft" take the other side of each of these.
+host="mergekit", "peft" and "sd_mecha" take the other side of these.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..keep import NOTHING, Band, Bernoulli, Keep
+from ..keep import NOTHING, Band, Bernoulli, Keep, Threshold
 from ..ops.kth_magnitude import kth_magnitudes
 from ..ops.merge_deltas import merge_deltas
 from . import host_masks
@@ -34,10 +35,18 @@ class Trim:
 
 
 def by_magnitude(inputs: Inputs, density: list[float]) -> list[Keep]:
-    """int(density * numel) of the largest magnitudes of each x - base, at least one."""
+    """int(density * numel) of the largest magnitudes of each x - base, at least one.
+
+    sd-mecha keeps those not below the smallest of the rest, and so at least one more.
+    """
     least = 0 if inputs.host == "peft" else 1
     total = inputs.xs[0].numel()
-    return _between(inputs, density, [(max(least, int(d * total)), 0) for d in density])
+    if inputs.host == "sd_mecha":
+        ranks = [(total + 1 - max(1, int((1 - d) * total)), 0) for d in density]
+        keep = _between(inputs, density, ranks)
+        return [k._replace(cut=total) if isinstance(k, Threshold) else k for k in keep]
+    ranks = [(max(least, int(d * total)) if d > 0 else 0, 0) for d in density]
+    return _between(inputs, density, ranks)
 
 
 def without_outliers(inputs: Inputs, density: list[float], gamma: list[float]) -> list[Keep]:
@@ -59,7 +68,7 @@ def _between(inputs: Inputs, density: list[float], ranks: list[tuple[int, int]])
     keep: list[Keep] = [None] * len(inputs.xs)
     chosen = []
     for i, (d, (last, outliers)) in enumerate(zip(density, ranks, strict=True)):
-        if d <= 0 or last <= outliers:
+        if last <= outliers:
             keep[i] = NOTHING
         elif d < 1 and inputs.xs[i].numel():
             chosen.append((i, [r for r in (last, outliers) if r]))
@@ -111,8 +120,15 @@ def combine(
     options: dict[str, Any] = {"normalize": normalize}
     if inputs.host == "mergekit":
         options["rounding"] = "host"
-    elif inputs.host == "peft" and elect:
-        options = {"weigh": "after", "normalize": "count"}
+    elif inputs.host == "sd_mecha":
+        elect = "count"
+        options = {"weigh": "after", "normalize": "count", "zero": "none"}
+    elif inputs.host == "peft":
+        options["divide"] = True
+        if inputs.xs[0].dtype == torch.float32:  # PEFT computes 16-bit types in float32
+            options["rounding"] = "host"
+        if elect:
+            options |= {"weigh": "after", "normalize": "count"}
     return merge_deltas(
         inputs.base,
         inputs.xs,
@@ -125,6 +141,13 @@ def combine(
         backend=inputs.backend,
         **options,
     )
+
+
+def host_factors(inputs: Inputs, keep: list[Keep]) -> list[float]:
+    """What restores the L1 norms as mergekit sums them."""
+    assert inputs.base is not None  # base="required"
+    base = inputs.base
+    return [host_masks.l1_factor(x, base, k) for x, k in zip(inputs.xs, keep, strict=True)]
 
 
 def _recipe(trim: Trim | None, elect: str | None) -> Callable[..., Tensor]:
@@ -141,8 +164,10 @@ def _recipe(trim: Trim | None, elect: str | None) -> Callable[..., Tensor]:
     ) -> Tensor:
         keep = trim.rules(inputs, density, **special) if trim else None
         restored: str | list[float] | None = "l1" if rescale and keep else None
-        if restored and inputs.host == "peft":  # by the probability, not the norm
-            restored = [1 / d if d else 1.0 for d in density]
+        if keep and restored and inputs.host == "mergekit":
+            restored = host_factors(inputs, keep)
+        elif restored and inputs.host == "peft":  # by the probability, not the norm
+            restored = [d or 1.0 for d in density]
         return combine(inputs, weight, keep, restored, elect, normalize, lambda_)
 
     return merge
@@ -151,12 +176,22 @@ def _recipe(trim: Trim | None, elect: str | None) -> Callable[..., Tensor]:
 # ---- the methods -----------------------------------------------------------------------------
 
 _MERGEKIT = (
-    "bits on a CPU for float32, bfloat16 and float16: {}. Exceptions: with 5 or more float32 "
-    "models torch sums in another order, and a restored norm may differ in its last bit"
+    "bits on a CPU for float32, bfloat16 and float16, with NaN, infinities and both zeros: {}. "
+    "Exception: with 5 or more float32 models torch sums in another order"
 )
 _TIES = "which of equal magnitudes are kept is undefined there, lowest index first here"
-_DRAWS = "masks are drawn from torch's generator in mergekit's order"
-_PEFT = "bits of the merged task vector for float32 up to 4 models: {}"
+_TRIM = _TIES + "; a density of 0 drops a NaN there and keeps it here"
+_DRAWS = "masks are drawn from torch's generator in its order"
+_PEFT = (
+    "bits of the merged task vector on a CPU for float32 and up to 4 models, with NaN and "
+    "infinities: {}"
+)
+_PEFT_DRAWS = _DRAWS + "; a density of 0, which gives NaN there, gives the base"
+_MECHA = (
+    "bits of the merged task vector (`ties_sum` with k = density) for finite float32, weights of 1 "
+    "and up to 4 models: keeps every tie of the least magnitude kept, each model has one vote, a "
+    "tied vote gives 0"
+)
 
 
 def parameters(
@@ -217,7 +252,11 @@ TIES = _method(
     elect="sum",
     normalize=True,
     rescale=False,
-    parity={"mergekit": _MERGEKIT.format(_TIES), "peft": _PEFT.format(_TIES)},
+    parity={
+        "mergekit": _MERGEKIT.format(_TRIM),
+        "peft": _PEFT.format(_TIES),
+        "sd_mecha": _MECHA,
+    },
 )
 DARE_LINEAR = _method(
     "dare_linear",
@@ -226,7 +265,7 @@ DARE_LINEAR = _method(
     elect=None,
     normalize=False,
     rescale=True,
-    parity={"mergekit": _MERGEKIT.format(_DRAWS), "peft": _PEFT.format(_DRAWS)},
+    parity={"mergekit": _MERGEKIT.format(_DRAWS), "peft": _PEFT.format(_PEFT_DRAWS)},
 )
 DARE_TIES = _method(
     "dare_ties",
@@ -235,7 +274,7 @@ DARE_TIES = _method(
     elect="sum",
     normalize=False,
     rescale=True,
-    parity={"mergekit": _MERGEKIT.format(_DRAWS), "peft": _PEFT.format(_DRAWS)},
+    parity={"mergekit": _MERGEKIT.format(_DRAWS), "peft": _PEFT.format(_PEFT_DRAWS)},
 )
 BREADCRUMBS = _method(
     "breadcrumbs",

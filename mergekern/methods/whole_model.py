@@ -80,12 +80,11 @@ def survey(visit: Visit) -> Found:
     visit(place)
     if not hosts & set(_PLUS_ONE):
         return Found(keep, "positive")
-    return Found(keep, _majority(visit, keep, "knots" in hosts))
+    return Found(keep, _majority(visit, keep))
 
 
-def _majority(visit: Visit, keep: dict[tuple[str, int], Keep], knots: bool) -> str:
-    """The sign that more elements of the whole vector have after the sum; KnOTS takes none as
-    negative."""
+def _majority(visit: Visit, keep: dict[tuple[str, int], Keep]) -> str:
+    """The sign that more elements of the whole vector have after the sum; negative if neither."""
     balance = 0
 
     def count(inputs: Inputs, **_: Any) -> None:
@@ -94,9 +93,7 @@ def _majority(visit: Visit, keep: dict[tuple[str, int], Keep], knots: bool) -> s
             balance += int((s > 0).sum()) - int((s < 0).sum())
 
     visit(count)
-    if balance:
-        return "positive" if balance > 0 else "negative"
-    return "negative" if knots else "none"
+    return "positive" if balance > 0 else "negative"
 
 
 def _sums(inputs: Inputs, keep: list[Keep]) -> Iterator[Tensor]:
@@ -161,8 +158,9 @@ TIES_GLOBAL = Method(
     merge=ties_global,
     parity={
         "fusion_bench": "bits for float32 up to 4 models: keeps int(density n) + 1 of n and every "
-        "tie, a tied vote takes the majority sign of the whole vector",
-        "knots": "as fusion_bench; a majority of none is negative",
+        "tie, a tied vote takes the majority sign of the whole vector, negative if it has none "
+        "(with merge_func max the result is 0 there)",
+        "knots": "the rules of fusion_bench",
     },
     survey=survey,
 )

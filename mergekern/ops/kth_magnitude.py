@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import check, dispatch
-from ..backends import digits
+from .. import check, digits, dispatch
 from ..errors import ArgumentError
 from ..keep import Threshold
 from ._cost import Cost

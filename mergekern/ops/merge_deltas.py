@@ -24,6 +24,7 @@ def merge_deltas(
     *,
     keep: Sequence[Keep] | None = None,
     rescale: str | Sequence[float] | None = None,
+    divide: bool = False,
     elect: str | None = None,
     zero: str = "positive",
     weigh: str = "before",
@@ -43,7 +44,8 @@ def merge_deltas(
     a `Mask`.
     rescale: r_i = 1 (None); "l1": sum |delta_i| / sum |kept delta_i|, as mergekit, 1 where either
     norm is below 1e-7 or not finite; "density": one over the probability of a Bernoulli, as DARE;
-    or one number per model.
+    or one number per model, which `divide` makes a divisor (a step of its own where roundings are
+    those of a host).
     elect: who takes part, per element. None: all. "present": the kept deltas that are not 0.
     "sum": those of the sign of sum_i v_i (v_i the weighted deltas), "count": those of the sign
     that more of them have. zero: the sign of a tied vote; with "none" nobody takes part then.
@@ -54,7 +56,7 @@ def merge_deltas(
     `floor` if that is not 0).
     alone: with "present" and "count", factors instead of the weights where one model is alone.
     rounding: "once", at the store; "host": after every step, as tools do that compute in the
-    dtype of the tensors (see csrc/merge_deltas.h: stepwise).
+    dtype of the tensors; what is dropped is then delta * 0 (see csrc/merge_deltas.h: stepwise).
     base None: the xs are task vectors already and nothing is added.
 
     Shapes: all of one shape, any strides. `out` may be one of the inputs.
@@ -106,13 +108,13 @@ def merge_deltas(
         check.choice(op, "rescale", rescale, RESCALES)
         factors = _factors(op, chosen, rescale, base, xs, rules, stepwise)
     else:
-        factors = check.numbers(op, "rescale", rescale, n)
+        factors = check.numbers(op, "rescale", rescale, n, finite=not stepwise)
     first_factors = [1.0] * n if elect and weigh == "after" else weights
     recipe = Recipe(
         keep=rules,
         before=first_factors
         if stepwise
-        else [w * r for w, r in zip(first_factors, factors, strict=True)],
+        else [w / r if divide else w * r for w, r in zip(first_factors, factors, strict=True)],
         after=weights if elect and weigh == "after" else [1.0] * n,
         weights=[1.0] * n if normalize == "count" else weights,
         alone=[] if alone is None else _alone(op, alone, elect, normalize, n),
@@ -122,6 +124,7 @@ def merge_deltas(
         combine=combine,
         normalize=bool(normalize),
         stepwise=stepwise,
+        divide=divide,
         total=_total(weights, first.dtype, stepwise),
         least=floor,
         instead=floor or 1.0,
@@ -167,8 +170,8 @@ def _factors(
     if rescale == "l1":
         norms = dispatch.load(chosen, op, "l1_norms")(base, xs, rules, stepwise)
         return [
-            l1_factor(everything, kept, _norm_dtype(xs[0].dtype, k) if stepwise else torch.float64)
-            for (everything, kept), k in zip(norms, rules, strict=True)
+            l1_factor(everything, kept, xs[0].dtype if stepwise else torch.float64)
+            for everything, kept in norms
         ]
     if rescale == "density":
         return [1 / _probability(k) for k in rules]
@@ -185,11 +188,6 @@ def l1_factor(everything: float, kept: float, dtype: torch.dtype = torch.float64
     if not bool((norms >= 1e-7).all()) or not bool(norms.isfinite().all()):
         return 1.0
     return float((norms[0] / norms[1]).to(torch.float32))
-
-
-def _norm_dtype(dtype: torch.dtype, keep: Keep) -> torch.dtype:
-    """mergekit draws masks in float32 where the tensor is float16, and takes norms in that type."""
-    return torch.float32 if dtype == torch.float16 and isinstance(keep, Mask) else dtype
 
 
 def _probability(keep: Keep) -> float:

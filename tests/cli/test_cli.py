@@ -124,6 +124,33 @@ def test_progress_bar_and_summary_on_a_terminal(config: Path, tmp_path: Path) ->
     assert "tensors merged" in printed
 
 
+@pytest.mark.filterwarnings("always::mergekern.ConfigWarning")
+def test_settings_without_effect_are_named_on_stderr(run: Run, tmp_path: Path) -> None:
+    base, a = (write_folder(tmp_path / name, tensors(i)) for i, name in enumerate("ab"))
+    density = [{"filter": "atn", "value": 0.1}, {"filter": "mpl", "value": 0.2}, {"value": 1}]
+    path = tmp_path / "merge.yml"
+    path.write_text(json.dumps(ties(base, a, density=density)))
+    code, printed, errors = run("merge", path, tmp_path / "out", "--quiet")
+    assert (code, printed) == (0, "")
+    assert errors.splitlines() == [
+        "mergekern: config: without effect:",
+        "  density of all models: filter 'atn' fits no tensor",
+        "  density of all models: filter 'mpl' fits no tensor",
+    ]
+
+
+def test_host_changes_the_result(run: Run, tmp_path: Path) -> None:
+    folders = [write_folder(tmp_path / n, tensors(i, torch.bfloat16)) for i, n in enumerate("abc")]
+    path = tmp_path / "merge.yml"
+    path.write_text(json.dumps(ties(*folders)))
+    found = []
+    for host in ([], ["--host", "mergekit"]):
+        out = tmp_path / f"out{len(found)}"
+        assert run("merge", path, out, *host)[0] == 0
+        found.append(read_folder(out)["head.weight"])
+    assert not torch.equal(*found)
+
+
 # ---- errors ----------------------------------------------------------------------------------
 
 
@@ -152,6 +179,7 @@ def test_errors_are_one_line_and_exit_code_2(run: Run, config: Path, tmp_path: P
         ((config, out, "--shard-size", "-3"), "shard_size: no size"),
         ((config, out, "--device", "cuda:77"), "device"),
         ((config, out, "--backend", "fast"), "no such backend"),
+        ((config, out, "--host", "nobody"), "linear: unknown host; got 'nobody'; expected"),
     ):
         errors = one_line(*run("merge", *arguments))
         assert text in errors
@@ -280,14 +308,14 @@ def test_doctor_shows_every_backend_and_reason(run: Run) -> None:
     assert (code, errors) == (0, "")
     assert f"mergekern {mk.__version__}, torch {torch.__version__}" in printed
     rows = {r.split("│")[1].strip(): r for r in printed.splitlines() if r.startswith("│")}
-    assert set(rows) == set(dispatch.BACKENDS)
-    for backend in dispatch.BACKENDS:
-        device = "cuda" if backend in ("cuda", "triton") else "cpu"
-        reasons = [dispatch.why_not(backend, op, device) for op in dispatch.OPS]
-        cells = [cell.strip() for cell in rows[backend].split("│")[2:-1]]
-        assert cells == ["-" if reason else "yes" for reason in reasons]
-        for reason in filter(None, reasons):
-            assert reason in printed
+    assert set(rows) == set(dispatch.OPS)
+    for op in dispatch.OPS:
+        cells = dict(zip(dispatch.BACKENDS, map(str.strip, rows[op].split("│")[2:-1]), strict=True))
+        for backend in dispatch.BACKENDS:
+            device = "cuda" if backend in ("cuda", "triton") else "cpu"
+            reason = dispatch.why_not(backend, op, device)
+            assert cells[backend] == ("-" if reason else "yes")
+            assert reason is None or reason in printed
 
 
 def test_doctor_counts_the_threads_of_the_environment() -> None:

@@ -168,7 +168,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (config(chat_template="auto"), "key 'chat_template' is not supported"),
     (config(nonsense=1), "unknown key 'nonsense'"),
     ({"models": []}, "key 'merge_method' is missing"),
-    (config(merge_method="della"), "unknown method; got 'della'"),
+    (config(merge_method="delta"), "unknown method; got 'delta'"),
     (config(merge_method=["linear"]), "unknown method"),
     ({"merge_method": "linear"}, "'models' is no list"),
     (config(models={"model": "a"}), "'models' is no list"),
@@ -184,7 +184,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (config(parameters=[1]), "'parameters' is no mapping"),
     (config(parameters={"density": 1}), "linear: unknown parameter; got 'density'"),
     (config(models=[{"model": "a", "parameters": {"t": 1}}]), "unknown parameter; got 't'"),
-    (config(merge_method="ties"), "ties: needs a base model"),
+    (config(merge_method="ties"), "ties: needs a base model; got none; expected one"),
     (with_base(models=[{"model": "base"}]), "ties: wrong number of models beside the base; got 0"),
     (config(merge_method="passthrough", models=[{"model": "a"}, {"model": "b"}]), "exactly 1"),
     (with_base("slerp", parameters={"t": 1}), "slerp: "),
@@ -271,6 +271,7 @@ def test_positions_in_the_depth_of_each_stack() -> None:
         ([0, 0.5, 0], 0.75, 0.25),
         ([7], 0.4, 7),
         ([1, 3, 2], 0.0, 1),
+        (["1e-3", 1], 0.5, 0.5005),  # a text to YAML
         ([True, False], 0.2, True),
         ([True, False], 0.8, False),
         ({"filter": "attn", "value": 2}, 0.0, 2),
@@ -346,11 +347,48 @@ def test_missing_weight_names_model_and_tensor() -> None:
         arguments(read, "mlp.w", 0.0, [0])
 
 
-@pytest.mark.parametrize("value", ["heavy", {"a": 1}, math.nan, math.inf, True])
-def test_value_of_the_wrong_type_is_refused(value: Any) -> None:
-    read = load_config(config(parameters={"weight": value}, models=[{"model": "a"}]))
-    with pytest.raises((ConfigError, ArgumentError)):
-        arguments(read, "x", 0.0, [0])
+BAD: list[tuple[Any, str]] = [
+    ("heavy", "weight is no number; got 'heavy'; expected a number"),
+    ({"a": 1}, "a conditional parameter has filter and value; got {'a': 1}"),
+    (math.nan, "weight is not finite; got nan; expected a finite number"),
+    ([math.nan, 1.0], "weight is not finite; got nan"),
+    (math.inf, "weight is not finite; got inf"),
+    (True, "weight is no number; got True"),
+    ([], "a parameter is an empty list"),
+    ([[1]], "a gradient is a list of numbers; got [[1]]"),
+    ([{"value": [1, {"value": 2}]}], "a gradient is a list of numbers"),
+]
+
+
+@pytest.mark.parametrize(("value", "text"), BAD, ids=[str(b[0]) for b in BAD])
+def test_bad_value_names_key_model_and_tensor(value: Any, text: str) -> None:
+    """Of a model's own setting, and of one for all."""
+    own = [{"model": "a", "parameters": {"weight": 1}}, {"model": "b"}]
+    read = load_config(config(parameters={"weight": value}, models=own))
+    with pytest.raises(ConfigError) as caught:
+        arguments(read, "layers.0.x", 0.5, [0, 1])
+    assert str(caught.value).startswith(f"config: {text}")
+    assert str(caught.value).endswith("(weight of all models, tensor layers.0.x)")
+    own[1]["parameters"] = {"weight": value}
+    read = load_config(config(models=own))
+    with pytest.raises(ConfigError) as caught:
+        arguments(read, "layers.0.x", 0.5, [0, 1])
+    assert str(caught.value).endswith("(weight of model b, tensor layers.0.x)")
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_density_names_its_range_and_a_bad_switch_its_values() -> None:
+    for key, value, text in (
+        ("density", 1.5, "density is out of range; got 1.5; expected 0 to 1"),
+        ("density", -0.1, "density is out of range; got -0.1"),
+        ("normalize", "yes", "normalize is no boolean; got 'yes'; expected true or false"),
+        ("lambda", math.nan, "lambda is not finite; got nan"),
+    ):
+        read = load_config(with_base(parameters={"weight": 1, key: value}))
+        with pytest.raises(ConfigError) as caught:
+            arguments(read, "w", 0.0, [0, 1])
+        assert str(caught.value).startswith(f"config: {text}")
+        assert str(caught.value).endswith(f"({key} of all models, tensor w)")
 
 
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
@@ -360,12 +398,28 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
         load_config(path)
 
 
-def test_parameters_of_a_subtracted_base_are_named_as_unused() -> None:
-    config = {
-        "merge_method": "ties",
-        "base_model": "b",
-        "models": [{"model": "a"}, {"model": "b", "parameters": {"weight": 2.0}}],
-        "parameters": {"weight": 1.0},
-    }
-    with pytest.warns(UserWarning, match="the parameters of b are not used"):
-        assert [m.path for m in load_config(config).models] == ["a"]
+def test_a_subtracted_base_takes_no_parameters() -> None:
+    models = [{"model": "a"}, {"model": "base", "parameters": {"weight": 2.0, "density": 1}}]
+    with pytest.raises(ConfigError) as caught:
+        load_config(with_base(models=models, parameters={"weight": 1.0}))
+    assert str(caught.value) == (
+        "config: models[1] is the base, which ties subtracts from the others; "
+        "got parameters weight, density; expected none"
+    )
+    models[1]["parameters"] = {"weight": 2.0}
+    read = load_config(with_base("linear", models=models, parameters={"weight": 1.0}))
+    assert arguments(read, "w", 0.0, [0, 1])["weight"] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("spelling", ["./base", "base/", "x/../base"])
+def test_the_base_is_known_by_any_spelling(spelling: str) -> None:
+    models = [{"model": "a"}, {"model": spelling}]
+    copy = {"filter": "head", "action": "copy", "from": spelling}
+    everywhere = {"weight": 1.0}
+    read = load_config(with_base(models=models, parameters=everywhere, exceptions=[copy]))
+    assert read.paths == ("base", "a")
+    assert read.exceptions[0].source == "base"
+    read = load_config(with_base("linear", models=models, parameters=everywhere))
+    assert read.paths == ("a", "base")
+    with pytest.raises(ConfigError, match="base model is listed more than once; got base"):
+        load_config(with_base(models=[*models, {"model": "base"}], parameters=everywhere))

@@ -718,7 +718,7 @@ def test_everything_written_is_synced(
 @pytest.mark.parametrize("memory", ["4MiB", "1GiB"])
 def test_parameter_found_bad_midway(blocks: list[Path], tmp_path: Path, memory: str) -> None:
     density = [{"filter": "layer.9.", "value": 1.5}, {"value": 0.5}]
-    with pytest.raises(ArgumentError, match=r"density.*1\.5"):
+    with pytest.raises(ConfigError, match=r"density.*1\.5"):
         merge(ties(*blocks, density=density), tmp_path / "out", memory=memory)
     assert nothing_left(tmp_path, "out")
 

@@ -11,24 +11,19 @@ from torch import Tensor
 
 import mergekern as mk
 from mergekern import ArgumentError, merge_tensors
-from mergekern.keep import Bernoulli
 from mergekern.methods.geometry import slerp_coefficients
 
 from accuracy import assert_bits_equal, assert_bytes_equal, assert_within, half_ulp
+from methods.oracle import (
+    U,
+    assert_task_vectors,
+    drawn_mask,
+    family,
+    magnitude_mask,
+    normal,
+)
 
-U = 2.0**-24  # relative error of one float32 operation
 TASK_VECTORS = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def family(n: int, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
-    """A base and n models near it."""
-    base = normal(*shape, seed=99)
-    xs = [(base + 0.1 * normal(*shape, seed=i)).to(dtype) for i in range(n)]
-    return base.to(dtype), xs
 
 
 # ---- the table: names, scopes, defaults -------------------------------------------------------
@@ -46,30 +41,53 @@ TABLE = {
     "ties": {**TASK_DEFAULTS, "normalize": True, "rescale": False},
     "dare_linear": {**TASK_DEFAULTS, "normalize": False, "rescale": True},
     "dare_ties": {**TASK_DEFAULTS, "normalize": False, "rescale": True},
+    "breadcrumbs": {**TASK_DEFAULTS, "gamma": 0.01, "normalize": False, "rescale": False},
+    "breadcrumbs_ties": {**TASK_DEFAULTS, "gamma": 0.01, "normalize": False, "rescale": False},
+    "della": {**TASK_DEFAULTS, "epsilon": 0.15, "normalize": True, "rescale": True},
+    "della_linear": {**TASK_DEFAULTS, "epsilon": 0.15, "normalize": False, "rescale": True},
+    "sce": {"select_topk": 1.0, "int8_mask": False},
+    "ram": {"epsilon": 1e-5},
+    "ramplus_tl": {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2},
+    # Not of mergekit.
+    "magnitude_prune": {"density": 1.0, "lambda": 1.0},
+    "ties_global": {"weight": 1.0, "density": 0.2, "merge_func": "mean", "lambda": 1.0},
 }
-REQUIRED = {
-    "linear": {"weight"},
-    "slerp": {"t"},
-    "passthrough": set(),
-    "karcher": set(),
-    "model_stock": set(),
+NOTHING_REQUIRED = {
+    "karcher",
+    "model_stock",
+    "passthrough",
+    "sce",
+    "ram",
+    "ramplus_tl",
+    "ties_global",
 }
-PER_MODEL = {"weight", "density", "scale"}
+PER_MODEL = {
+    ("weight", "*"),
+    ("density", "*"),
+    ("scale", "passthrough"),
+    ("gamma", "breadcrumbs"),
+    ("gamma", "breadcrumbs_ties"),
+    ("epsilon", "della"),
+    ("epsilon", "della_linear"),
+}
+# Tested in files of their own.
+ELSEWHERE = {"nearswap", "arcee_fusion", "fisher", "emr", "magmax", "consensus"}
 
 
 def test_methods_are_those_of_the_table() -> None:
-    assert set(mk.methods()) == set(TABLE)
+    assert set(mk.methods()) == set(TABLE) | ELSEWHERE
+    assert all(name == spec.name for name, spec in mk.methods().items())
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_parameters_have_the_names_scopes_and_defaults_of_mergekit(name: str) -> None:
     spec = mk.methods()[name]
     assert {p.name: p.default for p in spec.parameters if not p.required} == TABLE[name]
-    required = REQUIRED.get(name, {"weight"})
+    required = set() if name in NOTHING_REQUIRED else {"t" if name == "slerp" else "weight"}
     assert {p.name for p in spec.parameters if p.required} == required
     assert {p.name for p in spec.parameters if p.scope == "model"} == {
-        p.name for p in spec.parameters
-    } & PER_MODEL
+        p.name for p in spec.parameters if PER_MODEL & {(p.name, "*"), (p.name, name)}
+    }
 
 
 def test_registry_is_a_copy() -> None:
@@ -97,67 +115,6 @@ def test_linear(n: int, normalize: bool, dtype: torch.dtype) -> None:
     bound = (2 * n + 4) * (unit + 2.0**-53) * size
     assert_within(got, oracle, bound + half_ulp(oracle.abs() + bound, dtype))
     assert got.dtype == dtype
-
-
-def task_vector_oracle(
-    base: Tensor,
-    xs: list[Tensor],
-    weight: list[float],
-    masks: list[Tensor],
-    *,
-    elect: bool,
-    normalize: bool,
-    rescale: bool,
-    lam: float,
-) -> Tensor:
-    """The generalized task arithmetic of the reference page, step by step, in float64."""
-    vs, deltas = [], []
-    for x, mask, w in zip(xs, masks, weight, strict=True):
-        delta = x.double() - base.double()
-        kept = torch.where(mask, delta, torch.zeros(()).double())
-        before, after = delta.abs().sum(), kept.abs().sum()
-        if rescale and before >= 1e-7 and after >= 1e-7:
-            kept = kept * (before / after)
-        deltas.append(kept)
-        vs.append(kept * w)
-    v = torch.stack(vs)
-    w = torch.tensor(weight, dtype=torch.float64).reshape(-1, *[1] * base.ndim)
-    if elect:
-        majority = torch.where(v.sum(0) >= 0, 1.0, -1.0)
-        agrees = v.sign() == majority
-        merged, divisor = (v * agrees).sum(0), (w * agrees).sum(0)
-        divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
-    else:
-        merged, divisor = v.sum(0), w.sum(0).expand(base.shape)
-        divisor = torch.where(divisor.abs() < 1e-8, torch.ones_like(divisor), divisor)
-    if normalize:
-        merged = merged / divisor
-    return base.double() + lam * merged
-
-
-def magnitude_mask(base: Tensor, x: Tensor, density: float) -> Tensor:
-    """The int(density * numel) largest |x - base|, at least one, the lowest index among equals."""
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    size = (x.to(acc) - base.to(acc)).abs().reshape(-1)
-    k = size.numel() if density >= 1 else 0 if density == 0 else max(1, int(density * len(size)))
-    mask = torch.zeros(size.shape, dtype=torch.bool)
-    mask[torch.sort(size, descending=True, stable=True).indices[:k]] = True
-    return mask.reshape(x.shape)
-
-
-def drawn_mask(x: Tensor, density: float, seed: int, name: str, model: int) -> Tensor:
-    """The mask of DARE by Philox4x32-10, written from its definition."""
-    rule = Bernoulli(density, seed, name, model)
-    bits = []
-    for block in range(-(-x.numel() // 8)):
-        c, (k0, k1) = [block, 0, 0, 0], rule.key
-        for _ in range(10):
-            low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-            c = [high >> 32 ^ c[1] ^ k0, high & 0xFFFFFFFF, low >> 32 ^ c[3] ^ k1, low & 0xFFFFFFFF]
-            k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-        for word in c:
-            bits += [word & 0xFFFF, word >> 16]
-    return (torch.tensor(bits[: x.numel()]) < rule.limit).reshape(x.shape)
 
 
 CASES = [
@@ -194,32 +151,7 @@ def test_task_vectors(
         "rescale": rescaled and method != "task_arithmetic",
         "lam": lam,
     }
-    oracle = task_vector_oracle(base, xs, weight, masks, **options)
-    # About 6 roundings a model (delta, factor, product, weight, two sums) and 6 after them, each
-    # relative to no more than the sum of |weighted deltas|, magnified by the smallest divisor.
-    deltas = [x.double() - base.double() for x in xs]
-    factors = [
-        d.abs().sum() / max(1e-7, float((d.abs() * m).sum())) if options["rescale"] else 1.0
-        for d, m in zip(deltas, masks, strict=True)
-    ]
-    size = sum(
-        abs(w) * f * (d * m).abs()
-        for w, f, d, m in zip(weight, factors, deltas, masks, strict=True)
-    )
-    least = 1.0
-    if normalized:  # the smallest |sum of weights| over which a vote may divide
-        sums = [sum(w for i, w in enumerate(weight) if s >> i & 1) for s in range(1, 8)]
-        least = min(abs(s) for s in sums) if elect else abs(sum(weight))
-    error = 24 * U * size / least
-    bound = error + half_ulp(oracle.abs() + error, torch.float32)
-    if elect:  # where a vote is this close to zero, float32 may elect the other sign
-        votes = sum(
-            w * f * d * m for w, f, d, m in zip(weight, factors, deltas, masks, strict=True)
-        )
-        clear = (votes.abs() > 24 * U * size) | (size == 0)
-        assert clear.float().mean() > 0.99
-        got, oracle, bound = got[clear], oracle[clear], bound[clear]
-    assert_within(got, oracle, bound)
+    assert_task_vectors(got, base, xs, weight, masks, **options)
 
 
 def slerp_oracle(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -423,12 +355,11 @@ def test_every_method_takes_empty_tensors_and_scalars(
     method: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     x = torch.full(shape, 2.0, dtype=dtype)
-    base = x.clone() if mk.methods()[method].base == "required" else None
+    spec = mk.methods()[method]
+    base = x.clone() if spec.base == "required" else None
     n = 1 if method == "passthrough" else 2
-    required = REQUIRED.get(method, {"weight"})
-    given = {name: 0.5 if name == "t" else 1 for name in required}
-    if method in TASK_VECTORS:
-        given["density"] = 0.5
+    usual = {"t": 0.5, "weight": 1, "density": 0.5, "select_topk": 0.5}
+    given = {p.name: usual[p.name] for p in spec.parameters if p.name in usual}
     assert_bits_equal(merge_tensors([x] * n, method, base=base, **given), x)
 
 
@@ -468,7 +399,7 @@ def test_inputs_are_not_changed_and_may_be_strided() -> None:
 
 X, Y = torch.zeros(3), torch.ones(3)
 WRONG: list[tuple[str, list[Any], str, dict[str, Any], str]] = [
-    ("unknown method", [X], "della", {"weight": 1}, "unknown method; got 'della'"),
+    ("unknown method", [X], "delta", {"weight": 1}, "unknown method; got 'delta'"),
     ("unknown parameter", [X], "linear", {"weight": 1, "wieght": 2}, "'wieght'; expected weight"),
     ("foreign parameter", [X], "linear", {"weight": 1, "density": 1}, "got 'density'"),
     ("missing weight", [X], "linear", {}, "weight is required"),

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ... import digits
 from ...check import accumulator
 from ...keep import NOTHING
-from .. import digits
 from . import runtime
 
 _cpu = runtime._cpu

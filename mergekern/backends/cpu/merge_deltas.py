@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import digits
 from ...check import accumulator
 from ...keep import Band, Bernoulli, Keep, Mask, Recipe, Threshold
-from .. import digits
 from . import runtime
 
 _cpu = runtime._cpu

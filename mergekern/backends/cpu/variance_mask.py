@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import digits
 from ...check import accumulator
-from .. import digits
 from . import kth_magnitude, runtime
 
 _cpu = runtime._cpu

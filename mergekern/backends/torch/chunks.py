@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import digits
+from ... import digits
 
 CHUNK = 1 << 18
 

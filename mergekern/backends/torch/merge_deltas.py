@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ... import digits
 from ...check import accumulator
 from ...keep import Band, Bernoulli, Keep, Mask, Recipe, Threshold
-from .. import digits
 from . import chunks
 
 
@@ -27,9 +27,10 @@ def merge_deltas(out: Tensor, base: Tensor | None, xs: list[Tensor], recipe: Rec
         for x, k, r, w in zip(xs, recipe.keep, recipe.rescale, recipe.before, strict=True):
             d = chunks.part(x, begin, end, acc)
             d = d if origin is None else step(d - origin)
-            u = torch.where(kept(k, d, first), d, 0)
+            u = torch.where(kept(k, d, first), d, d * 0 if recipe.stepwise else 0)
             if recipe.stepwise and r != 1:
-                u = step(u * chunks.scalar(r, d))
+                factor = chunks.scalar(r, d)
+                u = step(u / factor if recipe.divide else u * factor)
             us.append(step(u * chunks.scalar(w, d)))
         s = torch.zeros_like(us[0])
         for u in us:
