@@ -6,6 +6,7 @@ namespace mk {
 namespace {
 
 constexpr std::int64_t kInRegisters = 4;  // vectors up to which no block is stored in between
+constexpr std::int64_t kAhead = 2;        // blocks that are asked for before their use
 
 constexpr std::int64_t pairs(std::int64_t n) { return n * (n + 1) / 2; }
 
@@ -152,6 +153,10 @@ void sum_few(const Gram& args, std::int64_t begin, std::int64_t end, double* sum
     decltype(blocks[0].read(args.xs[0], 0, 0)) xs[N];
     for (std::int64_t at = begin; at < end; at += kGramBlock) {
       const std::int64_t n = std::min(kGramBlock, end - at);
+      const std::int64_t later = at + kAhead * kGramBlock;
+      const std::int64_t some = std::clamp<std::int64_t>(end - later, 0, kGramBlock);
+      for (int k = 0; k < N; ++k) prefetch_block<T>(args.xs[k], later, some);
+      if (args.base) prefetch_block<T>(*args.base, later, some);
       for (int k = 0; k < N; ++k) xs[k] = blocks[k].read(args.xs[k], at, n);
       if (args.base)
         add_products<N, true>(xs, blocks[N].read(*args.base, at, n), n, sums);

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import check
 from ..ops.gram import gram
 from ..ops.weighted_rows import weighted_rows
 from ..ops.weighted_sum import weighted_sum
@@ -44,7 +45,7 @@ def vectors(inputs: Inputs, dim: int, coefficients: Coefficients) -> Tensor:
     first, n = inputs.xs[0], len(inputs.xs)
     if first.ndim < 2:
         return whole(inputs, coefficients)
-    out = torch.empty(first.shape, dtype=inputs.out_dtype, device=first.device)
+    out = check.output("merge", None, first, dtype=inputs.out_dtype)
     # Each vector has a matrix of dot products, many times its own size where it is short.
     others = range(first.ndim)[1:] if dim == 0 else range(first.ndim)[:-1]
     count = math.prod(first.shape[d] for d in others)
