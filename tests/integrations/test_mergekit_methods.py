@@ -19,7 +19,7 @@ from torch import Tensor
 import mergekern as mk
 from mergekern.check import name_of
 
-from accuracy import assert_bits_equal
+from accuracy import assert_bits_equal, half_ulp
 from methods.oracle import (
     band_mask,
     drawn_mask,
@@ -213,7 +213,12 @@ def test_what_is_kept_among_ties(method: str, kind: str, dtype: torch.dtype) -> 
 
 # ---- without a host: never further from float64 ----------------------------------------------
 
-Side = tuple[Tensor, Tensor]  # error of every element, and which of them count
+# Error of every element, which of them count, and the least error that a result surely has.
+Side = tuple[Tensor, Tensor, Tensor]
+
+
+def side_of(got: Tensor, exact: Tensor, clear: Tensor) -> Side:
+    return (got.double() - exact).abs(), clear & exact.isfinite(), half_ulp(exact, got.dtype)
 
 
 def masks_of(
@@ -274,18 +279,27 @@ def error_of(
     if options["elect"]:
         size = terms.abs().sum(0)
         clear &= (terms.sum(0).abs() > 24 * unit * size) | (size == 0)
-    return (got.double() - exact).abs(), clear
+    return side_of(got, exact, clear)
 
 
-def assert_no_worse(pairs: list[tuple[Side, Side]], what: str) -> None:
-    """Over all settings of one case, the largest error of ours and of mergekit's."""
-    errors = []
-    for sides in zip(*pairs, strict=True):
-        off = torch.cat([error[clear].reshape(-1) for error, clear in sides])
-        assert not off.isnan().any()
+def assert_no_worse(pairs: list[tuple[Side, Side]], what: str, *, units: float = 0.0) -> None:
+    """Over all settings of one case, the largest error of ours and of mergekit's.
+
+    An element of ours within half a unit in the last place of the exact result is as close as its
+    type allows, and does not count. units: how many of these half units ours may be behind.
+    """
+    errors, half = [], 0.0
+    for ours, sides in zip((True, False), zip(*pairs, strict=True), strict=True):
+        offs = []
+        for error, clear, least in sides:
+            off, least = error[clear], least[clear]
+            assert not off.isnan().any()
+            half = max(half, float(least.max()) if len(off) else 0.0)
+            offs.append(off[off > least] if ours else off.reshape(-1))
+        off = torch.cat(offs)
         errors.append(float(off.max()) if len(off) else 0.0)
     print(f"{what}: max error {errors[0]:.3e}, mergekit {errors[1]:.3e}")
-    assert errors[0] <= errors[1]
+    assert errors[0] <= errors[1] + units * half
 
 
 DEFAULT_KINDS = ("random", "ties", "zeros", "nan", "one", "depthwise", "scalar", "empty")
@@ -324,7 +338,9 @@ def test_task_vectors_are_no_worse(method: str, dtype: torch.dtype, kind: str) -
         )
         pairs.append((side, theirs_))
     if pairs:
-        assert_no_worse(pairs, f"{method} {name_of(dtype)} {kind}")
+        # Drawn masks keep other elements in mergekit: of few, ours may round another way.
+        units = 2.0 if method.startswith(("dare", "della")) else 0.0
+        assert_no_worse(pairs, f"{method} {name_of(dtype)} {kind}", units=units)
 
 
 def sce_pair(base: Tensor, xs: list[Tensor], topk: float) -> tuple[Side, Side]:
@@ -339,7 +355,7 @@ def sce_pair(base: Tensor, xs: list[Tensor], topk: float) -> tuple[Side, Side]:
         size = kept.abs().sum(0)
         clear = (kept.sum(0).abs() > 24 * unit * size) | (size == 0)
         exact = sce_oracle(base, xs, mask)
-        sides.append(((got.double() - exact).abs(), clear & exact.isfinite()))
+        sides.append(side_of(got, exact, clear))
     return sides[0], sides[1]
 
 
@@ -361,7 +377,7 @@ def ram_pair(
     other = theirs(base, xs, method, **given)
     # Models that drop a NaN lose it in mergekit's count of what they share.
     clear = exact.isfinite()
-    return ((mine.double() - exact).abs(), clear), ((other.double() - exact).abs(), clear)
+    return side_of(mine, exact, clear), side_of(other, exact, clear)
 
 
 OTHERS: dict[str, Callable[[Tensor, list[Tensor]], tuple[Side, Side]]] = {
@@ -388,9 +404,7 @@ def test_others_are_no_worse(method: str, dtype: torch.dtype, kind: str) -> None
 @pytest.mark.parametrize("kind", DEFAULT_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_linear_and_slerp_are_no_worse(dtype: torch.dtype, kind: str) -> None:
-    """float32 linear: mergekit's addcmul may fuse, and so spares half a unit of every product."""
     pairs: dict[str, list[tuple[Side, Side]]] = {"linear": [], "slerp": []}
-    slack = 0.0
     for seed in range(6):
         base, xs = family(kind, dtype, 2, seed)
         weights = [0.3, 0.9]
@@ -399,11 +413,7 @@ def test_linear_and_slerp_are_no_worse(dtype: torch.dtype, kind: str) -> None:
         mine = mk.merge_tensors(xs, "linear", weight=weights)
         other = api.merge_tensors(xs, "linear", parameters={"weight": weights})
         clear = exact.isfinite()
-        pairs["linear"].append(
-            (((mine.double() - exact).abs(), clear), ((other.double() - exact).abs(), clear))
-        )
-        if base.numel() and kind != "nan":
-            slack = max(slack, float(torch.stack(wide).abs().max()))
+        pairs["linear"].append((side_of(mine, exact, clear), side_of(other, exact, clear)))
         if kind in ("nan", "empty"):
             continue
         v, u = base.double().reshape(-1), wide[0].reshape(-1)
@@ -419,17 +429,8 @@ def test_linear_and_slerp_are_no_worse(dtype: torch.dtype, kind: str) -> None:
         mine = mk.merge_tensors([base, xs[0]], "slerp", t=0.25)
         other = api.merge_tensors([base, xs[0]], "slerp", parameters={"t": 0.25}, base_index=0)
         clear = exact.isfinite()
-        pairs["slerp"].append(
-            (((mine.double() - exact).abs(), clear), ((other.double() - exact).abs(), clear))
-        )
+        pairs["slerp"].append((side_of(mine, exact, clear), side_of(other, exact, clear)))
     for method, measured in pairs.items():
         if not measured:
-            continue
-        if method == "linear" and dtype == torch.float32:
-            mine_, other_ = (
-                max((float(e[c].max()) for e, c in sides if c.any()), default=0.0)
-                for sides in zip(*measured, strict=True)
-            )
-            assert mine_ <= other_ + UNIT[dtype] * slack
             continue
         assert_no_worse(measured, f"{method} {name_of(dtype)} {kind}")
