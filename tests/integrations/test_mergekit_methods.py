@@ -391,6 +391,7 @@ OTHERS: dict[str, Callable[[Tensor, list[Tensor]], tuple[Side, Side]]] = {
 @pytest.mark.parametrize("kind", DEFAULT_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.filterwarnings("ignore:var\\(\\)")  # torch's, in mergekit, on empty tensors
 def test_others_are_no_worse(method: str, dtype: torch.dtype, kind: str) -> None:
     families = [family(kind, dtype, n, seed) for n in (1, 3) for seed in range(4)]
     if kind == "nan" and method.startswith("sce"):
@@ -398,7 +399,10 @@ def test_others_are_no_worse(method: str, dtype: torch.dtype, kind: str) -> None
             assert mk.merge_tensors(xs, "sce", base=base).isnan().all()
             assert theirs(base, xs, "sce").isnan().all()
         return
-    assert_no_worse([OTHERS[method](*f) for f in families], f"{method} {name_of(dtype)} {kind}")
+    # The weights of SCE are reductions: theirs and ours differ in the last bit, either way.
+    units = 1.0 if method.startswith("sce") else 0.0
+    pairs = [OTHERS[method](*f) for f in families]
+    assert_no_worse(pairs, f"{method} {name_of(dtype)} {kind}", units=units)
 
 
 @pytest.mark.parametrize("kind", DEFAULT_KINDS)
