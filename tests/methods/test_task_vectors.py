@@ -444,7 +444,7 @@ def test_hosts_of_ties_global_keep_one_more_and_every_tie(host: str) -> None:
 
 @pytest.mark.parametrize(
     ("rest", "fusion_bench", "knots"),
-    [(1.0, 1.0, 1.0), (-1.0, -1.0, -1.0), (0.0, 0.0, -1.0)],
+    [(1.0, 1.0, 1.0), (-1.0, -1.0, -1.0), (0.0, -1.0, -1.0)],
     ids=["positive", "negative", "none"],
 )
 def test_a_tied_vote_takes_the_majority_sign(
