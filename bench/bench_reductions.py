@@ -86,8 +86,6 @@ ALL = (
 
 @pytest.mark.parametrize("what", ALL, ids=[r.method for r in ALL])
 def bench_reductions(row, dtype: torch.dtype, nbytes: int, what: Reduction) -> None:
-    if what.method not in mk.methods():
-        pytest.skip(f"{what.method} is not among the methods of this version")
     base, xs = models(what.models, nbytes, dtype)
     if what.matrices:
         base, *xs = [x.view(-1, COLUMNS) for x in (base, *xs)]
