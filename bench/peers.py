@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import sys
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ PEER_ELEMENTS = 1 << 25  # more would say nothing else
 SORT_ELEMENTS = 1 << 22  # for what sorts: seconds a call; a smaller sort is not slower per element
 
 Peers = dict[str, tuple[Call, float]]
+
+
+def _installed(name: str) -> bool:
+    """A module that is loaded may lack the spec that find_spec asks for: fusion_bench's does."""
+    return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
 def _slice(x: Tensor, elements: int) -> Tensor:
@@ -38,7 +44,7 @@ def mergekit(
     elements: int = PEER_ELEMENTS,
     **parameters: Any,
 ) -> Peers:
-    if importlib.util.find_spec("mergekit") is None:
+    if not _installed("mergekit"):
         return {}
     from mergekit.merge_methods import merge_tensors
 
@@ -52,7 +58,7 @@ def mergekit(
 
 
 def peft_ties(base: Tensor, xs: list[Tensor], density: float) -> Peers:
-    if importlib.util.find_spec("peft") is None:
+    if not _installed("peft"):
         return {}
     from peft.utils.merge_utils import ties
 
@@ -64,7 +70,7 @@ def peft_ties(base: Tensor, xs: list[Tensor], density: float) -> Peers:
 
 def fusion_bench_ties(base: Tensor, xs: list[Tensor], density: float) -> Peers:
     """As its TiesMergingAlgorithm merges flat vectors."""
-    if importlib.util.find_spec("fusion_bench") is None:
+    if not _installed("fusion_bench"):
         return {}
     b = _slice(base, SORT_ELEMENTS)
     tensors = [_slice(x, SORT_ELEMENTS) for x in xs]

@@ -115,9 +115,9 @@ def numbers(op: str, name: str, values: Any, n: int, *, finite: bool = True) -> 
     return [number(op, f"{name}[{i}]", v, finite=finite) for i, v in enumerate(values)]
 
 
-def mask(op: str, bits: Any, like: Tensor) -> None:
-    """Bits of a stored mask: one per element of `like`, packed as numpy.packbits does."""
-    expected = f"uint8 [{(like.numel() + 7) // 8}] on {like.device}, contiguous"
+def mask(op: str, bits: Any, numel: int, device: torch.device) -> None:
+    """Bits of a stored mask of `numel` elements, packed as numpy.packbits does."""
+    expected = f"uint8 [{(numel + 7) // 8}] on {device}, contiguous"
     if not isinstance(bits, Tensor):
         raise ArgumentError.of(op, "mask is no tensor", type(bits).__name__, expected)
     got = f"{name_of(bits.dtype)} {list(bits.shape)} on {bits.device}"

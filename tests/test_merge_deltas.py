@@ -42,21 +42,16 @@ def factors_of(
         return [1 / ((limit or 65536) / 65536) for limit in limits]
     if rescale == "l1":
         norms = reference.l1_norms(base, xs, keep, stepwise)
-        # Tools that compute in the dtype of the tensors hold their norms in it too, but for
-        # float16 in the type in which they draw masks.
-        held = [
-            torch.float32 if xs[0].dtype == torch.float16 and isinstance(k, Mask) else xs[0].dtype
-            for k in keep
-        ]
 
-        def hold(values: Any, dtype: torch.dtype) -> Any:
-            return torch.tensor(values, dtype=torch.float64).to(dtype).tolist()
+        def hold(values: Any) -> Any:
+            """Tools that compute in the dtype of the tensors hold their norms in it too."""
+            return torch.tensor(values, dtype=torch.float64).to(xs[0].dtype).tolist()
 
         if stepwise:
-            norms = [hold(pair, dtype) for pair, dtype in zip(norms, held, strict=True)]
+            norms = [tuple(pair) for pair in hold(norms)]
         ratios = [a / b if 1e-7 <= a < INF and b >= 1e-7 else 1.0 for a, b in norms]
         if stepwise:
-            ratios = [hold(r, dtype) for r, dtype in zip(ratios, held, strict=True)]
+            ratios = hold(ratios)
         return [float(np.float32(r)) for r in ratios]
     return [1.0] * len(xs) if rescale is None else list(rescale)
 

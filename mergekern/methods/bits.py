@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..check import name_of
+from .. import check
+from ..bits import pack
 from ..errors import ArgumentError, CheckpointError
 from ..keep import Mask
 
@@ -30,8 +31,7 @@ class Packer:
         self._rest = piece[whole:].clone()
 
     def _store(self, piece: Tensor) -> None:
-        powers = 2.0 ** torch.arange(7, -1, -1, device=piece.device)
-        packed = (piece.view(-1, 8).to(torch.float32) @ powers).to(torch.uint8)  # exact
+        packed = pack(piece)
         self._bits[self._at : self._at + len(packed)] = packed
         self._at += len(packed)
 
@@ -40,22 +40,6 @@ class Packer:
         if len(self._rest):
             self.add(torch.zeros(8 - len(self._rest), dtype=torch.bool, device=self._rest.device))
         return Mask(self._bits)
-
-
-def unpack(mask: Mask, first: int, n: int) -> Tensor:
-    """The booleans of elements [first, first + n)."""
-    part = mask.bits[first // 8 : (first + n + 7) // 8]
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=part.device)
-    flat = ((part[:, None] >> shifts) & 1).view(-1).to(torch.bool)
-    return flat[first % 8 :][:n]
-
-
-def require_mask(op: str, mask: Mask, numel: int, device: torch.device) -> None:
-    bits = mask.bits
-    got = f"{name_of(bits.dtype)} {list(bits.shape)} on {bits.device}"
-    expected = f"uint8 [{(numel + 7) // 8}] on {device}"
-    if got != expected:
-        raise ArgumentError.of(op, "a mask does not fit", got, expected)
 
 
 def save_masks(path: str | Path, masks: Mapping[str, Mask], like: Mapping[str, Tensor]) -> None:
@@ -83,7 +67,7 @@ def save_masks(path: str | Path, masks: Mapping[str, Mask], like: Mapping[str, T
     at = 0
     for name in sorted(like):
         n = like[name].numel()
-        require_mask("save_masks", masks[name], n, masks[name].bits.device)
+        check.mask("save_masks", masks[name].bits, n, masks[name].bits.device)
         bits = _ended(masks[name].bits.cpu().numpy().copy(), n)
         start, shift = divmod(at, 8)
         vector[start : start + len(bits)] |= bits >> shift

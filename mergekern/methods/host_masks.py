@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
 from ..keep import Keep, Mask
 from ..ops.merge_deltas import merge_deltas
+from .bits import Packer
 
 _CHUNK = 1 << 20  # elements; torch draws the same numbers however the tensor is divided
 
@@ -21,13 +21,10 @@ def _working(dtype: torch.dtype) -> torch.dtype:
 
 
 def _packed(parts: Iterator[Tensor], total: int) -> Mask:
-    bits = torch.empty((total + 7) // 8, dtype=torch.uint8)
-    at = 0
+    packer = Packer(total, torch.device("cpu"))
     for part in parts:
-        packed = np.packbits(part.numpy().reshape(-1))
-        bits[at : at + len(packed)] = torch.from_numpy(packed)
-        at += len(packed)
-    return Mask(bits)
+        packer.add(part.bool().view(-1))
+    return packer.mask()
 
 
 def bernoulli(x: Tensor, density: float) -> Mask:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import check
+from ..bits import unpack
 from ..errors import ArgumentError
 from ..keep import Mask
-from .bits import Packer, require_mask, unpack
+from .bits import Packer
 from .chunked import Part, chunks_for, number, select
 from .deltas import SCALE, checked, deltas, merge_chunks, total_of
 from .registry import REQUIRED, Inputs, Method, Parameter
@@ -132,14 +133,14 @@ def masked(
     """
     chunks = chunks_for("masked", backend)
     base, delta = check.tensors("masked", [base, delta])
-    require_mask("masked", mask, base.numel(), base.device)
+    check.mask("masked", mask.bits, base.numel(), base.device)
     acc = check.accumulator(base.dtype)
     result = check.output("masked", None, base)
     out, origin, d = chunks.flat([result, base, delta])
     for begin, end, first in chunks.rows([origin]):
         b = chunks.part(origin, begin, end, acc)
         moved = b + chunks.part(d, begin, end, acc) * number(scale, b)
-        chunks.store(out, begin, end, select(unpack(mask, first, len(b)), moved, b))
+        chunks.store(out, begin, end, select(unpack(mask.bits, first, len(b)), moved, b))
     return result
 
 
@@ -159,13 +160,13 @@ def consensus_mask(masks: Sequence[Mask], k: int, numel: int) -> Mask:
         raise ArgumentError.of("consensus_mask", "masks is empty", "no mask", "at least one")
     device = masks[0].bits.device
     for mask in masks:
-        require_mask("consensus_mask", mask, numel, device)
+        check.mask("consensus_mask", mask.bits, numel, device)
     packer = Packer(numel, device)
     step = 1 << 18
     for first in range(0, numel, step):
         count = torch.zeros(min(step, numel - first), dtype=torch.int32, device=device)
         for mask in masks:
-            count += unpack(mask, first, len(count))
+            count += unpack(mask.bits, first, len(count))
         packer.add(count >= k)
     return packer.mask()
 

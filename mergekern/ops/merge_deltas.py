@@ -142,7 +142,7 @@ def _rules(op: str, keep: Sequence[Keep] | None, like: Tensor, n: int) -> list[K
         if isinstance(rule, Bernoulli) and not 0 <= rule.density <= 1:
             raise ArgumentError.of(op, "density is out of range", rule.density, "0 to 1")
         if isinstance(rule, Mask):
-            check.mask(op, rule.bits, like)
+            check.mask(op, rule.bits, like.numel(), like.device)
         elif not (rule is None or isinstance(rule, Bernoulli | Threshold | Band)):
             kinds = "None, Threshold, Band, Bernoulli or Mask"
             raise ArgumentError.of(op, "keep holds an unknown rule", type(rule).__name__, kinds)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import mergekern as mk
+from mergekern.bits import unpack
 from mergekern.check import accumulator, name_of
 from mergekern.keep import Mask
-from mergekern.methods.bits import Packer, unpack
+from mergekern.methods.bits import Packer
 
 import cases
 from accuracy import assert_bits_equal, assert_bytes_equal, assert_within
@@ -82,7 +83,7 @@ def test_packing_is_that_of_numpy(n: int, piece: int) -> None:
     for first in (0, 1, 5, 8, 13):
         count = max(0, min(20, n - first))
         if first <= n:
-            assert torch.equal(unpack(mask, first, count), flags[first : first + count])
+            assert torch.equal(unpack(mask.bits, first, count), flags[first : first + count])
 
 
 # ---- EMR -------------------------------------------------------------------------------------
@@ -308,7 +309,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     like, _, masks = state_masks()
     with refused("save_masks", "names differ", "z"):
         mk.save_masks(tmp_path / "m.npy", {k: m for k, m in masks.items() if k != "z"}, like)
-    with refused("save_masks", "a mask does not fit", "uint8 [2]", "uint8 [1]"):
+    with refused("save_masks", "mask does not fit", "uint8 [2]", "uint8 [1]"):
         mk.save_masks(tmp_path / "m.npy", {**masks, "z": masks["c"]}, like)
     wrong = {
         "pickled": lambda p: np.save(p, {"task": np.zeros(3, np.uint8)}),  # as tall_masks does
@@ -368,7 +369,7 @@ def test_refusals() -> None:
         mk.emr(base, [])
     with refused("emr", "dtype"):
         mk.emr(base, [xs[0].double()])
-    with refused("masked", "a mask does not fit", "uint8 [2]"):
+    with refused("masked", "mask does not fit", "uint8 [2]"):
         mk.masked(base, base, Mask(torch.zeros(2, dtype=torch.uint8)))
     with refused("consensus_mask", "masks is empty"):
         mk.consensus_mask([], 1, 3)

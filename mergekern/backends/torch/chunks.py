@@ -68,12 +68,3 @@ def magnitude_keys(d: Tensor) -> Tensor:
         return (d.view(torch.int64) & 0x7FFFFFFFFFFFFFFF).clamp_(max=digits.NAN_KEY[d.dtype])
     keys = (d.view(torch.int32) & 0x7FFFFFFF).clamp_(max=digits.NAN_KEY[d.dtype])
     return keys.to(torch.int64)
-
-
-def pack_bits(mask: Tensor, bits: Tensor) -> None:
-    """Packs a mask into the first bytes of `bits`, as numpy.packbits does."""
-    n = (mask.numel() + 7) // 8
-    eight = torch.zeros(n * 8, dtype=torch.uint8, device=mask.device)
-    eight[: mask.numel()] = mask.view(-1)
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)
-    bits[:n] = (eight.view(n, 8) << shifts).sum(1, dtype=torch.uint8)

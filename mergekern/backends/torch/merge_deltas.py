@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ... import digits
+from ... import bits, digits
 from ...check import accumulator
 from ...keep import Band, Bernoulli, Keep, Mask, Recipe, Threshold
 from . import chunks
@@ -112,10 +112,7 @@ def kept(keep: Keep, d: Tensor, first: int) -> Tensor:
     if isinstance(keep, Bernoulli) and keep.limit < 65536:
         return draws(keep.key, first, d.numel(), d.device) < keep.limit
     if isinstance(keep, Mask):
-        part = keep.bits[first // 8 : (first + d.numel() + 7) // 8]
-        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=d.device)
-        bits = (part[:, None] >> shifts & 1).view(-1)
-        return bits[first % 8 :][: d.numel()].bool()
+        return bits.unpack(keep.bits, first, d.numel())
     return torch.ones((), dtype=torch.bool, device=d.device)
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ...bits import pack
 from ...check import accumulator
 from ...keep import MagPrune
 from . import chunks
@@ -37,7 +38,8 @@ def rank_mask(
         limit = torch.empty_like(order).scatter_(1, order, limits[None, :, None].expand_as(order))
         draw = draws(rule.key, first + begin * unit, d.numel(), x.device)
         mask = draw < limit.view(-1)
-        chunks.pack_bits(mask, bits[begin * unit // 8 :])
+        packed = pack(mask)
+        bits[begin * unit // 8 :][: len(packed)] = packed
         magnitudes = d.reshape(-1).abs().double()
         everything += float(magnitudes.sum())
         survivors += float(torch.where(mask, magnitudes, 0).sum())

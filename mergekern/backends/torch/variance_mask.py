@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...bits import pack
 from ...check import accumulator
 from ...keep import Threshold
 from . import chunks
@@ -40,7 +41,8 @@ def variance_mask(
     for ds, first in parts():
         mask = kept(threshold, _variance(ds), first)
         if bits is not None:
-            chunks.pack_bits(mask, bits[first // 8 :])
+            packed = pack(mask)
+            bits[first // 8 :][: len(packed)] = packed
         for i, d in enumerate(ds):
             squares[i] += float(torch.where(mask, d.double().square(), 0).sum())
     return squares

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...bits import unpack
 from ...errors import ArgumentError
-from ...methods.bits import unpack
 from ...methods.compat import identical
 from ...methods.emr import emr_state_dicts
 from .pool import StateDict, as_pool, state_dicts
@@ -37,7 +37,7 @@ class EMR:
         )
         for i, task in enumerate(pool.model_names):
             masks = {
-                name: unpack(e.masks[i], 0, e.unified.numel()).view(e.unified.shape)
+                name: unpack(e.masks[i].bits, 0, e.unified.numel()).view(e.unified.shape)
                 for name, e in found.items()
             }
             rescaler = next(iter(found.values())).rescale[i]
