@@ -113,67 +113,199 @@ void for_key_blocks(const Magnitudes& args, std::int64_t begin, std::int64_t end
 
 // ---- counting ----------------------------------------------------------------------------------
 
-// counts: keys above high, equal to high, equal to low.
+// 64 bytes: a register of AVX-512 or two of AVX2.
 template <class K>
-MK_CLONES void count(const K* keys, std::int64_t n, K low, K high, K* counts) {
-  K above = 0, at_high = 0, at_low = 0;
-  for (std::int64_t i = 0; i < n; ++i) {
-    above += keys[i] > high;
-    at_high += keys[i] == high;
-    at_low += keys[i] == low;
+struct Wide;
+template <>
+struct Wide<std::uint32_t> {
+  using Keys = std::uint32_t __attribute__((vector_size(64)));
+  using Values = float __attribute__((vector_size(64)));
+  using Bytes = std::uint8_t __attribute__((vector_size(16)));
+};
+template <>
+struct Wide<std::uint64_t> {
+  using Keys = std::uint64_t __attribute__((vector_size(64)));
+  using Values = double __attribute__((vector_size(64)));
+  using Bytes = std::uint8_t __attribute__((vector_size(8)));
+};
+template <class K>
+constexpr std::int64_t kWide = 64 / sizeof(K);
+
+// Where a block takes its keys from: load(from, i, keys) gives those of kWide elements from i on.
+// The order within a block does not matter, so two bfloat16 are widened from each 32 bits in place.
+template <class T>
+struct FromTensors {
+  using K = key_t<T>;
+  const T *x, *base;
+  static constexpr bool kStored = false;
+  MK_INLINE void load(const FromTensors& from, std::int64_t i, typename Wide<K>::Keys* keys) {
+    __builtin_prefetch(from.x + i + kBlock);  // of the base, an earlier x had most
+    typename Wide<K>::Values x, b;
+    widen_some(from.x, i, &x);
+    widen_some(from.base, i, &b);
+    x -= b;
+    std::memcpy(keys, &x, sizeof(*keys));
+    *keys &= ~K(0) >> 1;
+    const K nan = sizeof(K) == 8 ? K(kNanKey64) : K(kNanKey32);
+    *keys = *keys < nan ? *keys : typename Wide<K>::Keys{} + nan;
   }
-  counts[0] = above;
-  counts[1] = at_high;
-  counts[2] = at_low;
+
+ private:
+  template <class A>
+  MK_INLINE void widen_some(const A* x, std::int64_t i, typename Wide<K>::Values* v) {
+    std::memcpy(v, x + i, sizeof(*v));
+  }
+  MK_INLINE void widen_some(const bf16* x, std::int64_t i, Wide<std::uint32_t>::Values* v) {
+    const std::int64_t odd = i / kWide<K> % 2;
+    Wide<std::uint32_t>::Keys bits;
+    std::memcpy(&bits, x + i - odd * kWide<K>, sizeof(bits));
+    bits = odd ? bits & 0xffff0000u : bits << 16;
+    std::memcpy(v, &bits, sizeof(*v));
+  }
+};
+template <class K>
+struct FromKeys {
+  const K* keys;
+  static constexpr bool kStored = true;
+  MK_INLINE void load(const FromKeys& from, std::int64_t i, typename Wide<K>::Keys* keys) {
+    std::memcpy(keys, from.keys + i, sizeof(*keys));
+  }
+};
+
+// A block as rows of kColumns keys: under a narrow bracket most columns hold no key inside it and
+// are passed over when keys are stored.
+template <class K>
+constexpr std::int64_t kColumns = 8 * kWide<K>;
+
+// Counts of the keys of a whole block above high, equal to high, equal to low; inside[c] is not 0
+// if a key of column c lies strictly between. The keys go to `keys`.
+template <class K, class From>
+MK_CLONES void count_keys(const From& source, K low, K high, K* keys, K* counts,
+                          std::uint8_t* inside) {
+  using Keys = typename Wide<K>::Keys;
+  using Bytes = typename Wide<K>::Bytes;
+  const From from = source;
+  const K first = low + 1, width = high - low < 2 ? 0 : high - first;
+  Keys above{}, at_high{}, at_low{}, marks[8] = {};
+  for (std::int64_t row = 0; row < kBlock; row += kColumns<K>) {
+#pragma GCC unroll 8
+    for (int c = 0; c < 8; ++c) {
+      Keys v;
+      From::load(from, row + c * kWide<K>, &v);
+      if (!From::kStored) std::memcpy(keys + row + c * kWide<K>, &v, sizeof(v));
+      above = v > high ? above + 1 : above;
+      at_high = v == high ? at_high + 1 : at_high;
+      at_low = v == low ? at_low + 1 : at_low;
+      marks[c] = v - first < width ? Keys{} + 1 : marks[c];
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) {
+    const Bytes bytes = __builtin_convertvector(marks[c], Bytes);
+    std::memcpy(inside + c * kWide<K>, &bytes, sizeof(bytes));
+  }
+  counts[0] = counts[1] = counts[2] = 0;
+  for (std::int64_t l = 0; l < kWide<K>; ++l) {
+    counts[0] += above[l];
+    counts[1] += at_high[l];
+    counts[2] += at_low[l];
+  }
 }
 
-// A block as kRows rows of kColumns keys. columns[c] tells whether a key of column c lies in
-// [first, first + width): under a narrow bracket most columns hold none and are passed over.
-constexpr std::int64_t kRows = 16, kColumns = kBlock / kRows;
 template <class K>
-MK_CLONES void mark(const K* keys, K first, K width, K* columns) {
-  for (std::int64_t c = 0; c < kColumns; ++c) columns[c] = 0;
-  for (std::int64_t r = 0; r < kRows; ++r)
-    for (std::int64_t c = 0; c < kColumns; ++c)
-      columns[c] |= K(keys[r * kColumns + c] - first) < width ? K(1) : K(0);
+void add_counts(Bracket& bracket, const K* counts) {
+  bracket.count.above += std::int64_t(counts[0]);
+  bracket.count.at_high += std::int64_t(counts[1]);
+  bracket.count.at_low += bracket.low == bracket.high ? 0 : std::int64_t(counts[2]);
 }
 
-// Adds one block of keys to a bracket.
-template <class K>
-void count_block(const K* keys, std::int64_t n, Bracket& bracket) {
-  const K low = K(bracket.low), high = K(bracket.high);
-  BracketCount& total = bracket.count;
-  K* stored = static_cast<K*>(bracket.kept);
+// Stores the keys strictly inside the bracket, `step` of them apart. The place moves on by 0 or 1:
+// no branch to mispredict. Returns the next place.
+template <std::int64_t kCount, class K>
+MK_INLINE std::int64_t store_inside(const K* keys, std::int64_t step, K first, K width, K* to,
+                                    std::int64_t at, bool room) {
+#pragma GCC unroll 16
+  for (std::int64_t i = 0; i < kCount; ++i) {
+    if (room) to[at] = keys[i * step];
+    at += K(keys[i * step] - first) < width;
+  }
+  return at;
+}
+
+// The bytes 0 or 1 of 64 columns as the bits of one number.
+MK_INLINE std::uint64_t bits_of(const std::uint8_t* bytes) {
+  std::uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) {
+    std::uint64_t eight;
+    std::memcpy(&eight, bytes + 8 * i, 8);
+    bits |= (eight * 0x0102040810204080ull >> 56) << (8 * i);
+  }
+  return bits;
+}
+
+// Adds a whole block to a bracket.
+template <class K, class From>
+void count_block(const From& from, K* keys, Bracket& bracket) {
   K counts[3];
-  count(keys, n, low, high, counts);
-  total.above += counts[0];
-  total.at_high += counts[1];
-  total.at_low += low == high ? 0 : counts[2];
+  alignas(64) std::uint8_t inside[kColumns<K>];
+  const K low = K(bracket.low), high = K(bracket.high);
+  count_keys(from, low, high, keys, counts, inside);
+  add_counts(bracket, counts);
   if (high - low < 2) return;
+  K* to = static_cast<K*>(bracket.kept);
+  std::int64_t at = bracket.count.inside;
+  const bool room = at + kBlock <= bracket.capacity;
+  for (std::int64_t c = 0; c < kColumns<K>; c += 64)
+    for (std::uint64_t bits = bits_of(inside + c); bits; bits &= bits - 1)
+      at = store_inside<kBlock / kColumns<K>>(keys + c + __builtin_ctzll(bits), kColumns<K>,
+                                              K(low + 1), K(high - low - 1), to, at, room);
+  bracket.count.inside = at;
+}
 
-  // Storing is unconditional and the place moves on by 0 or 1: no branch to mispredict.
-  std::int64_t inside = total.inside;
-  const bool room = inside + n <= bracket.capacity;
-  const K first = low + 1, width = high - first;  // strictly inside: key - first < width
-  auto keep = [&](const K* from, std::int64_t step, const K* to) {
-    for (; from < to; from += step) {
-      if (room) stored[inside] = *from;
-      inside += K(*from - first) < width;
-    }
-  };
-  if (n < kBlock) {
-    keep(keys, 1, keys + n);
-  } else {
-    K columns[kColumns];
-    mark(keys, first, width, columns);
-    std::int64_t touched[kColumns], count = 0;
-    for (std::int64_t c = 0; c < kColumns; ++c) {
-      touched[count] = c;
-      count += columns[c] != 0;
-    }
-    for (std::int64_t i = 0; i < count; ++i) keep(keys + touched[i], kColumns, keys + kBlock);
+// Adds fewer keys.
+template <class K>
+void count_some(const K* keys, std::int64_t n, Bracket& bracket) {
+  const K low = K(bracket.low), high = K(bracket.high);
+  K counts[3] = {0, 0, 0};
+  for (std::int64_t i = 0; i < n; ++i) {
+    counts[0] += keys[i] > high;
+    counts[1] += keys[i] == high;
+    counts[2] += keys[i] == low;
   }
-  total.inside = inside;
+  add_counts(bracket, counts);
+  if (high - low < 2) return;
+  const bool room = bracket.count.inside + n <= bracket.capacity;
+  for (std::int64_t i = 0; i < n; ++i)
+    bracket.count.inside =
+        store_inside<1>(keys + i, 1, K(low + 1), K(high - low - 1), static_cast<K*>(bracket.kept),
+                        bracket.count.inside, room);
+}
+
+// Adds elements [begin, end) to brackets of one Magnitudes.
+template <class T>
+void count_range(const Magnitudes& args, std::int64_t begin, std::int64_t end, Bracket* brackets,
+                 std::int64_t n) {
+  using K = key_t<T>;
+  constexpr bool kDirect = !std::is_same_v<T, f16>;  // widened in more steps, better by blocks
+  const bool direct = kDirect && args.from.base && !args.variance && !args.from.rounded;
+  alignas(64) T gathered[2][kBlock];
+  alignas(64) K keys[kBlock];
+  for (std::int64_t at = begin, m; at < end; at += m) {
+    m = std::min(kBlock, end - at);
+    std::int64_t b = 0;
+    if constexpr (kDirect)
+      if (direct && m == kBlock) {
+        const FromTensors<T> from{read_block(args.xs[0], at, m, gathered[0]),
+                                  read_block(*args.from.base, at, m, gathered[1])};
+        count_block(from, keys, brackets[b++]);
+      }
+    if (b == 0) key_block<T>(args, at, m, keys);
+    for (; b < n; ++b)
+      if (m == kBlock)
+        count_block(FromKeys<K>{keys}, keys, brackets[b]);
+      else
+        count_some(keys, m, brackets[b]);
+  }
 }
 
 }  // namespace
@@ -187,15 +319,27 @@ void magnitude_keys(const Magnitudes& args, std::int64_t begin, std::int64_t end
 
 void sample_keys(const Magnitudes& args, std::int64_t total, std::int64_t runs, std::int64_t run,
                  std::int64_t begin, std::int64_t end, void* out) {
+  constexpr std::int64_t kAhead = 16;  // runs asked for before their turn: each lies elsewhere
   const std::int64_t stratum = total / runs;
   const std::size_t width = args.xs[0].dtype == DType::f64 ? 8 : 4;
-  for (std::int64_t r = begin; r < end; ++r) {
+  const auto place = [&](std::int64_t r) {
     std::uint64_t hash = std::uint64_t(r) * 0x9E3779B97F4A7C15ull;  // one step of splitmix64
     hash = (hash ^ (hash >> 30)) * 0xBF58476D1CE4E5B9ull;
     hash ^= hash >> 27;
-    const std::int64_t at = r * stratum + std::int64_t(hash % std::uint64_t(stratum - run + 1));
-    magnitude_keys(args, at, at + run, static_cast<char*>(out) + std::size_t(r * run) * width);
-  }
+    return r * stratum + std::int64_t(hash % std::uint64_t(stratum - run + 1));
+  };
+  with_type(args.xs[0].dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    for (std::int64_t r = begin; r < end; ++r) {
+      if (r + kAhead < end) {
+        const std::int64_t later = place(r + kAhead);
+        for (std::int64_t i = 0; i < args.n; ++i) prefetch_block<T>(args.xs[i], later, run);
+        if (args.from.base) prefetch_block<T>(*args.from.base, later, run);
+      }
+      const std::int64_t at = place(r);
+      magnitude_keys(args, at, at + run, static_cast<char*>(out) + std::size_t(r * run) * width);
+    }
+  });
 }
 
 // Elements over which all Magnitudes take their turn: the base stays in the caches meanwhile.
@@ -207,10 +351,11 @@ void bracket_count(const Magnitudes* args, Bracket* brackets, std::int64_t n, st
     for (std::int64_t i = 0, j; i < n; i = j) {
       for (j = i; j < n && brackets[j].of == brackets[i].of; ++j) {
       }
-      for_key_blocks(args[brackets[i].of], first, std::min(end, first + kShare),
-                     [&](auto* keys, std::int64_t, std::int64_t m) {
-                       for (std::int64_t b = i; b < j; ++b) count_block(keys, m, brackets[b]);
-                     });
+      const Magnitudes& source = args[brackets[i].of];
+      with_type(source.xs[0].dtype, [&](auto* tag) {
+        using T = std::remove_pointer_t<decltype(tag)>;
+        count_range<T>(source, first, std::min(end, first + kShare), brackets + i, j - i);
+      });
     }
 }
 

@@ -25,6 +25,7 @@ struct Scratch {
   key_t<A>* keys;            // [length]
   std::uint16_t* bins;       // [length]
   std::uint32_t* undecided;  // [length]
+  std::uint32_t* places;     // [length]
   Item<key_t<A>>* ordered;   // [length]
 };
 
@@ -44,6 +45,7 @@ std::int64_t lay_out(const RankMask& args, char* at, Scratch<A>* s) {
   take(s->keys, args.length);
   take(s->bins, args.length);
   take(s->undecided, args.length);
+  take(s->places, args.length);
   take(s->ordered, args.length);
   return at - start;
 }
@@ -76,23 +78,21 @@ MK_CLONES void to_bins(const K* keys, std::int64_t n, K floor, int shift, std::u
 }
 
 // Counts of items per bin become the places of their first.
-std::uint32_t to_starts(std::uint32_t* counts, std::int64_t bins) {
-  std::uint32_t start = 0, largest = 0;
+void to_starts(std::uint32_t* counts, std::int64_t bins) {
+  std::uint32_t start = 0;
   for (std::int64_t b = 0; b < bins; ++b) {
     const std::uint32_t size = counts[b];
-    largest = std::max(largest, size);
     counts[b] = start;
     start += size;
   }
-  return largest;
 }
 
 // Items whose bins are in order already: only neighbours of one bin change places.
 template <class K>
-void sort_within_bins(Item<K>* items, std::int64_t n, const std::uint32_t* ends, std::int64_t bins,
-                      std::uint32_t largest) {
+void sort_within_bins(Item<K>* items, std::int64_t n, const std::uint32_t* ends,
+                      std::int64_t bins) {
   std::int64_t begin = 0;
-  for (std::int64_t b = 0; largest > kInsertion && b < bins; begin = ends[b++]) {
+  for (std::int64_t b = 0; b < bins; begin = ends[b++]) {
     const std::int64_t end = ends[b];
     if (end - begin > kInsertion && !std::is_sorted(items + begin, items + end))
       std::sort(items + begin, items + end);
@@ -105,8 +105,8 @@ void sort_within_bins(Item<K>* items, std::int64_t n, const std::uint32_t* ends,
   }
 }
 
-// Keys in bins of their leading bits: the octaves below the largest magnitude get as many as
-// there are elements, so most hold few.
+// Keys in bins of their leading bits: the octaves below the largest magnitude get one for every
+// four elements, so most hold few and their starts are soon added up.
 struct Bins {
   std::int64_t count;
   std::uint32_t starts[kBins + 3];
@@ -116,7 +116,7 @@ void fill(const K* keys, std::int64_t n, K least, K most, std::uint16_t* bin_of,
   constexpr K kOctaves = K(8) << (sizeof(K) == 8 ? 52 : 23);
   const K floor = most > kOctaves ? std::max(least, K(most - kOctaves)) : least;
   std::int64_t wanted = 64;
-  while (wanted < n && wanted < kBins) wanted *= 2;
+  while (4 * wanted < n && wanted < kBins) wanted *= 2;
   int shift = 0;
   while (K(most - floor) >> shift > K(wanted)) ++shift;
   to_bins(keys, n, floor, shift, bin_of);
@@ -125,18 +125,46 @@ void fill(const K* keys, std::int64_t n, K least, K most, std::uint16_t* bin_of,
   for (std::int64_t i = 0; i < n; ++i) ++bins.starts[bin_of[i]];
 }
 
-// The place of element i among all keys, equal ones in index order.
+// How many of n keys are smaller, and how many of the first m are equal.
 template <class K>
-MK_CLONES std::int64_t rank_of(const K* keys, std::int64_t n, std::int64_t i) {
-  const K key = keys[i];
+MK_CLONES std::int64_t smaller(const K* keys, std::int64_t n, K key, std::int64_t m) {
   K below = 0, same = 0;
   for (std::int64_t j = 0; j < n; ++j) below += keys[j] < key;
-  for (std::int64_t j = 0; j < i; ++j) same += keys[j] == key;
+  for (std::int64_t j = 0; j < m; ++j) same += keys[j] == key;
   return std::int64_t(below + same);
 }
 
-// Most draws are decided by the bin alone: below the limit of its first rank, or not below that
-// of its last. The few between are counted out one by one, or by a sort if they are many.
+// f(i, rank) for the undecided, with the keys of each bin next to each other in index order.
+template <class A, class F>
+void rank_by_bin(const Scratch<A>& s, const Bins& bins, std::int64_t n, std::int64_t count, F&& f) {
+  using K = key_t<A>;
+  K* laid_out = reinterpret_cast<K*>(s.ordered);
+  std::uint32_t next[kBins + 3];
+  std::copy_n(bins.starts, bins.count, next);
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::uint32_t place = next[s.bins[i]]++;
+    s.places[i] = place;
+    laid_out[place] = s.keys[i];
+  }
+  for (std::int64_t u = 0; u < count; ++u) {
+    const std::int64_t i = s.undecided[u];
+    const std::int64_t start = bins.starts[s.bins[i]], end = bins.starts[s.bins[i] + 1];
+    f(i, start + smaller(laid_out + start, end - start, s.keys[i], s.places[i] - start));
+  }
+}
+
+// What the smallest chance of all decides: kept[i] of draws below it.
+MK_CLONES void keep_below(const std::uint16_t* draws, std::uint32_t limit, std::uint8_t* kept,
+                          std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) kept[i] = std::uint32_t(draws[i]) < limit;
+}
+
+constexpr std::int64_t kOneByOne = 16;  // undecided up to which each is ranked among the whole row
+constexpr std::int64_t kSearch = 32;  // keys read to rank more of them, per element of the row
+
+// Most draws are decided by the smallest and the largest limit of the row, most others by the bin
+// alone: below the limit of its first rank, or not below that of its last. For the few between,
+// keys are laid out by bin and those of the bin counted; a sort ranks them if that were too many.
 template <class A>
 void mask_row(const RankMask& args, const Scratch<A>& s, std::int64_t at) {
   using K = key_t<A>;
@@ -153,33 +181,44 @@ void mask_row(const RankMask& args, const Scratch<A>& s, std::int64_t at) {
   }
   Bins bins;
   fill(s.keys, n, least, most, s.bins, bins);
-  const std::uint32_t largest = to_starts(bins.starts, bins.count);
+  to_starts(bins.starts, bins.count);
   bins.starts[bins.count] = std::uint32_t(n);
 
+  const std::uint32_t lowest = limits[0], span = limits[n - 1] - lowest;
+  if (step == 1)
+    keep_below(draws, lowest, kept, n);
+  else
+    for (std::int64_t i = 0; i < n; ++i) kept[i * step] = draws[i * step] < lowest;
   std::uint32_t* undecided = s.undecided;
-  std::int64_t count = 0;
-  const std::uint32_t* starts = bins.starts;
+  std::int64_t open = 0;
   for (std::int64_t i = 0; i < n; ++i) {
-    const std::uint32_t draw = draws[i * step], bin = s.bins[i];
+    undecided[open] = std::uint32_t(i);
+    open += std::uint32_t(draws[i * step] - lowest) < span;
+  }
+  std::int64_t count = 0, reads = 0;
+  const std::uint32_t* starts = bins.starts;
+  for (std::int64_t u = 0; u < open; ++u) {
+    const std::uint32_t i = undecided[u], draw = draws[i * step], bin = s.bins[i];
     const std::uint32_t first = limits[starts[bin]], last = limits[starts[bin + 1] - 1];
     kept[i * step] = draw < first;
-    undecided[count] = std::uint32_t(i);
-    count += (draw >= first) & (draw < last);
+    undecided[count] = i;
+    const bool between = (draw >= first) & (draw < last);
+    count += between;
+    reads += between ? starts[bin + 1] - starts[bin] : 0;
   }
-  if (count <= n / 32) {
-    for (std::int64_t u = 0; u < count; ++u) {
-      const std::int64_t i = undecided[u];
-      kept[i * step] = draws[i * step] < limits[rank_of(s.keys, n, i)];
-    }
+  const auto decide = [&](std::int64_t i, std::int64_t rank) {
+    kept[i * step] = draws[i * step] < limits[rank];
+  };
+  if (count <= kOneByOne) {
+    for (std::int64_t u = 0; u < count; ++u)
+      decide(undecided[u], smaller(s.keys, n, s.keys[undecided[u]], undecided[u]));
     return;
   }
+  if (reads <= kSearch * n) return rank_by_bin(s, bins, n, count, decide);
   for (std::int64_t i = 0; i < n; ++i)
     s.ordered[bins.starts[s.bins[i]]++] = {s.keys[i], std::uint32_t(i)};
-  sort_within_bins(s.ordered, n, bins.starts, bins.count, largest);
-  for (std::int64_t rank = 0; rank < n; ++rank) {
-    const std::int64_t i = s.ordered[rank].index * step;
-    kept[i] = draws[i] < limits[rank];
-  }
+  sort_within_bins(s.ordered, n, bins.starts, bins.count);
+  for (std::int64_t rank = 0; rank < n; ++rank) decide(s.ordered[rank].index, rank);
 }
 
 template <class A>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -116,7 +117,7 @@ class _Counted(NamedTuple):
     low: int
     high: int
     counts: np.ndarray
-    kept: np.ndarray
+    kept: list[np.ndarray]  # shorter than the count where there was no room
 
 
 def _sample(source: _Source) -> np.ndarray:
@@ -157,25 +158,31 @@ def _count(sources: list[_Source], brackets: list[tuple[int, int, int]]) -> list
     total, dtype = sources[0].total, sources[0].dtype
     chunks = -(-total // runtime.CHUNK)
     room = runtime.CHUNK // 16 if any(high - low > 1 for _, low, high in brackets) else 0
-    kept: np.ndarray = np.empty((chunks, len(brackets), room), dtype)
     counts = np.empty((chunks, len(brackets), 4), np.int64)
+    kept: list[list[np.ndarray]] = [[]] * chunks
     keys = [s.keys for s in sources]
+    scratch = threading.local()  # stays in the caches of its thread
 
     def kernel(begin: int, end: int) -> None:
+        if not hasattr(scratch, "keys"):
+            scratch.keys = np.empty((len(brackets), room), dtype)
         i = begin // runtime.CHUNK
         _cpu.bracket_count(
             sources=keys,
             brackets=brackets,
-            kept=kept[i].ctypes.data if room else 0,
+            kept=scratch.keys.ctypes.data if room else 0,
             capacity=room,
             counts=counts[i].ctypes.data,
             begin=begin,
             end=end,
         )
+        there = np.where(counts[i, :, 2] + _cpu.BLOCK <= room, counts[i, :, 2], 0)
+        kept[i] = [row[:n].copy() for row, n in zip(scratch.keys, there)]
 
     runtime.chunks(kernel, total)
     return [
-        _Counted(low, high, counts[:, b], kept[:, b]) for b, (_, low, high) in enumerate(brackets)
+        _Counted(low, high, counts[:, b], [rows[b] for rows in kept])
+        for b, (_, low, high) in enumerate(brackets)
     ]
 
 
@@ -198,9 +205,9 @@ def _by_bracket(source: _Source, k: int, counted: _Counted) -> tuple[int, int, n
     above += at_high
     if k > above + inside:
         return low, above + inside, counts[:, 3]
-    if int(counts[:, 2].max()) + _cpu.BLOCK > kept.shape[1]:
+    keys = np.concatenate(kept)
+    if len(keys) < inside:
         return None
-    keys = np.concatenate([row[:n] for row, n in zip(kept, counts[:, 2])])
     # Keys are the bits of magnitudes, so selecting among them is the same task again.
     magnitudes = torch.from_numpy(keys.view(np.float64 if keys.itemsize == 8 else np.float32))
     value, more, _, _ = kth_magnitude([magnitudes], None, [[k - above]])[0][0]
