@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 import torch
 
+from mergekern import check
+
 Call = Callable[[], object]
 ROUNDS = 11
 
@@ -51,10 +53,15 @@ class Copy:
 
 
 def first_touch(nbytes: int) -> float:
-    """Seconds that the pages of a new result cost: filling it new, less filling it again."""
+    """Seconds that the pages of a new result cost: filling one as ops allocate it, less filling it
+    again; the median."""
     old = torch.zeros(nbytes, dtype=torch.uint8).fill_(1)
-    new = best(lambda: torch.empty(nbytes, dtype=torch.uint8).fill_(1), 5)
-    return max(0.0, new - best(lambda: old.fill_(1), 5))
+
+    def middle(call: Call) -> float:
+        return statistics.median(seconds(call) for _ in range(ROUNDS))
+
+    new = middle(lambda: check.output("bench", None, old).fill_(1))
+    return max(0.0, new - middle(lambda: old.fill_(1)))
 
 
 def gemm_rate(n: int = 1536) -> float:

@@ -23,6 +23,7 @@ COLUMNS = (
     ("gbs", "GB/s", "{:.1f}"),
     ("copy_gbs", "copy GB/s", "{:.1f}"),
     ("times_limit", "x limit", "{:.2f}"),
+    ("times_new", "x limit+pages", "{:.2f}"),
     ("allowed", "allowed", "{:.1f}"),
     ("pages_ms", "pages ms", "{:.1f}"),
     ("torch", "vs torch", "{:.1f}"),
@@ -36,7 +37,8 @@ COLUMNS = (
 NOTES = (
     "x limit: time over the least time that the bytes (or FLOPs) of cost() need at the copy "
     "bandwidth (or GEMM rate), each round against the copy just before it, the median; 1 is the "
-    "limit. ms: the best round; pages: of these, what new memory for the result costs. vs: how "
+    "limit. ms: the best round. pages: what the pages of a new result cost, cleared by the system "
+    "at the first write; x limit+pages counts them as a part of the limit. vs: how "
     "many times faster than that tool (peers run on 32 Mi elements at most, on 4 Mi where they "
     "sort, and are compared per element). allowed, wanted: what is aimed at. Rows without a limit "
     "are whole processes from a cold Python."

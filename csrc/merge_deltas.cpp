@@ -128,8 +128,11 @@ void run_few(const MergeDeltas& args, std::int64_t begin, std::int64_t end) {
   const bool drawn = is_drawn(args.keep[0]);
   Few<T> few;
   few.scale = A(args.scale), few.least = A(args.least), few.instead = A(args.instead);
+  const auto shares = [&](std::int64_t i) {  // one mask for several models
+    return i > 0 && args.keep[i].kind == Keep::bits && args.keep[i].bits == args.keep[i - 1].bits;
+  };
   for (std::int64_t i = 0; i < args.n; ++i) {
-    few.draws[i] = draws[i];
+    few.draws[i] = shares(i) ? few.draws[i - 1] : draws[i];
     few.limit[i] = draw_limit(args.keep[i]);
     few.before[i] = A(args.before[i]);
     few.after[i] = A(args.after[i]);
@@ -141,7 +144,7 @@ void run_few(const MergeDeltas& args, std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = 0; i < args.n; ++i) {
       few.x[i] = read_block(args.xs[i], at, n, gathered[i]);
       if (drawn) {
-        draw_block(args.keep[i], at, n, draws[i]);
+        if (!shares(i)) draw_block(args.keep[i], at, n, draws[i]);
       } else {
         const Interval kept = interval_at<A>(args.keep[i], at);
         few.low[i] = key_t<T>(kept.low), few.width[i] = key_t<T>(kept.width);

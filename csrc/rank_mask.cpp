@@ -160,7 +160,7 @@ MK_CLONES void keep_below(const std::uint16_t* draws, std::uint32_t limit, std::
 }
 
 constexpr std::int64_t kOneByOne = 16;  // undecided up to which each is ranked among the whole row
-constexpr std::int64_t kSearch = 32;  // keys read to rank more of them, per element of the row
+constexpr std::int64_t kSearch = 32;    // keys read to rank more of them, per element of the row
 
 // Most draws are decided by the smallest and the largest limit of the row, most others by the bin
 // alone: below the limit of its first rank, or not below that of its last. For the few between,
