@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
 SIZE = 1 << 15  # elements: stays in cache, and torch starts no threads for so few
@@ -39,13 +37,3 @@ def pieces(xs: Sequence[Tensor], limit: int = SIZE) -> list[Piece]:
     return [
         Piece(i, e, i * width, (e - i) * width, flat) for i, e in zip(starts, ends, strict=True)
     ]
-
-
-def packed(kept: Tensor) -> np.ndarray:
-    """A mask in one bit per element."""
-    return np.packbits(kept.bool().cpu().numpy())
-
-
-def unpacked(bits: np.ndarray, size: int, dtype: torch.dtype) -> Tensor:
-    """The mask as zeros and ones of `dtype`."""
-    return torch.from_numpy(np.unpackbits(bits, count=size)).to(dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mergekern as mk
-from mergekern.bits import unpack
+from mergekern import bits
 from mergekern.check import accumulator, name_of
 from mergekern.keep import Mask
 from mergekern.methods.bits import Packer
@@ -80,10 +80,12 @@ def test_packing_is_that_of_numpy(n: int, piece: int) -> None:
         packer.add(part)
     mask = packer.mask()
     assert mask.bits.numpy().tobytes() == np.packbits(flags.numpy()).tobytes()
+    assert torch.equal(bits._pack_anywhere(flags), mask.bits)  # as on a GPU
+    assert torch.equal(bits._unpack_anywhere(mask.bits)[:n], flags)
     for first in (0, 1, 5, 8, 13):
         count = max(0, min(20, n - first))
         if first <= n:
-            assert torch.equal(unpack(mask.bits, first, count), flags[first : first + count])
+            assert torch.equal(bits.unpack(mask.bits, first, count), flags[first : first + count])
 
 
 # ---- EMR -------------------------------------------------------------------------------------

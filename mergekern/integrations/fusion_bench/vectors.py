@@ -6,19 +6,19 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ... import bits
 from ...check import accumulator
 from ...keep import Keep, Threshold
 from ...ops.kth_magnitude import WholeModel
 from ...ops.merge_deltas import merge_deltas
-from .._pieces import SIZE, Piece, packed, pieces, unpacked
+from .._pieces import SIZE, Piece, pieces
 
 LIMIT = 1 << 20  # elements of one piece: a few tasks of an op
 
-Drop = list[np.ndarray] | None  # masks of one model, one per piece; None keeps everything
+Drop = list[Tensor] | None  # bits of masks of one model, one per piece; None keeps everything
 
 
 class Entry(NamedTuple):
@@ -54,7 +54,7 @@ class Entry(NamedTuple):
     def _left(self, d: Tensor, model: int, k: int) -> Tensor:
         drop = self.drops[model]
         assert drop is not None  # draws are for all models or for none
-        return d * unpacked(drop[k], d.numel(), d.dtype).to(d.device) / self.divisor
+        return d * bits.unpack(drop[k], 0, d.numel()).to(d) / self.divisor
 
     def merge(self, dtype: torch.dtype, **options: Any) -> Tensor:
         """base + the merged task vectors, of the dtype of the base (of `dtype` for integers)."""
@@ -84,10 +84,10 @@ def draw(entries: Sequence[Entry], model: int, sparsity: float) -> None:
         parts = entry.pieces()
         if x.device.type == "cpu" and x.is_contiguous():
             kept = [torch.rand(p.size, dtype=dtype) > sparsity for p in parts]
-            entry.drops[model] = [packed(k) for k in kept]
+            entry.drops[model] = [bits.pack(k.bool().cpu()) for k in kept]
         else:
             mask = torch.rand_like(x, dtype=dtype) > sparsity
-            entry.drops[model] = [packed(p.of(mask)) for p in parts]
+            entry.drops[model] = [bits.pack(p.of(mask).bool().cpu()) for p in parts]
 
 
 # ---- TIES over a whole model -----------------------------------------------------------------

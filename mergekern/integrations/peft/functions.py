@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ... import bits
 from ...keep import NOTHING, Keep
 from ...ops.kth_magnitude import kth_magnitude
 from ...ops.merge_deltas import merge_deltas
-from .._pieces import packed, pieces, unpacked
+from .._pieces import pieces
 from .fallback import (
     ELECT,
     UTILS,
@@ -196,8 +197,8 @@ def _dropped(
         return merge(xs, out=out)
     parts = pieces(xs)
     chance = torch.full((max(p.size for p in parts),), density, dtype=xs[0].dtype)
-    masks = [[packed(torch.bernoulli(chance[: p.size])) for p in parts] for _ in xs]
+    masks = [[bits.pack(torch.bernoulli(chance[: p.size]).bool()) for p in parts] for _ in xs]
     for i, p in enumerate(parts):
-        kept = [p.of(x) * unpacked(m[i], p.size, x.dtype) for x, m in zip(xs, masks)]
+        kept = [p.of(x) * bits.unpack(m[i], 0, p.size).to(x.dtype) for x, m in zip(xs, masks)]
         merge([x / density for x in kept], out=p.of(out))
     return out
