@@ -14,7 +14,7 @@ import sys
 
 from ...errors import BackendError, MergekernError
 from .calls import MODE, Counts, counts
-from .swap import Swaps
+from .._swaps import Swaps
 
 SUPPORTED = ("0.1.4", "0.1.5")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .calls import MODE, counts
-from .swap import Swaps
+from .._swaps import Swaps
 
 LOG = logging.getLogger("mergekern")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...methods import REGISTRY, Method
 from . import calls
 from .calls import MODE, Call
-from .swap import Swaps
+from .._swaps import Swaps
 
 
 class OlderMethod:

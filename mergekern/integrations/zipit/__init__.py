@@ -1,0 +1,125 @@
+"""ZipIt's matching and statistics by mergekern: `install()`, then the original scripts.
+
+The names of `matching_functions` and `metric_calculators` below are replaced in these modules of a
+ZipIt checkout on sys.path, and where `model_merger` and `utils` have bound them; `uninstall` puts
+the originals back. Or import them from here: `from mergekern.integrations.zipit import
+match_tensors_zipit`. The other names stay the original's.
+
+Groups and permutations are the original's wherever these are defined: the covariance is more exact
+here, which may decide between similarities that are equal in float32. See the functions for what
+the original gets wrong; install(host=True) gives its own results there too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from ...errors import BackendError
+from .._swaps import Swaps
+from . import matching_functions as _matching
+from . import metric_calculators as _metrics
+from .matching_functions import (
+    add_bias_to_mats,
+    match_tensors_identity,
+    match_tensors_permute,
+    match_tensors_zipit,
+)
+from .metric_calculators import CovarianceMetric, compute_correlation
+
+_NAMES = {
+    "matching_functions": (
+        "compute_correlation",
+        "match_tensors_identity",
+        "match_tensors_permute",
+        "match_tensors_zipit",
+    ),
+    "metric_calculators": ("CovarianceMetric", "compute_correlation"),
+}
+_BINDING = ("model_merger", "utils")  # modules that may have imported some of these names
+
+_installed: list[Swaps] = []
+
+
+def install(*, host: bool = False) -> None:
+    """Replace ZipIt's functions; does nothing where that is done already.
+
+    host: reproduce what the original gets wrong, too (see `match_tensors_zipit`).
+    Raises: BackendError if ZipIt is not on sys.path, or its functions have other parameters.
+    """
+    if _installed:
+        return
+    with Swaps() as swaps:
+        originals: dict[Any, Any] = {}
+        for module, names in _NAMES.items():
+            theirs = _import(module)
+            for name in names:
+                new = globals()[name]
+                _check(module, name, getattr(theirs, name, None), new)
+                originals[swaps.attribute(theirs, name, new)] = new
+        for module in _BINDING:
+            theirs = sys.modules.get(module)
+            for name, value in [*vars(theirs).items()] if theirs else ():
+                if (inspect.isroutine(value) or inspect.isclass(value)) and value in originals:
+                    swaps.attribute(theirs, name, originals[value])
+        swaps.item(_matching.exact, "host", host)
+        _installed.append(swaps)
+
+
+def uninstall() -> None:
+    """Put ZipIt's own functions back; does nothing where they are."""
+    while _installed:
+        _installed.pop().take_back()
+
+
+@contextmanager
+def accelerated(*, host: bool = False) -> Iterator[None]:
+    """ZipIt by mergekern inside the block, as it was before afterwards."""
+    before = bool(_installed)
+    install(host=host)
+    try:
+        yield
+    finally:
+        if not before:
+            uninstall()
+
+
+def _import(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BackendError(
+            f"zipit: {module} does not import; got {error}; expected a checkout of ZipIt, and what "
+            "it needs, on sys.path"
+        ) from None
+
+
+def _check(module: str, name: str, theirs: Any, new: Any) -> None:
+    def parameters(f: Any) -> list[str]:
+        f = f.update if inspect.isclass(f) else f
+        return [*inspect.signature(f).parameters]
+
+    if theirs is None or parameters(theirs) != parameters(new):
+        got = "nothing" if theirs is None else f"parameters {parameters(theirs)}"
+        raise BackendError(
+            f"zipit: {module}.{name} is not what this drop-in replaces; got {got}; expected "
+            f"parameters {parameters(new)}"
+        )
+
+
+__all__ = [
+    "CovarianceMetric",
+    "accelerated",
+    "add_bias_to_mats",
+    "compute_correlation",
+    "install",
+    "match_tensors_identity",
+    "match_tensors_permute",
+    "match_tensors_zipit",
+    "uninstall",
+]
