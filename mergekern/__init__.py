@@ -17,6 +17,7 @@ from .methods.bits import load_masks, save_masks
 from .methods.emr import emr, emr_state_dicts
 from .methods.masks import consensus_mask, masked, tall_masks
 from .methods.merge import merge_state_dicts, merge_tensors
+from .ops.assign import assign, assign_heads
 from .ops.gram import gram
 from .ops.kth_magnitude import kth_magnitude
 from .ops.merge_deltas import merge_deltas
@@ -42,6 +43,8 @@ __all__ = [
     "Mask",
     "MergekernError",
     "Threshold",
+    "assign",
+    "assign_heads",
     "consensus_mask",
     "emr",
     "emr_state_dicts",

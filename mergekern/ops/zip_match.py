@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
@@ -118,9 +117,7 @@ def zip_match(
     checked = [_matrix(name, x) for name, x in zip(names, correlation, strict=True)]
     for name, x in zip(names[1:], checked[1:], strict=True):
         _alike(name, x, checked[0])
-    if host is not None:
-        _only_sizes(*rows)
-    problems = [_tasks(x, beta, *row) for x, *row in zip(checked, *rows, strict=True)]
+    problems = [_tasks(x, host, beta, *row) for x, *row in zip(checked, *rows, strict=True)]
     tasks = list(itertools.chain.from_iterable(problems))
     out = [
         torch.empty(len(t.correlation), dtype=torch.int64, device=checked[0].device) for t in tasks
@@ -154,13 +151,21 @@ class _Task(NamedTuple):
 
 
 def _tasks(
-    x: Tensor, beta: float, sizes: Any, out_dim: Any, budgets: Any, groups: Any
+    x: Tensor,
+    host: str | None,
+    beta: float,
+    sizes: Any,
+    out_dim: Any,
+    budgets: Any,
+    groups: Any,
 ) -> list[_Task]:
     counts = _integers("sizes", sizes, least=0)
     if not counts:
         raise ArgumentError.of(OP, "sizes is empty", "no model", "the size of at least one")
     if sum(counts) != len(x):
         raise ArgumentError.of(OP, "sizes do not add up", f"{counts}", f"a sum of {len(x)}")
+    if host is not None:
+        _only_sizes(counts, out_dim=out_dim, budgets=budgets, groups=groups)
     if budgets is not None:
         budgets = _integers("budgets", budgets, least=0)
         if len(budgets) != len(counts):
@@ -224,11 +229,7 @@ def _matrix(name: str, x: Any) -> Tensor:
     x = check.tensor(OP, x, name)
     if x.ndim != 2 or x.shape[0] != x.shape[1]:
         raise ArgumentError.of(OP, f"{name} is no square matrix", list(x.shape), "[S, S]")
-    if x.numel() and not all(map(math.isfinite, map(float, torch.aminmax(x)))):
-        i, j = torch.nonzero(~x.isfinite())[0].tolist()
-        raise ArgumentError.of(
-            OP, f"{name}[{i}, {j}] is not finite", float(x[i, j]), "a finite number"
-        )
+    check.finite(OP, name, x)
     return x
 
 
@@ -243,19 +244,15 @@ def _alike(name: str, x: Tensor, first: Tensor) -> None:
             )
 
 
-def _only_sizes(
-    sizes: list[Any], out_dim: list[Any], budgets: list[Any], groups: list[Any]
-) -> None:
-    """ZipIt's code knows equal sizes and the default width."""
-    for name, values in (("out_dim", out_dim), ("budgets", budgets), ("groups", groups)):
-        if any(v is not None for v in values):
-            expected = "None with host='zipit', whose code does not know it"
-            raise ArgumentError.of(OP, f"{name} is given", name, expected)
-    for values in sizes:
-        if len(values) < 2 or len(set(values)) > 1:
-            raise ArgumentError.of(
-                OP, "sizes do not suit host='zipit'", list(values), "two or more of one size"
-            )
+def _only_sizes(sizes: list[int], **others: Any) -> None:
+    """ZipIt's code knows equal sizes, and none of the others."""
+    for name, value in others.items():
+        if value is not None:
+            raise ArgumentError.of(OP, f"{name} is unknown to host='zipit'", repr(value), None)
+    if len(sizes) < 2 or len(set(sizes)) > 1:
+        raise ArgumentError.of(
+            OP, "sizes do not suit host='zipit'", sizes, "two or more of one size"
+        )
 
 
 def _share(name: str, value: Any) -> float:
