@@ -64,6 +64,24 @@ MK_CLONES void merge_rows(T* row, const T* other, T factor, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) row[i] = factor * std::min(row[i], other[i]);
 }
 
+template <class Stored, class T>
+MK_CLONES void widen_row(const Stored* x, std::int64_t step, T* row, std::int64_t n) {
+  if (step == 1)
+    for (std::int64_t i = 0; i < n; ++i) row[i] = widen(x[i]);
+  else
+    for (std::int64_t i = 0; i < n; ++i) row[i] = widen(x[i * step]);
+}
+
+// Whether the rows of one tile are the columns of the other; rows are `length` apart.
+template <class T>
+MK_CLONES bool mirrored(const T* tile, const T* other, std::int64_t length, std::int64_t rows,
+                        std::int64_t columns) {
+  int differ = 0;
+  for (std::int64_t j = 0; j < columns; ++j)
+    for (std::int64_t i = 0; i < rows; ++i) differ |= tile[i * length + j] != other[j * length + i];
+  return !differ;
+}
+
 // The state of one matching. Of every row the largest similarity is remembered and where it first
 // stands. When that place goes or falls, the value stays as an upper bound, and the row is read
 // again only once it has the largest bound of all.
@@ -132,30 +150,22 @@ class Matching {
   template <class Stored>
   void load_from(const Stored* x) {
     const std::int64_t down = args_.correlation.strides[0], right = args_.correlation.strides[1];
-    const auto load_tile = [&](std::int64_t top, std::int64_t left) {
-      for (std::int64_t i = top; i < std::min(size_, top + kTile); ++i)
-        for (std::int64_t j = left; j < std::min(size_, left + kTile); ++j)
-          row(i)[j] = widen(x[i * down + j * right]);
+    const auto load_tile = [&](std::int64_t i, std::int64_t j, std::int64_t n) {
+      for (const std::int64_t end = std::min(size_, i + kTile); i < end; ++i)
+        widen_row(x + i * down + j * right, right, row(i) + j, n);
     };
     symmetric_ = !(args_.zipit && args_.alpha == 0);
     for (std::int64_t i = 0; i < size_; i += kTile)
       for (std::int64_t j = 0; j <= i; j += kTile) {
-        load_tile(i, j);
-        if (j < i) load_tile(j, i);
-        symmetric_ = symmetric_ && tile_is_symmetric(i, j);
+        const std::int64_t rows = std::min(kTile, size_ - i), columns = std::min(kTile, size_ - j);
+        load_tile(i, j, columns);
+        if (j < i) load_tile(j, i, rows);
+        symmetric_ = symmetric_ && mirrored(row(i) + j, row(j) + i, length_, rows, columns);
       }
     for (std::int64_t i = 0; i < size_; ++i) {
       row(i)[i] = kNever<T>;
       std::fill(row(i) + size_, row(i) + length_, kNever<T>);
     }
-  }
-
-  bool tile_is_symmetric(std::int64_t top, std::int64_t left) {
-    bool same = true;
-    for (std::int64_t i = top; i < std::min(size_, top + kTile); ++i)
-      for (std::int64_t j = left; j < std::min(size_, left + kTile); ++j)
-        same &= row(i)[j] == row(j)[i];
-    return same;
   }
 
   // The first row of the largest similarity, whose bound is that similarity.

@@ -6,10 +6,9 @@
 //   1. (r, c) = the pair of the largest s, of equal ones the lowest row, then the lowest column;
 //      r < c by exchange. Group c joins group r; slot c is gone.
 //   2. s[k][r] = alpha * min(s[k][r], s[k][c]) and s[r][k] = alpha * min(s[r][k], s[c][k]) for
-//   every
-//      slot k, each product rounded once. Negative similarities shrink as well, and so rise.
+//      every slot k, each product rounded once. Negative similarities shrink as well, and so rise.
 //      For alpha = 0 nothing is multiplied. Instead s[k][r] = s[r][k] = -inf where the model of
-//      slot k is that of r or c: a merged feature takes no further partner from the models it
+//      slot k is that of r or c: a merged feature takes no further partner from the models that it
 //      contains.
 //   3. A slot keeps its model. If r and c are of one model, its budget falls by one; at 0 all pairs
 //      of slots of this model get -inf, as those of a budget of 0 have from the start.

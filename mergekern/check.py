@@ -86,13 +86,19 @@ def tensors(op: str, xs: Sequence[Any], name: str = "xs") -> list[Tensor]:
 
 def same(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
     """x and y agree in shape, dtype and device."""
-    for what, got, expected in (
-        ("shape", tuple(x.shape), tuple(y.shape)),
-        ("dtype", name_of(x.dtype), name_of(y.dtype)),
-        ("device", str(x.device), str(y.device)),
-    ):
-        if got != expected:
-            raise ArgumentError.of(op, f"{name} differs from {other} in {what}", got, expected)
+    _equal(op, name, other, "shape", tuple(x.shape), tuple(y.shape))
+    alike(op, name, x, other, y)
+
+
+def alike(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
+    """x and y agree in dtype and device."""
+    _equal(op, name, other, "dtype", name_of(x.dtype), name_of(y.dtype))
+    _equal(op, name, other, "device", str(x.device), str(y.device))
+
+
+def _equal(op: str, name: str, other: str, what: str, got: object, expected: object) -> None:
+    if got != expected:
+        raise ArgumentError.of(op, f"{name} differs from {other} in {what}", got, expected)
 
 
 def number(op: str, name: str, value: Any, *, finite: bool = True) -> float:

@@ -367,6 +367,13 @@ def test_one_group_is_none(backend: str, device: str) -> None:
         assert got.tolist() == expected(7, 0.3, None)
 
 
+def test_groups_of_no_feature(backend: str, device: str) -> None:
+    none = [torch.empty(0, dtype=torch.int64, device=device)]
+    xs = [torch.eye(0, device=device), torch.eye(1, device=device)]
+    got = mk.zip_match(xs, [[0], [1]], groups=[none[0], None], backend=backend)
+    assert [labels.tolist() for labels in got] == [[], [0]]
+
+
 # ---- the door ------------------------------------------------------------------------------------
 
 

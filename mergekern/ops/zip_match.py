@@ -116,7 +116,7 @@ def zip_match(
         raise ArgumentError.of(OP, "correlation is empty", "no matrix", "at least one")
     checked = [_matrix(name, x) for name, x in zip(names, correlation, strict=True)]
     for name, x in zip(names[1:], checked[1:], strict=True):
-        _alike(name, x, checked[0])
+        check.alike(OP, name, x, names[0], checked[0])
     problems = [_tasks(x, host, beta, *row) for x, *row in zip(checked, *rows, strict=True)]
     tasks = list(itertools.chain.from_iterable(problems))
     out = [
@@ -133,7 +133,7 @@ def zip_match(
         host == "zipit",
     )
     found = iter(out)
-    labels = [_together(len(x), p, found) for x, p in zip(checked, problems, strict=True)]
+    labels = [_together(x, p, found) for x, p in zip(checked, problems, strict=True)]
     lost = sum(int((x == -1).sum()) for x in labels)
     if lost:
         warnings.warn(f"{OP}: ZipIt's code loses {lost} features", RuntimeWarning, stacklevel=2)
@@ -210,11 +210,11 @@ def _task(
     return _Task(x, features, offsets, max(1, width), budgets)
 
 
-def _together(size: int, tasks: list[_Task], found: Iterator[Tensor]) -> Tensor:
+def _together(x: Tensor, tasks: list[_Task], found: Iterator[Tensor]) -> Tensor:
     """Labels of all features from those of each task, counted by their lowest features."""
-    if tasks[0].features is None:
+    if any(task.features is None for task in tasks):
         return next(found)
-    device = tasks[0].correlation.device
+    size, device = len(x), x.device
     labels = torch.empty(size, dtype=torch.int64, device=device)
     count = 0
     for task in tasks:
@@ -231,17 +231,6 @@ def _matrix(name: str, x: Any) -> Tensor:
         raise ArgumentError.of(OP, f"{name} is no square matrix", list(x.shape), "[S, S]")
     check.finite(OP, name, x)
     return x
-
-
-def _alike(name: str, x: Tensor, first: Tensor) -> None:
-    for what, got, expected in (
-        ("dtype", check.name_of(x.dtype), check.name_of(first.dtype)),
-        ("device", str(x.device), str(first.device)),
-    ):
-        if got != expected:
-            raise ArgumentError.of(
-                OP, f"{name} differs from correlation[0] in {what}", got, expected
-            )
 
 
 def _only_sizes(sizes: list[int], **others: Any) -> None:
