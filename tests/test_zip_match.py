@@ -438,6 +438,29 @@ def test_refusals(what: str) -> None:
         mk.zip_match(x, sizes, **kwargs)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name_of)
+def test_the_kernel_stays_in_its_scratch(dtype: torch.dtype, cpu_backend: Any) -> None:
+    for n in (1, 15, 16, 17, 33):
+        identity = torch.eye(n, dtype=dtype)
+        x = cpu_backend.matrix(identity)
+        nbytes = cpu_backend._cpu.zip_match_scratch(correlation=x)
+        scratch = torch.full((nbytes + 64,), 77, dtype=torch.uint8)
+        buffer, labels = cases.guarded((n,), torch.int64)
+        cpu_backend._cpu.zip_match(
+            correlation=x,
+            offsets=[0, n // 2, n],
+            width=1,
+            alpha=0.0,
+            budgets=[1, 1],
+            zipit=False,
+            scratch=scratch.data_ptr(),
+            labels=labels.data_ptr(),
+        )
+        assert cases.untouched(buffer, labels)
+        assert not labels.any()
+        assert (scratch[nbytes:] == 77).all()
+
+
 def test_the_kernel_is_the_compiled_one(cpu_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**kwargs: object) -> None:
         raise RuntimeError("this kernel was called")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -89,29 +90,25 @@ def assign_heads(
                 op, f"{name} does not divide into heads", list(x.shape), expected
             )
 
-    def match_features(x: Tensor) -> tuple[np.ndarray, float]:
-        block = _float64(x)
-        index = _solve(block, maximize)
-        return index, math.fsum(block[np.arange(len(index)), index])
+    def match_features(blocks: Tensor) -> tuple[list[np.ndarray], list[float]]:
+        """Of one head with each head."""
+        pairs = _float64(blocks)
+        matched = [_solve(x, maximize) for x in pairs]
+        totals = [math.fsum(x[range(len(i)), i]) for x, i in zip(pairs, matched, strict=True)]
+        return matched, totals
 
-    def match_heads(found: list[tuple[np.ndarray, float]]) -> np.ndarray:
-        totals = np.array([total for _, total in found]).reshape(heads, heads)
-        partner = _solve(totals, maximize).tolist()
-        inner = [found[p * heads + q][0] + q * len(found[0][0]) for p, q in enumerate(partner)]
-        return np.concatenate(inner)
-
-    side = [len(x) // heads for x in scores.values()]
-    blocks = [
-        block
-        for x, s in zip(scores.values(), side, strict=True)
-        for block in x.reshape(heads, s, heads, s).transpose(1, 2).reshape(heads * heads, s, s)
-    ]
-    found = _side_by_side(op, match_features, blocks, workers)
-    pairs = heads * heads
-    result = [
-        torch.from_numpy(match_heads(found[i * pairs : (i + 1) * pairs])).to(x.device)
-        for i, x in enumerate(scores.values())
-    ]
+    rows = []
+    for x in scores.values():
+        size = len(x) // heads
+        rows += [*x.reshape(heads, size, heads, size).transpose(1, 2)]
+    found = iter(_side_by_side(op, match_features, rows, workers))
+    result = []
+    for x in scores.values():
+        matched, totals = zip(*itertools.islice(found, heads), strict=True)
+        partner = _solve(np.array(totals), maximize)
+        size = len(x) // heads
+        index = [matched[p][q] + q * size for p, q in enumerate(partner)]
+        result.append(torch.from_numpy(np.concatenate(index)).to(x.device))
     return result if several else result[0]
 
 

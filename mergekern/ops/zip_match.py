@@ -87,7 +87,8 @@ def zip_match(
     host="zipit": the code's own result. For alpha = 0 its ranges of forbidden partners shift as
     features are merged. Lost features get the label -1, and a warning says how many.
     Cost: one read of the matrix, one write of a copy, which is all the memory needed; after that
-    about S operations for each of the S - out_dim merges.
+    about S operations for each of the S - out_dim merges. No kernel runs on a GPU: matrices there
+    are matched by the torch backend, in numpy; `correlation.cpu()` is faster.
     Raises: ArgumentError for NaN or infinite correlations, sizes that do not add up, alpha or beta
     outside 0 to 1, a width that is not 1 to S.
     Source: ZipIt! (Stoica et al., 2305.03053), `match_tensors_zipit`.
