@@ -167,6 +167,7 @@ def test_the_oracles_agree(alpha: float, host: str | None) -> None:
         assert out.tolist() == expected(seed, alpha, host), (seed, z.kind)
 
 
+@zipit.needed
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_labels_of_zipit(alpha: float, backend: str, device: str) -> None:
     """As host; and by default wherever ZipIt's code does what it means to."""

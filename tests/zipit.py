@@ -15,6 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+AT_HAND = "MERGEKERN_ZIPIT" in os.environ
+needed = pytest.mark.skipif(
+    not AT_HAND, reason="ZipIt: MERGEKERN_ZIPIT does not point to a checkout"
+)
+
 
 class _Anything(ModuleType):
     """Stands for a package that the file imports and matching does not use."""
@@ -24,10 +29,7 @@ class _Anything(ModuleType):
 
 
 def match_tensors_zipit() -> Callable[..., tuple[Tensor, Tensor]]:
-    root = os.environ.get("MERGEKERN_ZIPIT")
-    if not root:
-        pytest.skip("ZipIt: MERGEKERN_ZIPIT does not point to a checkout")
-    path = Path(root) / "matching_functions.py"
+    path = Path(os.environ["MERGEKERN_ZIPIT"]) / "matching_functions.py"
     spec = importlib.util.spec_from_file_location("zipit_matching_functions", path)
     assert spec is not None
     assert spec.loader is not None
