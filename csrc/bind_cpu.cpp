@@ -1,4 +1,4 @@
-// Module mergekern._cpu: the only file of it that includes pybind11.
+// Module mergekern._cpu: only bind_*.cpp include pybind11.
 //
 // Every function takes plain pointers, sizes and enums by keyword, releases the GIL (kernels touch
 // no Python object) and works on a range, so that callers split work over threads.
@@ -236,6 +236,8 @@ void permute(Address out, Address x, int64_t itemsize,
 
 }  // namespace
 
+void bind_zip_match(py::module_& m);
+
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   const py::kw_only kw;
@@ -356,4 +358,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("find_key", &find_key, no_gil, kw, "source"_a, "key"_a, "rank"_a, "begin"_a, "end"_a);
   m.def("permute", &permute, no_gil, kw, "out"_a, "x"_a, "itemsize"_a, "axes"_a, "stream"_a,
         "positions"_a, "row_size"_a, "scratch"_a, "begin"_a, "end"_a);
+  bind_zip_match(m);
 }

@@ -17,6 +17,7 @@ from .methods.bits import load_masks, save_masks
 from .methods.emr import emr, emr_state_dicts
 from .methods.masks import consensus_mask, masked, tall_masks
 from .methods.merge import merge_state_dicts, merge_tensors
+from .ops.assign import assign, assign_heads
 from .ops.gram import gram
 from .ops.kth_magnitude import kth_magnitude
 from .ops.merge_deltas import merge_deltas
@@ -25,6 +26,7 @@ from .ops.rank_mask import rank_mask
 from .ops.variance_mask import variance_mask
 from .ops.weighted_rows import weighted_rows
 from .ops.weighted_sum import weighted_sum
+from .ops.zip_match import zip_match
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,8 @@ __all__ = [
     "Mask",
     "MergekernError",
     "Threshold",
+    "assign",
+    "assign_heads",
     "consensus_mask",
     "emr",
     "emr_state_dicts",
@@ -60,4 +64,5 @@ __all__ = [
     "variance_mask",
     "weighted_rows",
     "weighted_sum",
+    "zip_match",
 ]

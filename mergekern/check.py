@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -85,13 +86,19 @@ def tensors(op: str, xs: Sequence[Any], name: str = "xs") -> list[Tensor]:
 
 def same(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
     """x and y agree in shape, dtype and device."""
-    for what, got, expected in (
-        ("shape", tuple(x.shape), tuple(y.shape)),
-        ("dtype", name_of(x.dtype), name_of(y.dtype)),
-        ("device", str(x.device), str(y.device)),
-    ):
-        if got != expected:
-            raise ArgumentError.of(op, f"{name} differs from {other} in {what}", got, expected)
+    _equal(op, name, other, "shape", tuple(x.shape), tuple(y.shape))
+    alike(op, name, x, other, y)
+
+
+def alike(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
+    """x and y agree in dtype and device."""
+    _equal(op, name, other, "dtype", name_of(x.dtype), name_of(y.dtype))
+    _equal(op, name, other, "device", str(x.device), str(y.device))
+
+
+def _equal(op: str, name: str, other: str, what: str, got: object, expected: object) -> None:
+    if got != expected:
+        raise ArgumentError.of(op, f"{name} differs from {other} in {what}", got, expected)
 
 
 def number(op: str, name: str, value: Any, *, finite: bool = True) -> float:
@@ -124,6 +131,25 @@ def mask(op: str, bits: Any, numel: int, device: torch.device) -> None:
     got += ", contiguous" if bits.is_contiguous() else ""
     if got != expected:
         raise ArgumentError.of(op, "mask does not fit", got, expected)
+
+
+def threads() -> int:
+    """MERGEKERN_THREADS, or torch's number of threads."""
+    text = os.environ.get("MERGEKERN_THREADS")
+    if text is None:
+        return torch.get_num_threads()
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentError.of("MERGEKERN_THREADS", "no number", repr(text), "1 or more")
+    return int(text)
+
+
+def finite(op: str, name: str, x: Tensor) -> None:
+    """No NaN and no infinity in a matrix."""
+    if x.numel() and not all(map(math.isfinite, map(float, torch.aminmax(x)))):
+        i, j = torch.nonzero(~x.isfinite())[0].tolist()
+        raise ArgumentError.of(
+            op, f"{name}[{i}, {j}] is not finite", float(x[i, j]), "a finite number"
+        )
 
 
 def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import check
 from .keep import NOTHING, Band, Bernoulli, Keep, MagPrune, Mask, Recipe, Threshold
 
 Selected = tuple[float, int, int, int]  # a Threshold's fields
@@ -277,3 +278,70 @@ def permute(out: Tensor, x: Tensor, index: dict[int, Tensor]) -> None:
     for axis, i in index.items():
         x = x.index_select(axis, i)
     out.copy_(x)
+
+
+def zip_match(
+    out: list[Tensor],
+    correlations: list[Tensor],
+    offsets: list[list[int]],
+    widths: list[int],
+    budgets: list[list[int]],
+    alpha: float,
+    zipit: bool,
+) -> None:
+    """In the type of similarities, whose ties decide."""
+    problems = zip(out, correlations, offsets, widths, budgets, strict=True)
+    for labels, x, ends, width, allowed in problems:
+        s = x.to("cpu", check.accumulator(x.dtype)).numpy()
+        labels.fill_(-1)
+        for number, group in enumerate(_zip(s, ends, width, allowed, alpha, zipit)):
+            labels[group] = number
+
+
+def _zip(
+    free: np.ndarray, offsets: list[int], width: int, budgets: list[int], alpha: float, zipit: bool
+) -> list[list[int]]:
+    """Groups of slots, on matrices that shrink; `free` is what s were if nothing was forbidden."""
+    groups = [[i] for i in range(len(free))]
+    model = np.repeat(np.arange(len(budgets)), np.diff(offsets))
+    left, factor, exclusive = list(budgets), free.dtype.type(alpha or 1), alpha == 0
+    s = np.where(np.eye(len(free)), -math.inf, free).astype(free.dtype)
+    free = s.copy()
+
+    def forbid(m: int) -> None:
+        s[np.ix_(model == m, model == m)] = -math.inf
+
+    def block(m: int) -> np.ndarray:
+        where = np.arange(len(model))
+        return (where >= offsets[m]) & (where < offsets[m + 1]) if zipit else model == m
+
+    for m in range(len(left)):
+        if left[m] == 0:
+            forbid(m)
+    while len(groups) > width:
+        r, c = sorted(divmod(int(s.argmax()), len(s)))
+        if s[r, c] == -math.inf and s[c, r] == -math.inf:
+            if zipit:
+                groups.pop(0)
+                s, model = s[1:, 1:], model[1:]
+            else:
+                s, exclusive, left = free.copy(), False, [len(s)] * len(left)
+            continue
+        origins = model[r], model[c]
+        groups[r] += groups.pop(c)
+        free[:, r] = np.minimum(free[:, r], free[:, c]) * factor
+        free[r] = np.minimum(free[r], free[c]) * factor
+        free = np.delete(np.delete(free, c, 0), c, 1)
+        s[:, r] = np.minimum(s[:, r], s[:, c]) * factor
+        if exclusive:
+            s[block(origins[0]) | block(origins[1]), r] = -math.inf
+        s, model = np.delete(s, c, 1), np.delete(model, c)
+        s[r] = np.minimum(s[r], s[c]) * factor
+        if exclusive:
+            s[r, block(origins[0]) | block(origins[1])] = -math.inf
+        s = np.delete(s, c, 0)
+        if origins[0] == origins[1]:
+            left[origins[0]] -= 1
+            if left[origins[0]] == 0:
+                forbid(origins[0])
+    return groups

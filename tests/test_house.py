@@ -170,7 +170,7 @@ def test_an_op_is_on_every_floor(op: str) -> None:
 
 def test_every_file_of_ops_is_an_op() -> None:
     files = {p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_")}
-    assert files == set(dispatch.OPS)
+    assert files == {*dispatch.OPS, "assign"}  # scipy's solver, which needs no backend
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from ...check import threads as threads
 from ...dispatch import compiled
-from ...errors import ArgumentError
 
 _cpu = compiled("_cpu")
 _DTYPES = {
@@ -34,16 +34,6 @@ STREAM = 1 << 24  # bytes from which on outputs are written past the caches
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
-
-
-def threads() -> int:
-    """MERGEKERN_THREADS, or torch's number of threads."""
-    text = os.environ.get("MERGEKERN_THREADS")
-    if text is None:
-        return torch.get_num_threads()
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentError.of("MERGEKERN_THREADS", "no number", repr(text), "1 or more")
-    return int(text)
 
 
 def _forget_pool() -> None:

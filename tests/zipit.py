@@ -1,0 +1,49 @@
+"""ZipIt's own matching, from a checkout of its repository that MERGEKERN_ZIPIT points to."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+AT_HAND = "MERGEKERN_ZIPIT" in os.environ
+needed = pytest.mark.skipif(
+    not AT_HAND, reason="ZipIt: MERGEKERN_ZIPIT does not point to a checkout"
+)
+
+
+class _Anything(ModuleType):
+    """Stands for a package that the file imports and matching does not use."""
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+def match_tensors_zipit() -> Callable[..., tuple[Tensor, Tensor]]:
+    path = Path(os.environ["MERGEKERN_ZIPIT"]) / "matching_functions.py"
+    spec = importlib.util.spec_from_file_location("zipit_matching_functions", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    unused = {n: _Anything(n) for n in ("networkx", "sklearn", "sklearn.cluster")}
+    with mock.patch.dict(sys.modules, unused):
+        spec.loader.exec_module(module)
+    return module.match_tensors_zipit
+
+
+def labels(
+    match: Callable[..., tuple[Tensor, Tensor]], x: Tensor, models: int, alpha: float, beta: float
+) -> Tensor:
+    """-1 where a feature is in no group."""
+    r = 1 - 1 / models
+    _, unmerge = match({"cossim": x.clone()}, r=r, a=alpha, b=beta)
+    return torch.where(unmerge.any(1), (unmerge != 0).int().argmax(1), -1)
