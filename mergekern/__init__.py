@@ -17,6 +17,7 @@ from .methods.bits import load_masks, save_masks
 from .methods.emr import emr, emr_state_dicts
 from .methods.masks import consensus_mask, masked, tall_masks
 from .methods.merge import merge_state_dicts, merge_tensors
+from .ops.covariance import Covariance, correlation, covariance
 from .ops.gram import gram
 from .ops.kth_magnitude import kth_magnitude
 from .ops.merge_deltas import merge_deltas
@@ -36,12 +37,15 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ConfigWarning",
+    "Covariance",
     "MagPrune",
     "Manifest",
     "Mask",
     "MergekernError",
     "Threshold",
     "consensus_mask",
+    "correlation",
+    "covariance",
     "emr",
     "emr_state_dicts",
     "gram",
