@@ -30,6 +30,8 @@ COLUMNS = (
     ("wanted", "wanted", "{:.0f}"),
     ("peft", "vs peft", "{:.1f}"),
     ("fusion_bench", "vs fusion-bench", "{:.1f}"),
+    ("float32", "vs float32", "{:.2f}"),
+    ("mm_16_bit", "vs 16-bit mm", "{:.1f}"),
     ("extra_mb", "extra MB", "{:.0f}"),
     ("error", "error / bound", "{:.2f}"),
 )

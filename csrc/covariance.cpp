@@ -167,12 +167,17 @@ MK_INLINE void multiply(const A* x, const A* y, std::int64_t rows, double* sums)
     Vector partial[kRows][kVectors] = {};
     for (std::int64_t r = begin; r < end; ++r) {
       Vector v[kVectors];
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j)
         std::memcpy(&v[j], y + r * kWidth + j * kLanes, sizeof(v[j]));
+#pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) partial[i][j] += x[r * kWidth + i] * v[j];
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) {
         A lanes[kLanes];
         std::memcpy(lanes, &partial[i][j], sizeof(lanes));
