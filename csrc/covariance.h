@@ -13,8 +13,8 @@
 //    by which Chan's formula merges a chunk of n rows into a moment of N rows:
 //      delta = chunk's mean - mean, weighted = delta n N / (n + N),
 //      rest = chunk's mean - shift, weighted_rest = n rest.
-// Every sum has one order that depends on the chunk alone, so threads do not change bits. FMA and
-// the order of nothing else depend on the instruction set.
+// Every sum has an order that depends on the chunk alone, so threads do not change bits; whether
+// products are contracted to FMA depends on the instruction set.
 #pragma once
 
 #include "common.h"
