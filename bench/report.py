@@ -33,6 +33,8 @@ COLUMNS = (
     ("fusion_bench", "vs fusion-bench", "{:.1f}"),
     ("zipit", "vs zipit", "{:.0f}"),
     ("zipit_1", "vs zipit, 1 thread", "{:.0f}"),
+    ("float32", "vs float32", "{:.2f}"),
+    ("mm_16_bit", "vs 16-bit mm", "{:.1f}"),
     ("extra_mb", "extra MB", "{:.0f}"),
     ("error", "error / bound", "{:.2f}"),
 )

@@ -1,4 +1,4 @@
-// Module mergekern._cpu: only bind_*.cpp include pybind11.
+// Module mergekern._cpu; only its bind_*.cpp files include pybind11.
 //
 // Every function takes plain pointers, sizes and enums by keyword, releases the GIL (kernels touch
 // no Python object) and works on a range, so that callers split work over threads.
@@ -6,9 +6,9 @@
 #include <pybind11/stl.h>
 
 #include <optional>
-#include <stdexcept>
 #include <vector>
 
+#include "bind_common.h"
 #include "gram.h"
 #include "kth_magnitude.h"
 #include "merge_deltas.h"
@@ -22,18 +22,10 @@ namespace py = pybind11;
 using namespace pybind11::literals;
 using std::int64_t;
 using std::uint64_t;
-using Address = std::uintptr_t;
+
+void bind_covariance(py::module_& m);
 
 namespace {
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void require(bool ok, const char* what) {
-  if (!ok) throw std::invalid_argument(what);
-}
 
 mk::View make_view(Address data, mk::DType dtype, const std::vector<int64_t>& shape,
                    const std::vector<int64_t>& strides, bool stream) {
@@ -358,5 +350,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("find_key", &find_key, no_gil, kw, "source"_a, "key"_a, "rank"_a, "begin"_a, "end"_a);
   m.def("permute", &permute, no_gil, kw, "out"_a, "x"_a, "itemsize"_a, "axes"_a, "stream"_a,
         "positions"_a, "row_size"_a, "scratch"_a, "begin"_a, "end"_a);
+
+  bind_covariance(m);
   bind_zip_match(m);
 }

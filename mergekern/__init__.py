@@ -18,6 +18,7 @@ from .methods.emr import emr, emr_state_dicts
 from .methods.masks import consensus_mask, masked, tall_masks
 from .methods.merge import merge_state_dicts, merge_tensors
 from .ops.assign import assign, assign_heads
+from .ops.covariance import Covariance, correlation, covariance
 from .ops.gram import gram
 from .ops.kth_magnitude import kth_magnitude
 from .ops.merge_deltas import merge_deltas
@@ -38,6 +39,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ConfigWarning",
+    "Covariance",
     "MagPrune",
     "Manifest",
     "Mask",
@@ -46,6 +48,8 @@ __all__ = [
     "assign",
     "assign_heads",
     "consensus_mask",
+    "correlation",
+    "covariance",
     "emr",
     "emr_state_dicts",
     "gram",

@@ -28,6 +28,7 @@ OPS = (
     "rank_mask",
     "variance_mask",
     "gram",
+    "covariance",
     "permute",
     "zip_match",
 )

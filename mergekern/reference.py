@@ -274,6 +274,34 @@ def gram_rows(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
         gram(out[r], [x[r] for x in xs], None if base is None else base[r])
 
 
+def covariance(
+    products: Tensor,
+    means: list[Tensor],
+    squares: list[Tensor],
+    count: int,
+    xs: list[Tensor],
+    rows: Tensor | None,
+    zero: bool,
+) -> bool:
+    centred, deltas = [], []
+    flat = [x.double().reshape(-1, x.shape[-1]) for x in xs]
+    flat = [x if rows is None else x[rows] for x in flat]
+    if not zero and not all(bool(x.isfinite().all()) for x in flat):
+        return False
+    n = len(flat[0])
+    for x, mean in zip(flat, means, strict=True):
+        wide = torch.where(x.isfinite(), x, 0)
+        middle = wide[0] + (wide - wide[0]).mean(0)
+        centred.append(wide - middle)
+        deltas.append(middle - mean)
+        mean += deltas[-1] * n / (count + n)
+    weight = count * n / (count + n)
+    products += centred[0].T @ centred[-1] + weight * torch.outer(deltas[0], deltas[-1])
+    for total, v, delta in zip(squares, centred, deltas):
+        total += v.square().sum(0) + weight * delta.square()
+    return True
+
+
 def permute(out: Tensor, x: Tensor, index: dict[int, Tensor]) -> None:
     for axis, i in index.items():
         x = x.index_select(axis, i)

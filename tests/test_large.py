@@ -182,6 +182,16 @@ def test_gram_at_the_end(cpu_backend: Any) -> None:
 
 
 @pytest.mark.parametrize("backend_", ["torch", "cpu"])
+def test_covariance_of_rows_far_away(backend_: str, cpu_backend: Any) -> None:
+    """Rows and features that lie beyond 2**31 elements."""
+    x = sparse((1 << 16) * 32770, torch.bfloat16).view(32770, 1 << 16)[:, :: (1 << 16) - 1]
+    x[-2:] = torch.tensor([[1.0, 2.0], [3.0, -2.0]])
+    mask = torch.arange(32770) >= 32768
+    got = mk.covariance(x, mask=mask, backend=backend_)
+    assert_bits_equal(got, torch.tensor([[1.0, -2.0], [-2.0, 4.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend_", ["torch", "cpu"])
 def test_permute_rows_far_away(backend_: str, cpu_backend: Any) -> None:
     x = sparse((1 << 16) * 32769, torch.uint8).view(32769, 1 << 16)
     x[32768] = 7
