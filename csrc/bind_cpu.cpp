@@ -18,6 +18,8 @@
 #include "weighted_rows.h"
 #include "weighted_sum.h"
 
+void bind_zip_weights(pybind11::module_& m);
+
 namespace py = pybind11;
 using namespace pybind11::literals;
 using std::int64_t;
@@ -356,4 +358,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("find_key", &find_key, no_gil, kw, "source"_a, "key"_a, "rank"_a, "begin"_a, "end"_a);
   m.def("permute", &permute, no_gil, kw, "out"_a, "x"_a, "itemsize"_a, "axes"_a, "stream"_a,
         "positions"_a, "row_size"_a, "scratch"_a, "begin"_a, "end"_a);
+
+  bind_zip_weights(m);
 }

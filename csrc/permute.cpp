@@ -1,5 +1,7 @@
 #include "permute.h"
 
+#include "transpose.h"
+
 namespace mk {
 namespace {
 
@@ -14,47 +16,10 @@ struct Bits128 {
 // transpose of kLanes such words gives kLanes pieces of result rows.
 
 template <class T>
-struct Words;
-template <>
-struct Words<std::uint16_t> {
-  static constexpr int kLanes = 8, kStages = 3;
-  typedef std::uint16_t Word __attribute__((vector_size(16)));
-  static Word low(Word a, Word b) {
-    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-  }
-  static Word high(Word a, Word b) {
-    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-  }
+struct Words {
+  static constexpr int kLanes = 16 / sizeof(T);
+  typedef T Word __attribute__((vector_size(16)));
 };
-template <>
-struct Words<std::uint32_t> {
-  static constexpr int kLanes = 4, kStages = 2;
-  typedef std::uint32_t Word __attribute__((vector_size(16)));
-  static Word low(Word a, Word b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-  static Word high(Word a, Word b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
-};
-
-template <>
-struct Words<std::uint64_t> {
-  static constexpr int kLanes = 2, kStages = 1;
-  typedef std::uint64_t Word __attribute__((vector_size(16)));
-  static Word low(Word a, Word b) { return __builtin_shufflevector(a, b, 0, 2); }
-  static Word high(Word a, Word b) { return __builtin_shufflevector(a, b, 1, 3); }
-};
-
-// Lane i of word j becomes lane j of word i: every stage zips the halves of the list.
-template <class T, class W = typename Words<T>::Word>
-MK_INLINE void transpose(W* words) {
-  constexpr int n = Words<T>::kLanes;
-  for (int stage = 0; stage < Words<T>::kStages; ++stage) {
-    W zipped[n];
-    for (int i = 0; i < n / 2; ++i) {
-      zipped[2 * i] = Words<T>::low(words[i], words[i + n / 2]);
-      zipped[2 * i + 1] = Words<T>::high(words[i], words[i + n / 2]);
-    }
-    for (int i = 0; i < n; ++i) words[i] = zipped[i];
-  }
-}
 
 template <class T>
 void interleave(const T* const* rows, std::int64_t size, T* words) {
@@ -64,7 +29,7 @@ void interleave(const T* const* rows, std::int64_t size, T* words) {
   for (; j + n <= size; j += n) {
     W block[n];
     for (int r = 0; r < n; ++r) std::memcpy(&block[r], rows[r] + j, sizeof(W));
-    transpose<T>(block);
+    transpose<W, n>(block);
     std::memcpy(words + j * n, block, sizeof(block));
   }
   for (; j < size; ++j)
@@ -85,7 +50,7 @@ void gather_words(const T* words, const std::int32_t* positions, T* out, std::in
       W block[n];
       for (int c = 0; c < n; ++c)
         std::memcpy(&block[c], words + std::int64_t(positions[j + part + c]) * n, sizeof(W));
-      transpose<T>(block);
+      transpose<W, n>(block);
       for (int r = 0; r < n; ++r) std::memcpy(&piece[r][part], &block[r], sizeof(W));
     }
     for (int r = 0; r < n; ++r)

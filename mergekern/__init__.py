@@ -25,6 +25,7 @@ from .ops.rank_mask import rank_mask
 from .ops.variance_mask import variance_mask
 from .ops.weighted_rows import weighted_rows
 from .ops.weighted_sum import weighted_sum
+from .ops.zip_weights import zip_weights
 
 __version__ = "0.1.0"
 
@@ -60,4 +61,5 @@ __all__ = [
     "variance_mask",
     "weighted_rows",
     "weighted_sum",
+    "zip_weights",
 ]

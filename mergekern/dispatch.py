@@ -29,6 +29,7 @@ OPS = (
     "variance_mask",
     "gram",
     "permute",
+    "zip_weights",
 )
 BACKENDS = ("reference", "torch", "cpu", "cuda", "triton")
 

@@ -31,6 +31,7 @@ def call(op: str, backend: str = "auto") -> object:
         "variance_mask": lambda: mk.variance_mask([X], 0.5, backend=backend),
         "gram": lambda: mk.gram([X], backend=backend),
         "permute": lambda: mk.permute(X, {0: [2, 1, 0]}, backend=backend),
+        "zip_weights": lambda: mk.zip_weights([X], backend=backend),
     }[op]()
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,21 +58,9 @@ def permute(
     return out
 
 
-def _is_index(p: Any) -> bool:
-    return hasattr(p, "__index__") and not isinstance(p, bool)
-
-
 def _positions(op: str, axis: int, positions: Any, x: Tensor) -> Tensor:
     """A contiguous int64 index on the device of x, checked against the axis."""
-    if isinstance(positions, Sequence) and all(_is_index(p) for p in positions):
-        i = torch.tensor([operator.index(p) for p in positions], dtype=torch.int64)
-    else:
-        i = check.tensor(op, positions, f"index of axis {axis}", floating=False)
-    i = i.to(x.device)
-    if i.ndim != 1 or i.is_floating_point() or i.is_complex() or i.dtype == torch.bool:
-        got = f"{check.name_of(i.dtype)} of shape {list(i.shape)}"
-        raise ArgumentError.of(op, f"index of axis {axis} is no list", got, "integers, 1-d")
-    i = i.to(torch.int64).contiguous()
+    i = check.integers(op, f"index of axis {axis}", positions).to(x.device)
     if i.numel():
         low, high = (int(v) for v in torch.aminmax(i))
         if low < 0 or high >= x.shape[axis]:
