@@ -31,10 +31,10 @@ struct ZipWeights {
   const double* column_divisors;  // of each column; rounded to the accumulator
 };
 
-constexpr int kZipRows = 8;  // rows that are gathered together
+constexpr int kZipRows = 8;  // rows that are done together, or a multiple of their number
 
-// Rows [begin, end) of the result. `scratch`, where columns move: kZipRows doubles for each column
-// of the result, their number rounded up to a multiple of kZipRows.
+// Rows [begin, end) of the result. `scratch`, where columns move: 32 bytes for each column of the
+// result, their number rounded up to a multiple of kZipRows.
 void zip_weights(const ZipWeights& args, std::int64_t begin, std::int64_t end, void* scratch);
 
 // Rows of each group, ascending: members[starts[g]] ... members[starts[g + 1] - 1] for g < groups.

@@ -44,10 +44,10 @@ def zip_weights(
         return
     target, address = runtime.view(out, output=True), divisors.data_ptr()
     together = runtime._cpu.ZIP_ROWS
-    lanes = 0 if targets is None else -(-width // together) * together * together
+    lanes = 0 if targets is None else -(-width // together) * together * 32
 
     def kernel(begin: int, end: int) -> None:
-        scratch = torch.empty(lanes, dtype=torch.float64)
+        scratch = torch.empty(lanes, dtype=torch.uint8)
         runtime._cpu.zip_weights(
             out=target,
             width=width,
