@@ -1,5 +1,7 @@
 #include "permute.h"
 
+#include <algorithm>
+
 #include "transpose.h"
 
 namespace mk {
@@ -21,13 +23,17 @@ struct Words {
   typedef T Word __attribute__((vector_size(16)));
 };
 
+// Asks for the same part of the rows `next` meanwhile.
 template <class T>
-void interleave(const T* const* rows, std::int64_t size, T* words) {
+void interleave(const T* const* rows, const T* const* next, std::int64_t size, T* words) {
   using W = typename Words<T>::Word;
   constexpr int n = Words<T>::kLanes;
+  constexpr std::int64_t line = kLine / sizeof(T);
   std::int64_t j = 0;
   for (; j + n <= size; j += n) {
     W block[n];
+    if (j % line == 0)
+      for (int r = 0; r < n; ++r) __builtin_prefetch(next[r] + j);
     for (int r = 0; r < n; ++r) std::memcpy(&block[r], rows[r] + j, sizeof(W));
     transpose<W, n>(block);
     std::memcpy(words + j * n, block, sizeof(block));
@@ -65,20 +71,37 @@ void gather_words(const T* words, const std::int32_t* positions, T* out, std::in
 
 // ---- one row ---------------------------------------------------------------------------------
 
-constexpr std::size_t kStreamedRow = 1 << 15;  // bytes from which on streaming a row pays
+// Bytes from which on streaming a row pays, even if it shares cache lines with its neighbours.
+constexpr std::size_t kStreamedRow = 1 << 15;
+
+// What is asked for ahead. Rows lie anywhere, so no hardware sees the next one coming.
+constexpr std::int64_t kAhead = 1 << 13;
+constexpr std::size_t kStep = 1 << 10;
+
+void copy_row(void* to, const void* from, const void* next, std::size_t bytes, bool stream) {
+  char* out = static_cast<char*>(to);
+  const char *x = static_cast<const char*>(from), *ahead = static_cast<const char*>(next);
+  const bool whole_lines = (reinterpret_cast<std::uintptr_t>(out) | bytes) % kLine == 0;
+  stream = stream && (whole_lines || bytes >= kStreamedRow);
+  for (std::size_t at = 0, n; at < bytes; at += n) {
+    n = std::min(kStep, bytes - at);
+    for (std::size_t i = 0; i < n; i += kLine) __builtin_prefetch(ahead + at + i);
+    if (stream)
+      stream_copy(out + at, x + at, n);
+    else
+      std::memcpy(out + at, x + at, n);
+  }
+}
 
 template <class T>
-void gather_row(const Permute& args, const T* x, T* out) {
+void gather_row(const Permute& args, const T* x, const T* next, T* out) {
   const Axis& last = args.axes[args.ndim - 1];
-  const std::size_t bytes = std::size_t(last.size) * sizeof(T);
   if (args.positions)
     for (std::int64_t j = 0; j < last.size; ++j) out[j] = x[args.positions[j]];
   else if (last.offsets)
     for (std::int64_t j = 0; j < last.size; ++j) out[j] = x[last.offsets[j]];
-  else if (last.stride == 1 && args.stream && bytes >= kStreamedRow)
-    stream_copy(out, x, bytes);
   else if (last.stride == 1)
-    std::memcpy(out, x, bytes);
+    copy_row(out, x, next, std::size_t(last.size) * sizeof(T), args.stream);
   else
     for (std::int64_t j = 0; j < last.size; ++j) out[j] = x[j * last.stride];
 }
@@ -125,19 +148,31 @@ void run(const Permute& args, std::int64_t begin, std::int64_t end, void* scratc
   const std::int64_t width = args.axes[args.ndim - 1].size;
   const T* x = static_cast<const T*>(args.x);
   T* out = static_cast<T*>(args.out) + begin * width;
-  Rows rows(args, begin);
   std::int64_t row = begin;
   if constexpr (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8) {
     constexpr int n = Words<T>::kLanes;
     const bool worthwhile = args.positions && 2 * width >= args.row_size;
-    for (; worthwhile && row + n <= end; row += n, out += n * width) {
-      const T* sources[n];
-      for (int r = 0; r < n; ++r, rows.next()) sources[r] = x + rows.offset();
-      interleave(sources, args.row_size, static_cast<T*>(scratch));
-      gather_words(static_cast<const T*>(scratch), args.positions, out, width, args.stream);
+    if (worthwhile && row + n <= end) {
+      Rows ahead(args, begin);
+      const T *sources[n], *next[n];
+      for (int r = 0; r < n; ++r, ahead.next()) next[r] = x + ahead.offset();
+      for (; row + n <= end; row += n, out += n * width) {
+        std::copy(next, next + n, sources);
+        if (row + 2 * n <= end)
+          for (int r = 0; r < n; ++r, ahead.next()) next[r] = x + ahead.offset();
+        interleave(sources, next, args.row_size, static_cast<T*>(scratch));
+        gather_words(static_cast<const T*>(scratch), args.positions, out, width, args.stream);
+      }
     }
   }
-  for (; row < end; ++row, out += width, rows.next()) gather_row(args, x + rows.offset(), out);
+  Rows rows(args, row), ahead(args, row);
+  const std::int64_t distance =
+      std::max<std::int64_t>(1, kAhead / (width * std::int64_t(sizeof(T))));
+  for (std::int64_t k = 0; k < distance && row + k + 1 < end; ++k) ahead.next();
+  for (; row < end; ++row, out += width, rows.next()) {
+    gather_row(args, x + rows.offset(), x + ahead.offset(), out);
+    if (row + distance + 1 < end) ahead.next();
+  }
   if (args.stream) stream_fence();
 }
 

@@ -20,7 +20,7 @@ from .methods.merge import merge_state_dicts, merge_tensors
 from .ops.gram import gram
 from .ops.kth_magnitude import kth_magnitude
 from .ops.merge_deltas import merge_deltas
-from .ops.permute import permute
+from .ops.permute import permute, permute_all
 from .ops.rank_mask import rank_mask
 from .ops.variance_mask import variance_mask
 from .ops.weighted_rows import weighted_rows
@@ -55,6 +55,7 @@ __all__ = [
     "merge_tensors",
     "methods",
     "permute",
+    "permute_all",
     "rank_mask",
     "save_masks",
     "tall_masks",

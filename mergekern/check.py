@@ -8,7 +8,7 @@ import mmap
 import operator
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,19 @@ def _overlaps(x: Tensor, y: Tensor) -> bool:
         return False
     (x0, x1), (y0, y1) = _span(x), _span(y)
     return x0 < y1 and y0 < x1
+
+
+def apart(op: str, outs: Mapping[str, Tensor], xs: Mapping[str, Tensor]) -> None:
+    """No tensor of `outs` shares memory with another or with one of `xs`."""
+    spans = [(*_span(x), True, name) for name, x in outs.items() if x.numel()]
+    spans += [(*_span(x), False, name) for name, x in xs.items() if x.numel()]
+    written = read = 0  # where memory ends that begins before
+    for first, last, output, name in sorted(spans):
+        if first < (max(written, read) if output else written):
+            which = "out" if output else "xs"
+            what = f"{which}[{name!r}] overlaps another tensor"
+            raise ArgumentError.of(op, what, "shared memory", "out with memory of its own")
+        written, read = (max(written, last), read) if output else (written, max(read, last))
 
 
 _HUGE_PAGE = 2 << 20

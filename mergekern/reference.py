@@ -273,10 +273,11 @@ def gram_rows(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
         gram(out[r], [x[r] for x in xs], None if base is None else base[r])
 
 
-def permute(out: Tensor, x: Tensor, index: dict[int, Tensor]) -> None:
-    for axis, i in index.items():
-        x = x.index_select(axis, i)
-    out.copy_(x)
+def permute(outs: list[Tensor], xs: list[Tensor], indices: list[dict[int, Tensor]]) -> None:
+    for out, x, index in zip(outs, xs, indices, strict=True):
+        for axis, i in index.items():
+            x = x.index_select(axis, i)
+        out.copy_(x)
 
 
 def zip_weights(
