@@ -18,6 +18,8 @@
 #include "weighted_rows.h"
 #include "weighted_sum.h"
 
+void bind_zip_weights(pybind11::module_& m);
+
 namespace py = pybind11;
 using namespace pybind11::literals;
 using std::int64_t;
@@ -206,11 +208,11 @@ int64_t find_key(const KeySource& source, uint64_t key, int64_t rank, int64_t be
 }
 
 // axes: (size, stride in elements, address of int64 offsets or 0) for each axis of the result.
-void permute(Address out, Address x, int64_t itemsize,
-             const std::vector<std::tuple<int64_t, int64_t, Address>>& axes, bool stream,
-             Address positions, int64_t row_size, Address scratch, int64_t begin, int64_t end) {
+mk::Permute make_permute(Address out, Address x, int64_t itemsize,
+                         const std::vector<std::tuple<int64_t, int64_t, Address>>& axes,
+                         bool stream, Address positions, int64_t row_size) {
   require(!axes.empty() && axes.size() <= std::size_t(mk::kMaxDims),
-          "permute: no dimensions, or too many");
+          "Permute: no dimensions, or too many");
   mk::Permute args{};
   args.out = at<void>(out);
   args.x = at<const void>(x);
@@ -223,7 +225,7 @@ void permute(Address out, Address x, int64_t itemsize,
     const auto& [size, stride, offsets] = axes[d];
     args.axes[d] = {size, stride, at<const int64_t>(offsets)};
   }
-  mk::permute(args, begin, end, at<void>(scratch));
+  return args;
 }
 
 }  // namespace
@@ -310,6 +312,10 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
            "k0"_a, "k1"_a, "first"_a, "bits"_a, py::keep_alive<1, 2>())
       .def_property_readonly("scratch_bytes", &mk::rank_mask_scratch);
 
+  py::class_<mk::Permute>(m, "Permute")
+      .def(py::init(&make_permute), kw, "out"_a, "x"_a, "itemsize"_a, "axes"_a, "stream"_a,
+           "positions"_a, "row_size"_a);
+
   m.attr("BLOCK") = mk::kBlock;
   m.attr("MERGE_BLOCK") = mk::kMergeBlock;
   m.attr("GRAM_BLOCK") = mk::kGramBlock;
@@ -348,9 +354,15 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("pattern_histogram", &pattern_histogram, no_gil, kw, "x"_a, "histogram"_a, "begin"_a,
         "end"_a);
   m.def("find_key", &find_key, no_gil, kw, "source"_a, "key"_a, "rank"_a, "begin"_a, "end"_a);
-  m.def("permute", &permute, no_gil, kw, "out"_a, "x"_a, "itemsize"_a, "axes"_a, "stream"_a,
-        "positions"_a, "row_size"_a, "scratch"_a, "begin"_a, "end"_a);
+  m.def(
+      "permute",
+      [](const mk::Permute& args, Address scratch, int64_t begin, int64_t end) {
+        require(!args.positions || scratch, "permute: positions need scratch");
+        mk::permute(args, begin, end, at<void>(scratch));
+      },
+      no_gil, kw, "args"_a, "scratch"_a, "begin"_a, "end"_a);
 
   bind_covariance(m);
   bind_zip_match(m);
+  bind_zip_weights(m);
 }

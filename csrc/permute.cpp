@@ -1,5 +1,9 @@
 #include "permute.h"
 
+#include <algorithm>
+
+#include "transpose.h"
+
 namespace mk {
 namespace {
 
@@ -14,57 +18,24 @@ struct Bits128 {
 // transpose of kLanes such words gives kLanes pieces of result rows.
 
 template <class T>
-struct Words;
-template <>
-struct Words<std::uint16_t> {
-  static constexpr int kLanes = 8, kStages = 3;
-  typedef std::uint16_t Word __attribute__((vector_size(16)));
-  static Word low(Word a, Word b) {
-    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-  }
-  static Word high(Word a, Word b) {
-    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-  }
-};
-template <>
-struct Words<std::uint32_t> {
-  static constexpr int kLanes = 4, kStages = 2;
-  typedef std::uint32_t Word __attribute__((vector_size(16)));
-  static Word low(Word a, Word b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-  static Word high(Word a, Word b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+struct Words {
+  static constexpr int kLanes = 16 / sizeof(T);
+  typedef T Word __attribute__((vector_size(16)));
 };
 
-template <>
-struct Words<std::uint64_t> {
-  static constexpr int kLanes = 2, kStages = 1;
-  typedef std::uint64_t Word __attribute__((vector_size(16)));
-  static Word low(Word a, Word b) { return __builtin_shufflevector(a, b, 0, 2); }
-  static Word high(Word a, Word b) { return __builtin_shufflevector(a, b, 1, 3); }
-};
-
-// Lane i of word j becomes lane j of word i: every stage zips the halves of the list.
-template <class T, class W = typename Words<T>::Word>
-MK_INLINE void transpose(W* words) {
-  constexpr int n = Words<T>::kLanes;
-  for (int stage = 0; stage < Words<T>::kStages; ++stage) {
-    W zipped[n];
-    for (int i = 0; i < n / 2; ++i) {
-      zipped[2 * i] = Words<T>::low(words[i], words[i + n / 2]);
-      zipped[2 * i + 1] = Words<T>::high(words[i], words[i + n / 2]);
-    }
-    for (int i = 0; i < n; ++i) words[i] = zipped[i];
-  }
-}
-
+// Asks for the same part of the rows `next` meanwhile.
 template <class T>
-void interleave(const T* const* rows, std::int64_t size, T* words) {
+void interleave(const T* const* rows, const T* const* next, std::int64_t size, T* words) {
   using W = typename Words<T>::Word;
   constexpr int n = Words<T>::kLanes;
+  constexpr std::int64_t line = kLine / sizeof(T);
   std::int64_t j = 0;
   for (; j + n <= size; j += n) {
     W block[n];
+    if (j % line == 0)
+      for (int r = 0; r < n; ++r) __builtin_prefetch(next[r] + j);
     for (int r = 0; r < n; ++r) std::memcpy(&block[r], rows[r] + j, sizeof(W));
-    transpose<T>(block);
+    transpose<W, n>(block);
     std::memcpy(words + j * n, block, sizeof(block));
   }
   for (; j < size; ++j)
@@ -85,7 +56,7 @@ void gather_words(const T* words, const std::int32_t* positions, T* out, std::in
       W block[n];
       for (int c = 0; c < n; ++c)
         std::memcpy(&block[c], words + std::int64_t(positions[j + part + c]) * n, sizeof(W));
-      transpose<T>(block);
+      transpose<W, n>(block);
       for (int r = 0; r < n; ++r) std::memcpy(&piece[r][part], &block[r], sizeof(W));
     }
     for (int r = 0; r < n; ++r)
@@ -100,20 +71,37 @@ void gather_words(const T* words, const std::int32_t* positions, T* out, std::in
 
 // ---- one row ---------------------------------------------------------------------------------
 
-constexpr std::size_t kStreamedRow = 1 << 15;  // bytes from which on streaming a row pays
+// Bytes from which on streaming a row pays, even if it shares cache lines with its neighbours.
+constexpr std::size_t kStreamedRow = 1 << 15;
+
+// What is asked for ahead. Rows lie anywhere, so no hardware sees the next one coming.
+constexpr std::int64_t kAhead = 1 << 13;
+constexpr std::size_t kStep = 1 << 10;
+
+void copy_row(void* to, const void* from, const void* next, std::size_t bytes, bool stream) {
+  char* out = static_cast<char*>(to);
+  const char *x = static_cast<const char*>(from), *ahead = static_cast<const char*>(next);
+  const bool whole_lines = (reinterpret_cast<std::uintptr_t>(out) | bytes) % kLine == 0;
+  stream = stream && (whole_lines || bytes >= kStreamedRow);
+  for (std::size_t at = 0, n; at < bytes; at += n) {
+    n = std::min(kStep, bytes - at);
+    for (std::size_t i = 0; i < n; i += kLine) __builtin_prefetch(ahead + at + i);
+    if (stream)
+      stream_copy(out + at, x + at, n);
+    else
+      std::memcpy(out + at, x + at, n);
+  }
+}
 
 template <class T>
-void gather_row(const Permute& args, const T* x, T* out) {
+void gather_row(const Permute& args, const T* x, const T* next, T* out) {
   const Axis& last = args.axes[args.ndim - 1];
-  const std::size_t bytes = std::size_t(last.size) * sizeof(T);
   if (args.positions)
     for (std::int64_t j = 0; j < last.size; ++j) out[j] = x[args.positions[j]];
   else if (last.offsets)
     for (std::int64_t j = 0; j < last.size; ++j) out[j] = x[last.offsets[j]];
-  else if (last.stride == 1 && args.stream && bytes >= kStreamedRow)
-    stream_copy(out, x, bytes);
   else if (last.stride == 1)
-    std::memcpy(out, x, bytes);
+    copy_row(out, x, next, std::size_t(last.size) * sizeof(T), args.stream);
   else
     for (std::int64_t j = 0; j < last.size; ++j) out[j] = x[j * last.stride];
 }
@@ -160,19 +148,31 @@ void run(const Permute& args, std::int64_t begin, std::int64_t end, void* scratc
   const std::int64_t width = args.axes[args.ndim - 1].size;
   const T* x = static_cast<const T*>(args.x);
   T* out = static_cast<T*>(args.out) + begin * width;
-  Rows rows(args, begin);
   std::int64_t row = begin;
   if constexpr (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8) {
     constexpr int n = Words<T>::kLanes;
     const bool worthwhile = args.positions && 2 * width >= args.row_size;
-    for (; worthwhile && row + n <= end; row += n, out += n * width) {
-      const T* sources[n];
-      for (int r = 0; r < n; ++r, rows.next()) sources[r] = x + rows.offset();
-      interleave(sources, args.row_size, static_cast<T*>(scratch));
-      gather_words(static_cast<const T*>(scratch), args.positions, out, width, args.stream);
+    if (worthwhile && row + n <= end) {
+      Rows ahead(args, begin);
+      const T *sources[n], *next[n];
+      for (int r = 0; r < n; ++r, ahead.next()) next[r] = x + ahead.offset();
+      for (; row + n <= end; row += n, out += n * width) {
+        std::copy(next, next + n, sources);
+        if (row + 2 * n <= end)
+          for (int r = 0; r < n; ++r, ahead.next()) next[r] = x + ahead.offset();
+        interleave(sources, next, args.row_size, static_cast<T*>(scratch));
+        gather_words(static_cast<const T*>(scratch), args.positions, out, width, args.stream);
+      }
     }
   }
-  for (; row < end; ++row, out += width, rows.next()) gather_row(args, x + rows.offset(), out);
+  Rows rows(args, row), ahead(args, row);
+  const std::int64_t distance =
+      std::max<std::int64_t>(1, kAhead / (width * std::int64_t(sizeof(T))));
+  for (std::int64_t k = 0; k < distance && row + k + 1 < end; ++k) ahead.next();
+  for (; row < end; ++row, out += width, rows.next()) {
+    gather_row(args, x + rows.offset(), x + ahead.offset(), out);
+    if (row + distance + 1 < end) ahead.next();
+  }
   if (args.stream) stream_fence();
 }
 

@@ -22,12 +22,13 @@ from .ops.covariance import Covariance, correlation, covariance
 from .ops.gram import gram
 from .ops.kth_magnitude import kth_magnitude
 from .ops.merge_deltas import merge_deltas
-from .ops.permute import permute
+from .ops.permute import permute, permute_all
 from .ops.rank_mask import rank_mask
 from .ops.variance_mask import variance_mask
 from .ops.weighted_rows import weighted_rows
 from .ops.weighted_sum import weighted_sum
 from .ops.zip_match import zip_match
+from .ops.zip_weights import zip_weights
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "merge_tensors",
     "methods",
     "permute",
+    "permute_all",
     "rank_mask",
     "save_masks",
     "tall_masks",
@@ -69,4 +71,5 @@ __all__ = [
     "weighted_rows",
     "weighted_sum",
     "zip_match",
+    "zip_weights",
 ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import operator
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,33 +73,27 @@ def _from_numpy(op: str, name: str, x: np.ndarray) -> Tensor:
         raise unsupported_dtype(op, name, x.dtype) from None
 
 
-def tensors(op: str, xs: Sequence[Any], name: str = "xs") -> list[Tensor]:
-    """At least one floating tensor, all of one shape, dtype and device."""
+def tensors(op: str, xs: Sequence[Any], name: str = "xs", *, shape: bool = True) -> list[Tensor]:
+    """At least one floating tensor, all of one dtype and device, and of one `shape`."""
     if isinstance(xs, Tensor):
         raise ArgumentError.of(op, f"{name} is no list", "one tensor", "a sequence of tensors")
     checked = [tensor(op, x, f"{name}[{i}]") for i, x in enumerate(xs)]
     if not checked:
         raise ArgumentError.of(op, f"{name} is empty", "no tensor", "at least one")
     for i, x in enumerate(checked[1:], start=1):
-        same(op, f"{name}[{i}]", x, f"{name}[0]", checked[0])
+        same(op, f"{name}[{i}]", x, f"{name}[0]", checked[0], shape=shape)
     return checked
 
 
-def same(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
-    """x and y agree in shape, dtype and device."""
-    _equal(op, name, other, "shape", tuple(x.shape), tuple(y.shape))
-    alike(op, name, x, other, y)
-
-
-def alike(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
-    """x and y agree in dtype and device."""
-    _equal(op, name, other, "dtype", name_of(x.dtype), name_of(y.dtype))
-    _equal(op, name, other, "device", str(x.device), str(y.device))
-
-
-def _equal(op: str, name: str, other: str, what: str, got: object, expected: object) -> None:
-    if got != expected:
-        raise ArgumentError.of(op, f"{name} differs from {other} in {what}", got, expected)
+def same(op: str, name: str, x: Tensor, other: str, y: Tensor, *, shape: bool = True) -> None:
+    """x and y agree in dtype and device, and in `shape`."""
+    for what, got, expected in (
+        ("shape", tuple(x.shape), tuple(y.shape)),
+        ("dtype", name_of(x.dtype), name_of(y.dtype)),
+        ("device", str(x.device), str(y.device)),
+    ):
+        if got != expected and (shape or what != "shape"):
+            raise ArgumentError.of(op, f"{name} differs from {other} in {what}", got, expected)
 
 
 def number(op: str, name: str, value: Any, *, finite: bool = True) -> float:
@@ -120,6 +115,21 @@ def numbers(op: str, name: str, values: Any, n: int, *, finite: bool = True) -> 
     if len(values) != n:
         raise ArgumentError.of(op, f"{name} has the wrong length", len(values), n)
     return [number(op, f"{name}[{i}]", v, finite=finite) for i, v in enumerate(values)]
+
+
+def _is_integer(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def integers(op: str, name: str, values: Any) -> Tensor:
+    """A contiguous 1-d int64 tensor, on the device where `values` are if they are a tensor."""
+    if isinstance(values, Sequence) and all(map(_is_integer, values)):
+        return torch.tensor([operator.index(v) for v in values], dtype=torch.int64)
+    i = tensor(op, values, name, floating=False)
+    if i.ndim != 1 or i.is_floating_point() or i.is_complex() or i.dtype == torch.bool:
+        got = f"{name_of(i.dtype)} of shape {list(i.shape)}"
+        raise ArgumentError.of(op, f"{name} is no list", got, "integers, 1-d")
+    return i.to(torch.int64).contiguous()
 
 
 def mask(op: str, bits: Any, numel: int, device: torch.device) -> None:
@@ -170,6 +180,19 @@ def _overlaps(x: Tensor, y: Tensor) -> bool:
         return False
     (x0, x1), (y0, y1) = _span(x), _span(y)
     return x0 < y1 and y0 < x1
+
+
+def apart(op: str, outs: Mapping[str, Tensor], xs: Mapping[str, Tensor]) -> None:
+    """No tensor of `outs` shares memory with another or with one of `xs`."""
+    spans = [(*_span(x), True, name) for name, x in outs.items() if x.numel()]
+    spans += [(*_span(x), False, name) for name, x in xs.items() if x.numel()]
+    written = read = 0  # where memory ends that begins before
+    for first, last, output, name in sorted(spans):
+        if first < (max(written, read) if output else written):
+            which = "out" if output else "xs"
+            what = f"{which}[{name!r}] overlaps another tensor"
+            raise ArgumentError.of(op, what, "shared memory", "out with memory of its own")
+        written, read = (max(written, last), read) if output else (written, max(read, last))
 
 
 _HUGE_PAGE = 2 << 20

@@ -31,6 +31,7 @@ OPS = (
     "covariance",
     "permute",
     "zip_match",
+    "zip_weights",
 )
 BACKENDS = ("reference", "torch", "cpu", "cuda", "triton")
 

@@ -302,12 +302,6 @@ def covariance(
     return True
 
 
-def permute(out: Tensor, x: Tensor, index: dict[int, Tensor]) -> None:
-    for axis, i in index.items():
-        x = x.index_select(axis, i)
-    out.copy_(x)
-
-
 def zip_match(
     out: list[Tensor],
     correlations: list[Tensor],
@@ -373,3 +367,32 @@ def _zip(
             if left[origins[0]] == 0:
                 forbid(origins[0])
     return groups
+
+
+def permute(outs: list[Tensor], xs: list[Tensor], indices: list[dict[int, Tensor]]) -> None:
+    for out, x, index in zip(outs, xs, indices, strict=True):
+        for axis, i in index.items():
+            x = x.index_select(axis, i)
+        out.copy_(x)
+
+
+def zip_weights(
+    out: Tensor,
+    xs: list[Tensor],
+    rows: list[Tensor] | None,
+    cols: list[Tensor] | None,
+    factors: list[float],
+    divisors: Tensor,
+    by_row: bool,
+    acc: torch.dtype = torch.float64,
+) -> None:
+    total = torch.zeros(out.shape, dtype=acc)
+    for i, x in enumerate(xs):
+        groups = range(len(x)) if rows is None else rows[i].tolist()
+        part = torch.zeros(len(out), *x.shape[1:], dtype=acc)
+        for r, g in enumerate(groups):
+            part[g] = part[g] + x[r].to(acc) * torch.tensor(factors[i], dtype=acc)
+        for c, h in enumerate(range(x.shape[1]) if cols is None else cols[i].tolist()):
+            total[:, h] = total[:, h] + part[:, c]
+    d = divisors.to(acc)
+    _round(total / (d[:, None, None] if by_row else d[:, None]), out)

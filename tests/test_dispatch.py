@@ -33,6 +33,7 @@ def call(op: str, backend: str = "auto") -> object:
         "covariance": lambda: mk.covariance(X[:, None], backend=backend),
         "permute": lambda: mk.permute(X, {0: [2, 1, 0]}, backend=backend),
         "zip_match": lambda: mk.zip_match(torch.eye(2), [1, 1], backend=backend),
+        "zip_weights": lambda: mk.zip_weights([X], backend=backend),
     }[op]()
 
 

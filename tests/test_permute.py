@@ -176,7 +176,7 @@ def test_the_reference_is_the_oracle_too() -> None:
     x = filled((7, 5, 13), torch.float32)
     index = {0: order(7), 2: order(13)}
     out = torch.empty_like(x)
-    reference.permute(out, x, index)
+    reference.permute([out], [x], [index])
     assert_bytes_equal(out, expected_of(x, index))
 
 

@@ -1,5 +1,5 @@
-"""Git Re-Basin's weight matching by mergekern: `from mergekern.integrations.git_rebasin import
-weight_matching, apply_permutation, ...` in the place of `utils.weight_matching` of its PyTorch port.
+"""Git Re-Basin's weight matching by mergekern: import from here what scripts of its PyTorch port
+import from `utils.weight_matching`.
 
 The same names, signatures and permutations: the matchings are made in the same order, drawn from
 torch's generator, of the same sums. A permutation is an int64 index here, a float tensor there;
@@ -97,9 +97,7 @@ def vgg16_permutation_spec() -> PermutationSpec:
         f"features.{i}.bias": (perm,) for i, perm in zip((*convs[1:], 0), (*perms[1:], perms[0]))
     }
     for part in tail:
-        axes |= {
-            f"features.{i + 1}.{part}": (perm, None) for i, perm in zip(convs[1:], perms[1:])
-        }
+        axes |= {f"features.{i + 1}.{part}": (perm, None) for i, perm in zip(convs[1:], perms[1:])}
     axes |= {f"features.{i + 1}.num_batches_tracked": () for i in convs[1:]}
     axes |= {"classifier.weight": ("P_Dense_0", perms[-1]), "classifier.bias": ("P_Dense_0",)}
     return permutation_spec_from_axes_to_perm(axes)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,19 +12,28 @@ from .. import check, dispatch
 from ..errors import ArgumentError
 from ._cost import Cost
 
+OP = "permute"
+Indices = dict[int, Tensor]
+
 
 def permute(
-    x: Tensor, index: Mapping[int, Any], *, out: Tensor | None = None, backend: str = "auto"
+    x: Tensor,
+    index: Mapping[int, Any],
+    *,
+    require: str | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """out[i, j, ...] = x[index[0][i], index[1][j], ...]; axes without an index stay.
 
     Shapes: x any, any strides, any dtype; index maps an axis (negative ones count from the end)
     to a 1-d sequence of positions on it. A permutation reorders, a shorter or longer one selects
-    or repeats. The result is contiguous unless `out` is given; `out` may not overlap x.
+    or repeats; require="permutation" refuses all but permutations. The result is contiguous unless
+    `out` is given; `out` may not overlap x.
     Result: a copy of the bits of x, NaN payloads included.
     Cost: one read and one write, all axes at once.
     Raises: ArgumentError for axes that are not there or given twice, for positions out of range
-    (negative ones are).
+    (negative ones are), for what is no permutation if one is required.
     Source: `apply_permutation` of Git Re-Basin (Ainsworth et al., 2209.04836).
 
     >>> import torch
@@ -33,53 +41,135 @@ def permute(
     tensor([[5, 3, 4],
             [2, 0, 1]])
     """
-    op = "permute"
-    x = check.tensor(op, x, "x", floating=False)
-    chosen_index: dict[int, Tensor] = {}
-    shape = list(x.shape)
-    if not isinstance(index, Mapping):
-        got, expected = type(index).__name__, "a mapping of axes to positions"
-        raise ArgumentError.of(op, "index is no mapping", got, expected)
-    for axis, positions in index.items():
-        if not hasattr(axis, "__index__") or not -x.ndim <= axis < x.ndim:
-            raise ArgumentError.of(op, "no such axis", axis, f"one of the {x.ndim} axes of x")
-        d = axis % x.ndim
-        if d in chosen_index:
-            raise ArgumentError.of(op, "an axis is given twice", d, "each axis once")
-        chosen_index[d] = _positions(op, d, positions, x)
-        shape[d] = len(chosen_index[d])
-    out = check.output(op, out, x, shape=shape, inputs=[x], in_place=False)
-    backend = dispatch.select(backend, op, x.device, x.dtype)
-    if out.is_contiguous():
-        dispatch.load(backend, op)(out, x, chosen_index)
-    else:
-        dense = torch.empty(shape, dtype=x.dtype, device=x.device)
-        dispatch.load(backend, op)(dense, x, chosen_index)
-        out.copy_(dense)
-    return out
+    return _call(OP, {"x": x}, {"x": index}, require, None if out is None else {"x": out}, backend)[
+        "x"
+    ]
 
 
-def _is_index(p: Any) -> bool:
-    return hasattr(p, "__index__") and not isinstance(p, bool)
+def permute_all(
+    xs: Mapping[str, Tensor],
+    indices: Mapping[str, Mapping[int, Any]],
+    *,
+    require: str | None = None,
+    out: Mapping[str, Tensor] | None = None,
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """{name: permute(xs[name], indices[name])}: a whole model at once.
+
+    All tensors are done in one run of the thread pool, so many small ones cost little more than
+    their bytes. Tensors of any shapes and dtypes, on one device; those without indices are copied.
+    An index that several tensors share is checked and prepared once. `out` has a tensor for every
+    name; none may overlap another or any of xs.
+    Result, Cost, Source: as permute.
+    Raises: ArgumentError as permute, and for indices of a tensor that is not there.
+
+    >>> import torch
+    >>> p = [1, 0]
+    >>> layer = {"weight": torch.arange(4).view(2, 2), "bias": torch.arange(2)}
+    >>> permute_all(layer, {"weight": {0: p, 1: p}, "bias": {0: p}})
+    {'weight': tensor([[3, 2],
+            [1, 0]]), 'bias': tensor([1, 0])}
+    """
+    op = "permute_all"
+    for name, value in (("xs", xs), ("indices", indices), ("out", {} if out is None else out)):
+        if not isinstance(value, Mapping):
+            got, expected = type(value).__name__, "a mapping of names"
+            raise ArgumentError.of(op, f"{name} is no mapping", got, expected)
+    for name in indices:
+        if name not in xs:
+            raise ArgumentError.of(op, "indices of no tensor", repr(name), "a name of xs")
+    if out is not None and set(out) != set(xs):
+        odd = sorted(set(out) ^ set(xs))[0]
+        raise ArgumentError.of(op, "out and xs differ in names", repr(odd), "the names of xs")
+    return _call(op, xs, indices, require, out, backend)
 
 
-def _positions(op: str, axis: int, positions: Any, x: Tensor) -> Tensor:
-    """A contiguous int64 index on the device of x, checked against the axis."""
-    if isinstance(positions, Sequence) and all(_is_index(p) for p in positions):
-        i = torch.tensor([operator.index(p) for p in positions], dtype=torch.int64)
-    else:
-        i = check.tensor(op, positions, f"index of axis {axis}", floating=False)
-    i = i.to(x.device)
-    if i.ndim != 1 or i.is_floating_point() or i.is_complex() or i.dtype == torch.bool:
-        got = f"{check.name_of(i.dtype)} of shape {list(i.shape)}"
-        raise ArgumentError.of(op, f"index of axis {axis} is no list", got, "integers, 1-d")
-    i = i.to(torch.int64).contiguous()
-    if i.numel():
-        low, high = (int(v) for v in torch.aminmax(i))
-        if low < 0 or high >= x.shape[axis]:
-            what, limit = f"index of axis {axis} is out of range", x.shape[axis] - 1
-            raise ArgumentError.of(op, what, f"{low} to {high}", f"0 to {limit}")
-    return i
+def _call(
+    op: str,
+    xs: Mapping[str, Tensor],
+    indices: Mapping[str, Mapping[int, Any]],
+    require: str | None,
+    out: Mapping[str, Tensor] | None,
+    backend: str,
+) -> dict[str, Tensor]:
+    """Checks, allocates and calls one backend for all."""
+    check.choice(op, "require", require, (None, "permutation"))
+    tensors = {name: check.tensor(op, x, name, floating=False) for name, x in xs.items()}
+    if not tensors:
+        return {}
+    device = next(iter(tensors.values())).device
+    positions = _Positions(op, device, require)
+    chosen: list[Indices] = []
+    results: dict[str, Tensor] = {}
+    for name, x in tensors.items():
+        if x.device != device:
+            raise ArgumentError.of(op, f"{name} lies elsewhere", str(x.device), str(device))
+        index = positions.read(name, x, indices.get(name, {}))
+        shape = [len(index[d]) if d in index else size for d, size in enumerate(x.shape)]
+        given = None if out is None else out[name]
+        results[name] = check.output(op, given, x, shape=shape, inputs=[x], in_place=False)
+        chosen.append(index)
+    if out is not None and len(results) > 1:
+        check.apart(op, results, tensors)
+    first = next(iter(tensors.values()))
+    kernel = dispatch.load(dispatch.select(backend, OP, device, first.dtype), OP)
+    dense = [
+        r if r.is_contiguous() else torch.empty(r.shape, dtype=r.dtype, device=device)
+        for r in results.values()
+    ]
+    kernel(dense, list(tensors.values()), chosen)
+    for result, made in zip(results.values(), dense, strict=True):
+        if result is not made:
+            result.copy_(made)
+    return results
+
+
+class _Positions:
+    """Checked indices; what several tensors share is checked once."""
+
+    def __init__(self, op: str, device: torch.device, require: str | None) -> None:
+        self.op, self.device, self.require = op, device, require
+        self._known: dict[tuple[int, int], tuple[Any, Tensor]] = {}
+
+    def read(self, name: str, x: Tensor, index: Mapping[int, Any]) -> Indices:
+        """Contiguous int64 positions of each axis of x that `index` has."""
+        op = self.op
+        of = "" if op == OP else f" of {name}"
+        if not isinstance(index, Mapping):
+            got, expected = type(index).__name__, "a mapping of axes to positions"
+            raise ArgumentError.of(op, f"index{of} is no mapping", got, expected)
+        chosen: Indices = {}
+        for axis, positions in index.items():
+            if not hasattr(axis, "__index__") or not -x.ndim <= axis < x.ndim:
+                raise ArgumentError.of(
+                    op, "no such axis", f"{axis}{of}", f"one of the {x.ndim} axes of {name}"
+                )
+            d = axis % x.ndim
+            if d in chosen:
+                raise ArgumentError.of(op, "an axis is given twice", f"{d}{of}", "each axis once")
+            key = (id(positions), x.shape[d])
+            if key not in self._known:
+                what = f"index of axis {d}{of}"
+                self._known[key] = positions, self._checked(what, positions, x.shape[d])
+            chosen[d] = self._known[key][1]
+        return chosen
+
+    def _checked(self, what: str, positions: Any, size: int) -> Tensor:
+        i = check.integers(self.op, what, positions)
+        if i.numel():
+            low, high = (int(v) for v in torch.aminmax(i))
+            if low < 0 or high >= size:
+                expected = f"0 to {size - 1}"
+                raise ArgumentError.of(
+                    self.op, f"{what} is out of range", f"{low} to {high}", expected
+                )
+        if self.require == "permutation":
+            distinct = int((torch.bincount(i, minlength=size) > 0).sum())
+            if len(i) != size or distinct != size:
+                got = f"{len(i)} positions, {distinct} of them distinct"
+                expected = f"each of 0 to {size - 1} once"
+                raise ArgumentError.of(self.op, f"{what} is no permutation", got, expected)
+        return i.to(self.device)
 
 
 def cost(out_numel: int, itemsize: int) -> Cost:

@@ -117,7 +117,7 @@ def zip_match(
         raise ArgumentError.of(OP, "correlation is empty", "no matrix", "at least one")
     checked = [_matrix(name, x) for name, x in zip(names, correlation, strict=True)]
     for name, x in zip(names[1:], checked[1:], strict=True):
-        check.alike(OP, name, x, names[0], checked[0])
+        check.same(OP, name, x, names[0], checked[0], shape=False)
     problems = [_tasks(x, host, beta, *row) for x, *row in zip(checked, *rows, strict=True)]
     tasks = list(itertools.chain.from_iterable(problems))
     out = [

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 
-def permute(out: Tensor, x: Tensor, index: dict[int, Tensor]) -> None:
+def permute(outs: list[Tensor], xs: list[Tensor], indices: list[dict[int, Tensor]]) -> None:
+    for out, x, index in zip(outs, xs, indices, strict=True):
+        _permute(out, x, index)
+
+
+def _permute(out: Tensor, x: Tensor, index: dict[int, Tensor]) -> None:
     grid = []
     for d, size in enumerate(x.shape):
         i = index[d] if d in index else torch.arange(size, device=x.device)

@@ -13,8 +13,8 @@ import os
 import sys
 
 from ...errors import BackendError, MergekernError
-from .calls import MODE, Counts, counts
 from .._swaps import Swaps
+from .calls import MODE, Counts, counts
 
 SUPPORTED = ("0.1.4", "0.1.5")
 

@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .calls import MODE, counts
 from .._swaps import Swaps
+from .calls import MODE, counts
 
 LOG = logging.getLogger("mergekern")
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ...methods import REGISTRY, Method
+from .._swaps import Swaps
 from . import calls
 from .calls import MODE, Call
-from .._swaps import Swaps
 
 
 class Kernel:

@@ -23,7 +23,6 @@ from typing import Any
 from ...errors import BackendError
 from .._swaps import Swaps
 from . import matching_functions as _matching
-from . import metric_calculators as _metrics
 from .matching_functions import (
     add_bias_to_mats,
     match_tensors_identity,
@@ -63,10 +62,10 @@ def install(*, host: bool = False) -> None:
                 _check(module, name, getattr(theirs, name, None), new)
                 originals[swaps.attribute(theirs, name, new)] = new
         for module in _BINDING:
-            theirs = sys.modules.get(module)
-            for name, value in [*vars(theirs).items()] if theirs else ():
+            bound = vars(sys.modules[module]) if module in sys.modules else {}
+            for name, value in [*bound.items()]:
                 if (inspect.isroutine(value) or inspect.isclass(value)) and value in originals:
-                    swaps.attribute(theirs, name, originals[value])
+                    swaps.attribute(sys.modules[module], name, originals[value])
         swaps.item(_matching.exact, "host", host)
         _installed.append(swaps)
 
@@ -101,8 +100,7 @@ def _import(module: str) -> ModuleType:
 
 def _check(module: str, name: str, theirs: Any, new: Any) -> None:
     def parameters(f: Any) -> list[str]:
-        f = f.update if inspect.isclass(f) else f
-        return [*inspect.signature(f).parameters]
+        return [*inspect.signature(getattr(f, "update", f)).parameters]
 
     if theirs is None or parameters(theirs) != parameters(new):
         got = "nothing" if theirs is None else f"parameters {parameters(theirs)}"

@@ -1,0 +1,65 @@
+// zip_weights of module mergekern._cpu.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "zip_weights.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+using std::int64_t;
+using Address = std::uintptr_t;
+
+namespace {
+
+const int64_t* integers(Address address) { return reinterpret_cast<const int64_t*>(address); }
+const double* doubles(Address address) { return reinterpret_cast<const double*>(address); }
+
+mk::ZipInput make_input(Address data, int64_t width, int64_t row_stride, Address starts,
+                        Address members, Address targets, double factor) {
+  if ((starts == 0) != (members == 0))
+    throw std::invalid_argument("ZipInput: starts and members come together");
+  return {reinterpret_cast<const void*>(data),
+          width,
+          row_stride,
+          integers(starts),
+          integers(members),
+          integers(targets),
+          factor};
+}
+
+void zip_weights(const mk::View& out, int64_t width, const std::vector<mk::ZipInput>& xs,
+                 Address row_divisors, Address column_divisors, Address scratch, int64_t begin,
+                 int64_t end) {
+  if (xs.empty()) throw std::invalid_argument("zip_weights: no inputs");
+  if ((row_divisors == 0) == (column_divisors == 0))
+    throw std::invalid_argument("zip_weights: divisors of rows or of columns");
+  for (const mk::ZipInput& x : xs)
+    if ((x.targets == nullptr) != (scratch == 0))
+      throw std::invalid_argument("zip_weights: targets for all inputs, with scratch, or for none");
+  mk::zip_weights(
+      {out, width, xs.data(), int64_t(xs.size()), doubles(row_divisors), doubles(column_divisors)},
+      begin, end, reinterpret_cast<void*>(scratch));
+}
+
+void group_members(Address labels, int64_t n, int64_t groups, Address starts, Address members) {
+  mk::group_members(integers(labels), n, groups, reinterpret_cast<int64_t*>(starts),
+                    reinterpret_cast<int64_t*>(members));
+}
+
+}  // namespace
+
+void bind_zip_weights(py::module_& m) {
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  const py::kw_only kw;
+  py::class_<mk::ZipInput>(m, "ZipInput")
+      .def(py::init(&make_input), kw, "data"_a, "width"_a, "row_stride"_a, "starts"_a, "members"_a,
+           "targets"_a, "factor"_a);
+  m.attr("ZIP_ROWS") = mk::kZipRows;
+  m.def("zip_weights", &zip_weights, no_gil, kw, "out"_a, "width"_a, "xs"_a, "row_divisors"_a,
+        "column_divisors"_a, "scratch"_a, "begin"_a, "end"_a);
+  m.def("group_members", &group_members, no_gil, kw, "labels"_a, "n"_a, "groups"_a, "starts"_a,
+        "members"_a);
+}

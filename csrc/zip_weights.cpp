@@ -1,0 +1,254 @@
+#include "zip_weights.h"
+
+#include <algorithm>
+
+#include "transpose.h"
+
+namespace mk {
+namespace {
+
+constexpr std::int64_t kZipBlock = 256;  // columns at a time, in the first-level cache
+
+// ---- the rows of a group ---------------------------------------------------------------------
+
+// How a product enters a sum: as its first term, added to +0, or added to what is there.
+enum class Enter { first, to_zero, add };
+
+template <Enter kEnter, class T, class A>
+MK_CLONES void scale(const T* x, A factor, A* sum, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const A p = A(widen(x[i])) * factor;
+    sum[i] = kEnter == Enter::first ? p : kEnter == Enter::to_zero ? A(0) + p : sum[i] + p;
+  }
+}
+
+// Not std::fill: GCC makes a memset of it, whose `rep stos` waits for streaming stores before it
+// (rows took 2.3 times as long).
+template <class A>
+MK_INLINE void clear(A* values, std::int64_t n) {
+  typedef A Line __attribute__((vector_size(kLine)));
+  for (std::int64_t i = 0; i < n; i += kLine / sizeof(A)) {
+    const Line zeros{};
+    std::memcpy(values + i, &zeros, sizeof(zeros));
+    asm volatile("");
+  }
+}
+
+struct Members {
+  std::int64_t begin, end;
+};
+
+// None for g from `end` on.
+Members members(const ZipInput& x, std::int64_t g, std::int64_t end) {
+  if (g >= end) return {0, 0};
+  return x.starts ? Members{x.starts[g], x.starts[g + 1]} : Members{g, g + 1};
+}
+
+template <class T>
+const T* row(const ZipInput& x, std::int64_t member, std::int64_t at) {
+  return static_cast<const T*>(x.data) + (x.members ? x.members[member] : member) * x.row_stride +
+         at;
+}
+
+// Columns [at, at + n) of the rows `of` of one model, added up. There is at least one.
+template <class T, class A>
+void sum_rows(const ZipInput& x, Members of, std::int64_t at, std::int64_t n, A* sum) {
+  scale<Enter::first>(row<T>(x, of.begin, at), A(x.factor), sum, n);
+  for (std::int64_t k = of.begin + 1; k < of.end; ++k)
+    scale<Enter::add>(row<T>(x, k, at), A(x.factor), sum, n);
+}
+
+// Rows lie anywhere, so what comes after columns [at, at + n) is asked for: the next ones of the
+// same rows, or the first ones of the rows `then`.
+template <class T>
+void prefetch_next(const ZipInput& x, Members of, Members then, std::int64_t at, std::int64_t n) {
+  const bool ends = at + n == x.width;
+  if (ends) of = then;
+  const std::int64_t from = ends ? 0 : at + n, size = std::min(kZipBlock, x.width - from);
+  for (std::int64_t k = of.begin; k < of.end; ++k) {
+    const char* bytes = reinterpret_cast<const char*>(row<T>(x, k, from));
+    for (std::int64_t i = 0; i < size * std::int64_t(sizeof(T)); i += kLine)
+      __builtin_prefetch(bytes + i);
+  }
+}
+
+// ---- the division ----------------------------------------------------------------------------
+
+template <class A>
+MK_CLONES void multiply(A* acc, A factor, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) acc[i] *= factor;
+}
+
+template <class A>
+MK_CLONES void divide(A* acc, A divisor, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) acc[i] /= divisor;
+}
+
+template <class A>
+MK_CLONES void divide_each(A* acc, const double* divisors, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) acc[i] /= A(divisors[i]);
+}
+
+// The product with an inverse that is exact has the bits of the division.
+bool power_of_two(float x) { return (bit_cast<std::uint32_t>(x) & 0x007fffffu) == 0; }
+bool power_of_two(double x) { return (bit_cast<std::uint64_t>(x) & 0x000fffffffffffffull) == 0; }
+
+template <class A>
+void store(const ZipWeights& args, std::int64_t g, std::int64_t at, std::int64_t n, A* acc) {
+  if (!args.row_divisors)
+    divide_each(acc, args.column_divisors + at, n);
+  else if (const A d = A(args.row_divisors[g]); power_of_two(d))
+    multiply(acc, 1 / d, n);
+  else
+    divide(acc, d, n);
+  write_block(args.out, g * args.width + at, n, acc);
+}
+
+// ---- columns stay ----------------------------------------------------------------------------
+
+template <class A>
+MK_CLONES void add(const A* sum, A* acc, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) acc[i] += sum[i];
+}
+
+template <class T, class A>
+void merge_row(const ZipWeights& args, std::int64_t g, std::int64_t end) {
+  alignas(64) A sum[kZipBlock], acc[kZipBlock];
+  for (std::int64_t at = 0; at < args.width; at += kZipBlock) {
+    const std::int64_t n = std::min(kZipBlock, args.width - at);
+    bool empty = true;
+    for (std::int64_t i = 0; i < args.n; ++i) {
+      const ZipInput& x = args.xs[i];
+      const Members of = members(x, g, end);
+      prefetch_next<T>(x, of, members(x, g + 1, end), at, n);
+      if (of.begin == of.end) continue;
+      if (of.end - of.begin > 1) {
+        if (empty) clear(acc, kZipBlock);
+        sum_rows<T>(x, of, at, n, sum);
+        add(sum, acc, n);
+      } else if (empty) {
+        scale<Enter::to_zero>(row<T>(x, of.begin, at), A(x.factor), acc, n);
+      } else {
+        scale<Enter::add>(row<T>(x, of.begin, at), A(x.factor), acc, n);
+      }
+      empty = false;
+    }
+    if (empty) clear(acc, kZipBlock);
+    store(args, g, at, n, acc);
+  }
+}
+
+// ---- columns move ----------------------------------------------------------------------------
+//
+// kRows rows of the result side by side: acc[h] holds column h of all of them in one register, so a
+// column of the inputs goes to any other with one addition. acc is all zeros between the rows.
+
+template <class A>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  static constexpr int kRows = 8;
+  typedef std::uint32_t Word __attribute__((vector_size(32)));
+  typedef float Values __attribute__((vector_size(32)));
+};
+template <>
+struct Lanes<double> {
+  static constexpr int kRows = 4;
+  typedef std::uint64_t Word __attribute__((vector_size(32)));
+  typedef double Values __attribute__((vector_size(32)));
+};
+
+template <class A>
+MK_INLINE void add_column(const typename Lanes<A>::Word& column, A* to) {
+  typename Lanes<A>::Values total, part;
+  std::memcpy(&total, to, sizeof(total));
+  std::memcpy(&part, &column, sizeof(part));
+  total += part;
+  std::memcpy(to, &total, sizeof(total));
+}
+
+// Columns [0, n) of rows kZipBlock apart go to columns `targets` of acc.
+template <class A>
+MK_CLONES void scatter(const A* sums, const std::int64_t* targets, std::int64_t n, A* acc) {
+  using Word = typename Lanes<A>::Word;
+  constexpr int rows = Lanes<A>::kRows;
+  Word words[rows];
+  std::int64_t c = 0;
+  for (; c + rows <= n; c += rows) {
+    for (int r = 0; r < rows; ++r) std::memcpy(&words[r], sums + r * kZipBlock + c, sizeof(Word));
+    transpose<Word, rows>(words);
+    for (int j = 0; j < rows; ++j) add_column(words[j], acc + targets[c + j] * rows);
+  }
+  for (; c < n; ++c)
+    for (int r = 0; r < rows; ++r) acc[targets[c] * rows + r] += sums[r * kZipBlock + c];
+}
+
+// Columns [0, n) of acc, their number rounded up, as rows kZipBlock apart; clears them.
+template <class A>
+MK_CLONES void gather(A* acc, std::int64_t n, A* sums) {
+  using Word = typename Lanes<A>::Word;
+  constexpr int rows = Lanes<A>::kRows;
+  Word words[rows];
+  for (std::int64_t c = 0; c < n; c += rows) {
+    std::memcpy(words, acc + c * rows, sizeof(words));
+    clear(acc + c * rows, rows * rows);
+    transpose<Word, rows>(words);
+    for (int r = 0; r < rows; ++r) std::memcpy(sums + r * kZipBlock + c, &words[r], sizeof(Word));
+  }
+}
+
+template <class T, class A>
+void merge_rows(const ZipWeights& args, std::int64_t g, std::int64_t end, A* acc) {
+  constexpr int rows = Lanes<A>::kRows;
+  alignas(64) A sums[rows * kZipBlock];
+  for (std::int64_t i = 0; i < args.n; ++i) {
+    const ZipInput& x = args.xs[i];
+    for (std::int64_t at = 0; at < x.width; at += kZipBlock) {
+      const std::int64_t n = std::min(kZipBlock, x.width - at);
+      for (int r = 0; r < rows; ++r) {
+        A* sum = sums + r * kZipBlock;
+        const Members of = members(x, g + r, end);
+        prefetch_next<T>(x, of, members(x, g + rows + r, end), at, n);
+        if (of.begin < of.end)
+          sum_rows<T>(x, of, at, n, sum);
+        else
+          clear(sum, kZipBlock);
+      }
+      scatter(sums, x.targets + at, n, acc);
+    }
+  }
+  for (std::int64_t at = 0; at < args.width; at += kZipBlock) {
+    const std::int64_t n = std::min(kZipBlock, args.width - at);
+    gather(acc + at * rows, n, sums);
+    for (int r = 0; r < rows && g + r < end; ++r) store(args, g + r, at, n, sums + r * kZipBlock);
+  }
+}
+
+}  // namespace
+
+void zip_weights(const ZipWeights& args, std::int64_t begin, std::int64_t end, void* scratch) {
+  with_type(args.out.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    using A = sum_t<T>;
+    if (args.xs[0].targets) {
+      A* acc = static_cast<A*>(scratch);
+      clear(acc, (args.width + kZipRows - 1) / kZipRows * kZipRows * Lanes<A>::kRows);
+      for (std::int64_t g = begin; g < end; g += Lanes<A>::kRows) merge_rows<T>(args, g, end, acc);
+    } else {
+      for (std::int64_t g = begin; g < end; ++g) merge_row<T, A>(args, g, end);
+    }
+    if (args.out.stream) stream_fence();
+  });
+}
+
+void group_members(const std::int64_t* labels, std::int64_t n, std::int64_t groups,
+                   std::int64_t* starts, std::int64_t* members) {
+  std::fill(starts, starts + groups + 1, 0);
+  for (std::int64_t r = 0; r < n; ++r) ++starts[labels[r] + 1];
+  for (std::int64_t g = 0; g < groups; ++g) starts[g + 1] += starts[g];
+  for (std::int64_t r = 0; r < n; ++r) members[starts[labels[r]]++] = r;
+  std::copy_backward(starts, starts + groups, starts + groups + 1);  // each was moved to its end
+  starts[0] = 0;
+}
+
+}  // namespace mk

@@ -1,0 +1,188 @@
+"""zip_weights: the weights of N networks in one space of features."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import check, dispatch
+from ..errors import ArgumentError
+from ._cost import Cost
+from ._labels import Labels, Part, blocks, read_labels
+
+OP = "zip_weights"
+
+
+def zip_weights(
+    xs: Sequence[Tensor],
+    *,
+    rows: Any = None,
+    cols: Any = None,
+    weights: Sequence[float] | None = None,
+    axes: tuple[int, int] = (0, 1),
+    groups: int = 1,
+    eps: float = 0.0,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """out[g, h, ...] = sum_i N w_i sum_(r in g) sum_(c in h) x_i[r, c, ...] / (count_g + eps).
+
+    g and h are groups of output and of input features: r is in g where rows_i[r] = g, c is in h
+    where cols_i[c] = h, and count_g is the number of output features that g has in all models. So
+    outputs are averaged over their group (M_i x_i) and inputs added up in each model (x_i U_i).
+    Without `rows` output features stay and the divisor is N; without `cols` input features stay.
+    w_i is 1 / N, or weights[i] as given: they are not normalised.
+
+    Shapes: N >= 1 tensors of one dtype and number of axes, any strides; the labelled axes may
+    differ in size, the others not. rows, cols: labels of all models one after another (as
+    zip_match gives them), or a list of N vectors of labels; they count from 0, and every group
+    holds a feature of some model. axes: where output and input features lie; with both labelled,
+    the first two axes in either order, else anywhere.
+        linear, conv [out, in, ...]     rows, cols
+        bias, norm, depthwise conv      rows
+        classifier on merged features   cols
+        embedding [words, features]     rows, axes=(1, 0): features come out of it
+        grouped conv [out, in / groups] rows, cols, groups: labels of all input features. A group
+            of channels moves as a block: its outputs and its inputs go to one group of the result.
+    `out` may not overlap the inputs.
+
+    Result: the same bits on every backend and thread count, in float64 (float32 for 16-bit inputs)
+    with one rounding at the end; csrc/zip_weights.h has the order. For an element of m terms
+    |error| <= (m + 3) u sum |N w_i x_i| / d, u = 2**-53 (2**-24), plus half a unit of the result's
+    last place, where nothing under- or overflows. Elements without terms are 0. NaN stays in its
+    groups.
+
+    Cost: reads every input and writes the result once; no matrix of zeros and ones.
+    Raises: ArgumentError for labels that do not add up to the sizes, are negative or leave a group
+    empty, for sizes, dtypes or devices that differ, non-finite weights, an eps below 0, grouped
+    channels that do not move as blocks.
+    Source: `MergeHandler`, `get_merged_state_dict` of ZipIt! (Stoica et al., 2305.03053), which
+    has eps = 1e-5.
+
+    >>> import torch
+    >>> a, b = torch.eye(2), torch.eye(2)
+    >>> zip_weights([a, b], rows=[0, 1, 1, 0], cols=[[0, 1], [1, 0]])
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+    tensors = check.tensors(OP, xs, shape=False)
+    n = len(tensors)
+    factors = [1.0] * n  # N w_i
+    if weights is not None:
+        factors = [n * w for w in check.numbers(OP, "weights", weights, n)]
+    eps = check.number(OP, "eps", eps)
+    if eps < 0:
+        raise ArgumentError.of(OP, "eps is negative", eps, "0 or more")
+    ndim = tensors[0].ndim
+    merged = None if rows is None else _axis("rows", axes, 0, ndim)
+    unmerged = None if cols is None else _axis("cols", axes, 1, ndim)
+    _check_axes(tensors, merged, unmerged)
+    _check_groups(groups, tensors, merged, unmerged)
+    labels: dict[int, Labels] = {}
+    if merged is not None:
+        labels[merged] = read_labels(OP, "rows", rows, [x.shape[merged] for x in tensors])
+    if unmerged is not None:
+        sizes = [x.shape[unmerged] * groups for x in tensors]
+        labels[unmerged] = read_labels(OP, "cols", cols, sizes)
+    whole = Part(tensors, factors, labels)
+    parts = [whole] if groups == 1 else blocks(OP, whole, groups)
+    shape = list(tensors[0].shape)
+    for axis, of in labels.items():
+        shape[axis] = len(of.counts) // (groups if axis == 1 else 1)
+    out = check.output(OP, out, tensors[0], shape=shape, inputs=tensors, in_place=False)
+    kernel = dispatch.load(dispatch.select(backend, OP, out.device, out.dtype), OP)
+    dense = out if out.is_contiguous() else torch.empty(shape, dtype=out.dtype, device=out.device)
+    for target, part in zip(dense.chunk(groups) if groups > 1 else [dense], parts, strict=True):
+        _run(kernel, target, part, merged, n, eps)
+    if dense is not out:
+        out.copy_(dense)
+    return out
+
+
+def _axis(name: str, axes: Any, which: int, ndim: int) -> int:
+    """The axis that the labels `name` are for."""
+    try:
+        axis = [operator.index(a) for a in axes][which]
+    except (TypeError, IndexError):
+        expected = "the axis of outputs and that of inputs"
+        raise ArgumentError.of(OP, "axes are no pair", repr(axes), expected) from None
+    if not -ndim <= axis < ndim:
+        what = f"{name} are labels of an axis that is not there"
+        raise ArgumentError.of(OP, what, f"axis {axis}", f"one of the {ndim} axes of xs")
+    return axis % ndim
+
+
+def _check_axes(tensors: list[Tensor], merged: int | None, unmerged: int | None) -> None:
+    """Two axes with labels are the first two; the others have one size in all models."""
+    if None not in (merged, unmerged) and {merged, unmerged} != {0, 1}:
+        what = "axes with labels are not the first two"
+        raise ArgumentError.of(OP, what, (merged, unmerged), "(0, 1) or (1, 0)")
+    first = tensors[0]
+    for i, x in enumerate(tensors[1:], start=1):
+        if x.ndim != first.ndim:
+            what = f"xs[{i}] differs from xs[0] in its number of axes"
+            raise ArgumentError.of(OP, what, x.ndim, first.ndim)
+        for axis, (got, expected) in enumerate(zip(x.shape, first.shape, strict=True)):
+            if got != expected and axis not in (merged, unmerged):
+                what = f"xs[{i}] differs from xs[0] in axis {axis}, which has no labels"
+                raise ArgumentError.of(OP, what, got, expected)
+
+
+def _check_groups(
+    groups: Any, tensors: list[Tensor], merged: int | None, unmerged: int | None
+) -> None:
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise ArgumentError.of(OP, "groups is no number of groups", repr(groups), "1 or more")
+    if groups > 1 and (merged, unmerged) != (0, 1):
+        got = f"rows of axis {merged} and cols of axis {unmerged}"
+        raise ArgumentError.of(OP, "groups need labels of both axes", got, "rows of 0, cols of 1")
+    for i, x in enumerate(tensors):
+        if groups > 1 and x.shape[0] % groups:
+            what = f"xs[{i}] does not have groups of one size"
+            raise ArgumentError.of(OP, what, f"{x.shape[0]} rows", f"a multiple of {groups}")
+
+
+def _run(kernel: Any, out: Tensor, part: Part, merged: int | None, n: int, eps: float) -> None:
+    """Calls a backend: tensors as [rows, columns, inner], labels and divisors of rows and columns.
+
+    Where one axis has labels, it is that of the rows, or of the columns if others come before it.
+    """
+    axes = sorted(part.labels)
+    first = axes[0] if axes else 0
+    before, last = math.prod(out.shape[:first]), first + max(1, len(axes))
+
+    def arranged(x: Tensor) -> Tensor:
+        sizes = list(x.shape[first:last]) or [1]
+        if len(sizes) == 1:
+            sizes = [*sizes, 1] if before == 1 else [before, *sizes]
+        return x.reshape(*sizes, math.prod(x.shape[last:]))
+
+    named = {axis: of.to(out.device) for axis, of in part.labels.items()}
+    in_rows = before == 1 and bool(axes)
+    rows = named[first] if in_rows else None
+    cols = named[axes[-1]] if len(axes) == 2 or (axes and not in_rows) else None
+    target = arranged(out)
+    divisors = torch.full((len(target),), float(n), dtype=torch.float64)
+    if merged is not None:
+        divisors = torch.from_numpy(part.labels[merged].counts + eps)
+    by_row = merged is None or (in_rows and merged == first)
+    kernel(
+        target,
+        [arranged(x) for x in part.xs],
+        rows,
+        cols,
+        part.factors,
+        divisors.to(out.device),
+        by_row,
+    )
+
+
+def cost(n: int, numel: int, itemsize: int, out_numel: int | None = None) -> Cost:
+    """Least traffic of n inputs of `numel` elements: a product, a sum, and a division a result."""
+    results = numel if out_numel is None else out_numel
+    return Cost((n * numel + results) * itemsize, 2 * n * numel + results)
