@@ -87,7 +87,7 @@ def match_tensors_permute(
     scores = [correlation[:size, size * i : size * (i + 1)] for i in range(1, models)]
     found = assign(scores) if scores else []
     eye = torch.eye(size, device=correlation.device)
-    matrices = _identical([eye, *(eye[:, i.argsort()] for i in found)], add_bias)
+    matrices = _identical([eye, *(eye[:, i] for i in found)], add_bias)
     if not get_merge_value:
         return matrices
     return (*matrices, scores[-1][range(size), found[-1]].mean())
