@@ -1,4 +1,4 @@
-"""Git Re-Basin's PyTorch port, from a checkout of its repository that MERGEKERN_REBASIN points to."""
+"""Git Re-Basin's PyTorch port, from a checkout that MERGEKERN_REBASIN points to."""
 
 from __future__ import annotations
 
