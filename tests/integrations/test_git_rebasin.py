@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import scipy.optimize
 import torch
-from rebasin import port
 from torch import Tensor
 
 from mergekern.errors import ArgumentError
 from mergekern.integrations import git_rebasin as ours
 
 from accuracy import assert_bytes_equal
+from rebasin import port
 
 SPECS = {
     "mlp": lambda port: port.mlp_permutation_spec(3),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from rebasin import port
 from torch import Tensor
 
 from mergekern.integrations import git_rebasin
 
 from accuracy import assert_bytes_equal
 from cifar import weights
+from rebasin import port
 
 
 def axes(params: dict[str, Tensor]) -> git_rebasin.Axes:
