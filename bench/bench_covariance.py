@@ -78,7 +78,6 @@ def bench_covariance(row, timed: bool, kind: str, d: int) -> None:
         torch=full,
         peers=peers,
         result=0,
-        wanted=1.7,
     )
 
 

@@ -76,5 +76,5 @@ void bind_covariance(py::module_& m) {
         "count"_a, "mean"_a, "out"_a);
   m.def("pack", &pack, no_gil, kw, "x"_a, "first_row"_a, "last_row"_a, "center"_a, "panels"_a,
         "squares"_a, "begin"_a, "end"_a);
-  m.def("add_products", &mk::add_products, no_gil, "pairs"_a, py::kw_only(), "begin"_a, "end"_a);
+  m.def("add_products", &mk::add_products, no_gil, kw, "pairs"_a, "begin"_a, "end"_a);
 }

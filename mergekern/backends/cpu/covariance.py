@@ -133,6 +133,6 @@ def _multiply(x: _Side, y: _Side, rows: int, products: Tensor) -> None:
     )
 
     def kernel(begin: int, end: int) -> None:
-        runtime._cpu.add_products(pairs, begin=begin, end=end)
+        runtime._cpu.add_products(pairs=pairs, begin=begin, end=end)
 
     runtime.chunks(kernel, pairs.count, min(_PAIRS, -(-pairs.count // (8 * runtime.threads()))))
