@@ -42,7 +42,7 @@ def bench_assign(row, timed: bool, n: int, count: int) -> None:
         lambda: mk.assign(xs),
         cost=read(xs),
         error=0.0 if same else float("inf"),
-        torch=lambda: theirs(xs),
+        peers={"scipy": (lambda: theirs(xs), 1.0)},
     )
 
 

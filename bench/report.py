@@ -31,6 +31,7 @@ COLUMNS = (
     ("wanted", "wanted", "{:.0f}"),
     ("peft", "vs peft", "{:.1f}"),
     ("fusion_bench", "vs fusion-bench", "{:.1f}"),
+    ("scipy", "vs scipy", "{:.1f}"),
     ("zipit", "vs zipit", "{:.0f}"),
     ("zipit_1", "vs zipit, 1 thread", "{:.0f}"),
     ("float32", "vs float32", "{:.2f}"),

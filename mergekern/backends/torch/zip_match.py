@@ -69,7 +69,8 @@ class _Matching:
             else:
                 self.exclusive, self.budgets = False, [len(self.s)] * len(self.budgets)
                 self.begin()
-                for r, c in self.merges.copy():
+                merges, self.merges = self.merges, []
+                for r, c in merges:
                     self.merge(r, c)
         return self.numbers()
 
