@@ -75,7 +75,8 @@ def parallel(task: Callable[[int], None], count: int) -> None:
         work()
     finally:
         for future in futures:
-            future.result()
+            if not future.cancel():  # one that has not begun has nothing left to do
+                future.result()
 
 
 def chunks(kernel: Callable[[int, int], None], total: int, chunk: int = CHUNK) -> None:
