@@ -30,6 +30,7 @@ COLUMNS = (
     ("wanted", "wanted", "{:.0f}"),
     ("peft", "vs peft", "{:.1f}"),
     ("fusion_bench", "vs fusion-bench", "{:.1f}"),
+    ("einsum", "vs einsum", "{:.0f}"),
     ("extra_mb", "extra MB", "{:.0f}"),
     ("error", "error / bound", "{:.2f}"),
 )
