@@ -25,7 +25,7 @@ from .ops.rank_mask import rank_mask
 from .ops.variance_mask import variance_mask
 from .ops.weighted_rows import weighted_rows
 from .ops.weighted_sum import weighted_sum
-from .ops.zip_weights import zip_weights
+from .ops.zip_weights import zip_weights, zip_weights_all
 
 __version__ = "0.1.0"
 
@@ -63,4 +63,5 @@ __all__ = [
     "weighted_rows",
     "weighted_sum",
     "zip_weights",
+    "zip_weights_all",
 ]
