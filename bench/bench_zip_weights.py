@@ -1,4 +1,4 @@
-"""zip_weights: one weight of a pair, and a pair of ViT-B tensor by tensor."""
+"""zip_weights: one weight of a pair, and all tensors of a pair of ViT-B."""
 
 from __future__ import annotations
 
@@ -74,24 +74,25 @@ def bench_zip_weights_vit(row, dtype: torch.dtype, timed: bool) -> None:
     order = vit.permutations(sizes)
     a, b = vit.tensors(of, dtype, 1), vit.tensors(of, dtype, 2)
     out = {name: torch.zeros_like(x) for name, x in a.items()}
-    labels = {space: torch.cat([torch.arange(len(p)), p]) for space, p in order.items()}
-    error = 0.0
+    shared = {space: torch.cat([torch.arange(len(p)), p]) for space, p in order.items()}
+    pairs = {name: [a[name], b[name]] for name in of}
+    labels = {}
+    for name, w in of.items():
+        given = {key: shared[s] for key, s in (("rows", w.rows), ("cols", w.cols)) if s}
+        labels[name] = {"axes": w.axes, **given}
 
-    def zipped(name: str) -> Tensor:
-        w = of[name]
-        rows, cols = (None if s is None else labels[s] for s in (w.rows, w.cols))
-        pair = [a[name], b[name]]
-        return mk.zip_weights(pair, rows=rows, cols=cols, axes=w.axes, out=out[name])
+    def call() -> dict[str, Tensor]:
+        return mk.zip_weights_all(pairs, labels, out=out)
 
+    got, error = call(), 0.0
     for name, w in of.items():
         there = b[name]
         for axis, p in vit.index_of(w, order).items():
             there = there.index_select(axis, torch.argsort(p))
-        got = zipped(name)[:CHECKED]
-        error = max(error, error_of(got, a[name][:CHECKED], there[:CHECKED]))
+        error = max(error, error_of(got[name][:CHECKED], a[name][:CHECKED], there[:CHECKED]))
 
     block = [name for name in of if name.startswith("0.")]
-    pairs = {name: [a[name].float(), b[name].float()] for name in block}
+    plain = {name: [x.float() for x in pairs[name]] for name in block}
     spaces = {
         space: (torch.eye(len(p)), one_hot(p)) for space, p in order.items() if space[0] in "0s"
     }
@@ -104,17 +105,17 @@ def bench_zip_weights_vit(row, dtype: torch.dtype, timed: bool) -> None:
             for i in range(2)
         ]
         for name, w in of.items()
-        if name in pairs
+        if name in plain
     }
     numel = sum(x.numel() for x in a.values())
     share = sum(a[name].numel() for name in block) / numel
     total = [cost(2, x.numel(), x.element_size()) for x in a.values()]
     row(
-        lambda: [zipped(name) for name in of],
+        call,
         cost=Cost(sum(c.bytes for c in total), sum(c.flops for c in total)),
         error=error,
         peers={
-            "einsum": (lambda: [by_matrices(pairs[n], matrices[n]) for n in block], share),
+            "einsum": (lambda: [by_matrices(plain[n], matrices[n]) for n in block], share),
         },
         allowed=2.0,
     )

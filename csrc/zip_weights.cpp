@@ -136,6 +136,29 @@ void merge_row(const ZipWeights& args, std::int64_t g, std::int64_t end) {
   }
 }
 
+// The same where rows are single elements: no calls for each.
+template <class T, class A>
+void merge_vector(const ZipWeights& args, std::int64_t begin, std::int64_t end) {
+  alignas(64) A acc[kZipBlock];
+  for (std::int64_t at = begin; at < end; at += kZipBlock) {
+    const std::int64_t n = std::min(kZipBlock, end - at);
+    for (std::int64_t j = 0; j < n; ++j) {
+      A total = 0;
+      for (std::int64_t i = 0; i < args.n; ++i) {
+        const ZipInput& x = args.xs[i];
+        const Members of = members(x, at + j, end);
+        if (of.begin == of.end) continue;
+        A sum = A(widen(*row<T>(x, of.begin, 0))) * A(x.factor);
+        for (std::int64_t k = of.begin + 1; k < of.end; ++k)
+          sum += A(widen(*row<T>(x, k, 0))) * A(x.factor);
+        total += sum;
+      }
+      acc[j] = total / A(args.row_divisors ? args.row_divisors[at + j] : *args.column_divisors);
+    }
+    write_block(args.out, at, n, acc);
+  }
+}
+
 // ---- columns move ----------------------------------------------------------------------------
 //
 // kRows rows of the result side by side: acc[h] holds column h of all of them in one register, so a

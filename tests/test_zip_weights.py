@@ -119,6 +119,8 @@ CATALOGUE = tuple(
             *(Layer((r, c)) for r in (1, 3, 4, 5, 7, 8, 9) for c in (1, 3, 4, 5, 255, 256, 257)),
             *(Layer((r, 5), dtype=torch.bfloat16) for r in (7, 8, 9, 16, 17)),
             *(Layer((3, c), "zip", None) for c in (255, 256, 257, 513)),
+            *(Layer((r,), "heap", None, n=3, dtype=d) for r in (255, 257) for d in cases.DTYPES),
+            *(Layer((21,), "zip", None, dtype=d, values="mixed") for d in cases.DTYPES),
         ]
     )
 )
@@ -622,6 +624,7 @@ REFUSALS_OF_ALL: dict[str, tuple[tuple, dict[str, Any], str]] = {
     "labels": (({"w": PAIR}, [R]), {}, "labels is no mapping; got list"),
     "unknown name": (({"w": PAIR}, {"v": {}}), {}, "labels of no tensor; got 'v'"),
     "unknown key": (({"w": PAIR}, {"w": {"row": R}}), {}, "a key of labels['w'] is unknown"),
+    "no mapping of labels": (({"w": PAIR}, {"w": R}), {}, "labels['w'] is no mapping; got list"),
     "one tensor": (({"w": X}, {}), {}, "w: xs is no list; got one tensor"),
     "sum": (({"w": PAIR}, {"w": {"rows": C}}), {}, "w: rows does not add up to the sizes; got 6"),
     "weights": (({"w": PAIR}, {}), {"weights": [1]}, "w: weights has the wrong length"),

@@ -106,6 +106,9 @@ def zip_weights_all(
     zips = _Zips(op, weights, eps)
     for name, models in xs.items():
         given = labels.get(name, {})
+        if not isinstance(given, Mapping):
+            what, expected = f"labels[{name!r}] is no mapping", "rows, cols, axes or groups"
+            raise ArgumentError.of(op, what, type(given).__name__, expected)
         for key in given:
             check.choice(op, f"a key of labels[{name!r}]", key, ("rows", "cols", "axes", "groups"))
         zips.add(name, models, None if out is None else out[name], **given)
