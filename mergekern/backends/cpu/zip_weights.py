@@ -39,7 +39,7 @@ def zip_weights(
         else:
             out.zero_()
     sizes = [(p.height, p.width) for p in plans]
-    tasks = runtime.tasks(sizes, runtime.CHUNK // 4, runtime._cpu.ZIP_ROWS)
+    tasks = runtime.tasks(sizes, runtime.CHUNK, runtime._cpu.ZIP_ROWS)
 
     def run(i: int) -> None:
         scratch = torch.empty(max(plans[k].scratch for k, _, _ in tasks[i]), dtype=torch.uint8)
