@@ -36,6 +36,7 @@ COLUMNS = (
     ("zipit_1", "vs zipit, 1 thread", "{:.0f}"),
     ("float32", "vs float32", "{:.2f}"),
     ("mm_16_bit", "vs 16-bit mm", "{:.1f}"),
+    ("einsum", "vs einsum", "{:.0f}"),
     ("extra_mb", "extra MB", "{:.0f}"),
     ("error", "error / bound", "{:.2f}"),
 )

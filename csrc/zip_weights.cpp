@@ -7,7 +7,8 @@
 namespace mk {
 namespace {
 
-constexpr std::int64_t kZipBlock = 256;  // columns at a time, in the first-level cache
+constexpr std::int64_t kAhead = 1 << 13;  // bytes of each input that are asked for before their use
+constexpr std::int64_t kZipBlock = 256;   // columns at a time, in the first-level cache
 
 // ---- the rows of a group ---------------------------------------------------------------------
 
@@ -58,17 +59,14 @@ void sum_rows(const ZipInput& x, Members of, std::int64_t at, std::int64_t n, A*
     scale<Enter::add>(row<T>(x, k, at), A(x.factor), sum, n);
 }
 
-// Rows lie anywhere, so what comes after columns [at, at + n) is asked for: the next ones of the
-// same rows, or the first ones of the rows `then`.
+// Rows lie anywhere, so no hardware sees the next ones coming: asks for the same columns of them.
+// Inlined, or GCC drops the call: it takes a function that only does this for one without effect.
 template <class T>
-void prefetch_next(const ZipInput& x, Members of, Members then, std::int64_t at, std::int64_t n) {
-  const bool ends = at + n == x.width;
-  if (ends) of = then;
-  const std::int64_t from = ends ? 0 : at + n, size = std::min(kZipBlock, x.width - from);
+MK_INLINE void prefetch_rows(const ZipInput& x, Members of, std::int64_t at, std::int64_t n) {
   for (std::int64_t k = of.begin; k < of.end; ++k) {
-    const char* bytes = reinterpret_cast<const char*>(row<T>(x, k, from));
-    for (std::int64_t i = 0; i < size * std::int64_t(sizeof(T)); i += kLine)
-      __builtin_prefetch(bytes + i);
+    const char* from = reinterpret_cast<const char*>(row<T>(x, k, at));
+    for (std::int64_t i = 0; i < n * std::int64_t(sizeof(T)); i += kLine)
+      __builtin_prefetch(from + i);
   }
 }
 
@@ -114,13 +112,14 @@ MK_CLONES void add(const A* sum, A* acc, std::int64_t n) {
 template <class T, class A>
 void merge_row(const ZipWeights& args, std::int64_t g, std::int64_t end) {
   alignas(64) A sum[kZipBlock], acc[kZipBlock];
+  const std::int64_t ahead = 1 + kAhead / (args.width * std::int64_t(sizeof(T)));
   for (std::int64_t at = 0; at < args.width; at += kZipBlock) {
     const std::int64_t n = std::min(kZipBlock, args.width - at);
     bool empty = true;
     for (std::int64_t i = 0; i < args.n; ++i) {
       const ZipInput& x = args.xs[i];
       const Members of = members(x, g, end);
-      prefetch_next<T>(x, of, members(x, g + 1, end), at, n);
+      prefetch_rows<T>(x, members(x, g + ahead, end), at, n);
       if (of.begin == of.end) continue;
       if (of.end - of.begin > 1) {
         if (empty) clear(acc, kZipBlock);
@@ -135,6 +134,29 @@ void merge_row(const ZipWeights& args, std::int64_t g, std::int64_t end) {
     }
     if (empty) clear(acc, kZipBlock);
     store(args, g, at, n, acc);
+  }
+}
+
+// The same where rows are single elements: no calls for each.
+template <class T, class A>
+void merge_vector(const ZipWeights& args, std::int64_t begin, std::int64_t end) {
+  alignas(64) A acc[kZipBlock];
+  for (std::int64_t at = begin; at < end; at += kZipBlock) {
+    const std::int64_t n = std::min(kZipBlock, end - at);
+    for (std::int64_t j = 0; j < n; ++j) {
+      A total = 0;
+      for (std::int64_t i = 0; i < args.n; ++i) {
+        const ZipInput& x = args.xs[i];
+        const Members of = members(x, at + j, end);
+        if (of.begin == of.end) continue;
+        A sum = A(widen(*row<T>(x, of.begin, 0))) * A(x.factor);
+        for (std::int64_t k = of.begin + 1; k < of.end; ++k)
+          sum += A(widen(*row<T>(x, k, 0))) * A(x.factor);
+        total += sum;
+      }
+      acc[j] = total / A(args.row_divisors ? args.row_divisors[at + j] : *args.column_divisors);
+    }
+    write_block(args.out, at, n, acc);
   }
 }
 
@@ -208,7 +230,7 @@ void merge_rows(const ZipWeights& args, std::int64_t g, std::int64_t end, A* acc
       for (int r = 0; r < rows; ++r) {
         A* sum = sums + r * kZipBlock;
         const Members of = members(x, g + r, end);
-        prefetch_next<T>(x, of, members(x, g + rows + r, end), at, n);
+        prefetch_rows<T>(x, members(x, g + rows + r, end), at, n);
         if (of.begin < of.end)
           sum_rows<T>(x, of, at, n, sum);
         else

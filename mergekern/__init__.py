@@ -28,7 +28,7 @@ from .ops.variance_mask import variance_mask
 from .ops.weighted_rows import weighted_rows
 from .ops.weighted_sum import weighted_sum
 from .ops.zip_match import zip_match
-from .ops.zip_weights import zip_weights
+from .ops.zip_weights import zip_weights, zip_weights_all
 
 __version__ = "0.1.0"
 
@@ -72,4 +72,5 @@ __all__ = [
     "weighted_sum",
     "zip_match",
     "zip_weights",
+    "zip_weights_all",
 ]

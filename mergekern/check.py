@@ -182,6 +182,26 @@ def _overlaps(x: Tensor, y: Tensor) -> bool:
     return x0 < y1 and y0 < x1
 
 
+def names(
+    op: str,
+    xs: Mapping[str, Any],
+    given: Mapping[str, Any],
+    out: Mapping[str, Any] | None,
+    name: str,
+) -> None:
+    """Mappings by name: `given` has names of xs, `out` all of them."""
+    for what, value in (("xs", xs), (name, given), ("out", {} if out is None else out)):
+        if not isinstance(value, Mapping):
+            got, expected = type(value).__name__, "a mapping of names"
+            raise ArgumentError.of(op, f"{what} is no mapping", got, expected)
+    for key in given:
+        if key not in xs:
+            raise ArgumentError.of(op, f"{name} of no tensor", repr(key), "a name of xs")
+    if out is not None and set(out) != set(xs):
+        odd = min(set(out) ^ set(xs))
+        raise ArgumentError.of(op, "out and xs differ in names", repr(odd), "the names of xs")
+
+
 def apart(op: str, outs: Mapping[str, Tensor], xs: Mapping[str, Tensor]) -> None:
     """No tensor of `outs` shares memory with another or with one of `xs`."""
     spans = [(*_span(x), True, name) for name, x in outs.items() if x.numel()]

@@ -377,22 +377,27 @@ def permute(outs: list[Tensor], xs: list[Tensor], indices: list[dict[int, Tensor
 
 
 def zip_weights(
-    out: Tensor,
-    xs: list[Tensor],
-    rows: list[Tensor] | None,
-    cols: list[Tensor] | None,
-    factors: list[float],
-    divisors: Tensor,
-    by_row: bool,
+    outs: list[Tensor],
+    xs: list[list[Tensor]],
+    rows: list[list[Tensor] | None],
+    cols: list[list[Tensor] | None],
+    factors: list[list[float]],
+    divisors: list[Tensor],
+    by_row: list[bool],
     acc: torch.dtype = torch.float64,
 ) -> None:
-    total = torch.zeros(out.shape, dtype=acc)
-    for i, x in enumerate(xs):
-        groups = range(len(x)) if rows is None else rows[i].tolist()
-        part = torch.zeros(len(out), *x.shape[1:], dtype=acc)
-        for r, g in enumerate(groups):
-            part[g] = part[g] + x[r].to(acc) * torch.tensor(factors[i], dtype=acc)
-        for c, h in enumerate(range(x.shape[1]) if cols is None else cols[i].tolist()):
-            total[:, h] = total[:, h] + part[:, c]
-    d = divisors.to(acc)
-    _round(total / (d[:, None, None] if by_row else d[:, None]), out)
+    for z, out in enumerate(outs):
+        total = torch.zeros(out.shape, dtype=acc)
+        for i, x in enumerate(xs[z]):
+            given = rows[z], cols[z]
+            groups, columns = (
+                range(x.shape[axis]) if labels is None else labels[i].tolist()
+                for axis, labels in enumerate(given)
+            )
+            part = torch.zeros(len(out), *x.shape[1:], dtype=acc)
+            for r, g in enumerate(groups):
+                part[g] = part[g] + x[r].to(acc) * torch.tensor(factors[z][i], dtype=acc)
+            for c, h in enumerate(columns):
+                total[:, h] = total[:, h] + part[:, c]
+        d = divisors[z].to(acc)
+        _round(total / (d[:, None, None] if by_row[z] else d[:, None]), out)

@@ -326,6 +326,138 @@ def test_lazy_conjugates_are_resolved(backend: str, device: str) -> None:
     assert torch.equal(got, x.conj_physical().flip(0))
 
 
+# ---- permutations only -----------------------------------------------------------------------
+
+
+def test_permutations_pass_where_they_are_required(backend: str, device: str) -> None:
+    x = filled((5, 4), torch.float32).to(device)
+    index = {0: order(5), 1: order(4)}
+    got = mk.permute(x, index, require="permutation", backend=backend)
+    assert_bytes_equal(got, expected_of(x, index))
+    empty = mk.permute(x[:0], {0: []}, require="permutation", backend=backend)
+    assert empty.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [
+        ([0, 1, 1], "got 3 positions, 2 of them distinct; expected each of 0 to 2 once"),
+        ([0, 1], "got 2 positions, 2 of them distinct; expected each of 0 to 2 once"),
+        ([0, 1, 2, 0], "got 4 positions, 3 of them distinct; expected each of 0 to 2 once"),
+        ([], "got 0 positions, 0 of them distinct"),
+        ([0, 1, 3], "is out of range"),
+    ],
+    ids=["repeated", "shorter", "longer", "none", "beyond"],
+)
+def test_no_permutation_is_refused(positions: list[int], words: str) -> None:
+    with refused(OP, "index of axis 0 is", words):
+        mk.permute(X, {0: positions}, require="permutation")
+    with refused("permute_all", "index of axis 0 of w is", words):
+        mk.permute_all({"w": X}, {"w": {0: positions}}, require="permutation")
+
+
+# ---- many tensors ----------------------------------------------------------------------------
+
+
+def model(device: str) -> tuple[dict[str, Tensor], dict[str, dict[int, Any]]]:
+    """Tensors of all kinds that a network has, one without indices, some sharing an index."""
+    hidden, heads = order(48), order(6).tolist()
+    xs = {
+        "conv": filled((48, 12, 3, 3), torch.float32),
+        "depthwise": filled((48, 1, 3, 3), torch.float16),
+        "wide": filled((300, 1031), torch.bfloat16).T,
+        "bias": filled((48,), torch.float32),
+        "count": torch.tensor(7),
+        "next": filled((5, 48), torch.float64),
+        "heads": filled((6, 8, 3), torch.int8),
+        "none": filled((0, 48), torch.float32),
+        "scalar": filled((), torch.float32),
+        "untouched": filled((7, 3), torch.float32),
+    }
+    indices: dict[str, dict[int, Any]] = {
+        "conv": {0: hidden, 1: order(12)},
+        "depthwise": {0: hidden},
+        "wide": {0: order(1031), 1: order(300)},
+        "bias": {-1: hidden},
+        "next": {1: hidden},
+        "heads": {0: heads, 2: [2, 0]},
+        "none": {1: hidden},
+        "scalar": {},
+    }
+    return {name: x.to(device) for name, x in xs.items()}, indices
+
+
+def normal(x: Tensor, index: dict[int, Any]) -> dict[int, Any]:
+    return {d % x.ndim: i for d, i in index.items()}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("chunk", [1, 500, 5000, CHUNK])
+def test_all_tensors_of_a_model(
+    chunk: int, threads: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks hold parts of a tensor and several tensors: the same as one after another."""
+    monkeypatch.setenv("MERGEKERN_THREADS", str(threads))
+    if backend == "cpu":
+        monkeypatch.setattr("mergekern.backends.cpu.runtime.CHUNK", chunk)
+    xs, indices = model(device)
+    for stream in (0, 1 << 40):
+        if backend == "cpu":
+            monkeypatch.setattr("mergekern.backends.cpu.runtime.STREAM", stream)
+        got = mk.permute_all(xs, indices, backend=backend)
+        assert list(got) == list(xs)
+        for name, x in xs.items():
+            assert_bytes_equal(got[name], expected_of(x, normal(x, indices.get(name, {}))))
+            assert got[name].data_ptr() != x.data_ptr() or not x.numel()
+
+
+def test_out_of_all_tensors(backend: str, device: str) -> None:
+    xs, indices = model(device)
+    expected = mk.permute_all(xs, indices, backend=backend)
+    guarded = {
+        name: cases.guarded(tuple(x.shape), x.dtype, device, 1 + i % 3)
+        for i, (name, x) in enumerate(expected.items())
+    }
+    out = {name: view for name, (_, view) in guarded.items()}
+    got = mk.permute_all(xs, indices, out=out, backend=backend)
+    for name, (buffer, view) in guarded.items():
+        assert got[name].data_ptr() == view.data_ptr()
+        assert_bytes_equal(view, expected[name])
+        assert cases.untouched(buffer, view)
+
+
+def test_nothing_to_permute() -> None:
+    assert mk.permute_all({}, {}) == {}
+
+
+def test_one_index_for_axes_of_two_sizes(backend: str, device: str) -> None:
+    """A selection that several tensors share is checked against each of their sizes."""
+    index = {0: [1, 0]}
+    xs = {"a": filled((2, 3), torch.float32).to(device), "b": filled((5,), torch.int16).to(device)}
+    got = mk.permute_all(xs, {"a": index, "b": index}, backend=backend)
+    for name, x in xs.items():
+        assert_bytes_equal(got[name], expected_of(x, index))
+    with refused(
+        "permute_all", "index of axis 0 of c is out of range; got 0 to 1; expected 0 to 0"
+    ):
+        mk.permute_all({**xs, "c": xs["b"][:1]}, {"a": index, "b": index, "c": index})
+
+
+@pytest.mark.parametrize("run", [1, 2, 9, 64, 65])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32], ids=name_of)
+def test_short_runs_move_with_their_axis(
+    dtype: torch.dtype, run: int, backend: str, device: str
+) -> None:
+    """The kernel of a convolution lies together; it is moved element by element where short."""
+    x = filled((17, 12, run), dtype).to(device)
+    for index in ({1: order(12)}, {0: order(17), 1: [3, 3, 0]}, {1: [5] * 40}):
+        for source in (x, x[:, :, : max(1, run - 1)], x.transpose(0, 1)):
+            if any(max(i) >= source.shape[d] for d, i in index.items()):
+                continue
+            got = mk.permute(source, index, backend=backend)
+            assert_bytes_equal(got, expected_of(source, index))
+
+
 X = torch.zeros(3, 4)
 REFUSALS: dict[str, tuple[tuple, str]] = {
     "no such axis": ((X, {2: [0]}), "no such axis; got 2"),
@@ -353,6 +485,42 @@ def test_refusals(what: str) -> None:
     args, words = REFUSALS[what]
     with refused(OP, words):
         mk.permute(*args)
+
+
+REFUSALS_OF_ALL: dict[str, tuple[tuple, dict[str, Any], str]] = {
+    "no mapping": (([X], {}), {}, "xs is no mapping; got list"),
+    "no mapping of indices": (({"w": X}, [{}]), {}, "indices is no mapping; got list"),
+    "no mapping of axes": (({"w": X}, {"w": [0]}), {}, "index of w is no mapping; got list"),
+    "unknown name": (({"w": X}, {"v": {}}), {}, "indices of no tensor; got 'v'"),
+    "axis": (({"w": X}, {"w": {2: [0]}}), {}, "no such axis; got 2 of w; expected one of the 2"),
+    "axis twice": (({"w": X}, {"w": {0: [0], -2: [0]}}), {}, "given twice; got 0 of w"),
+    "range": (({"w": X}, {"w": {0: [3]}}), {}, "index of axis 0 of w is out of range; got 3 to 3"),
+    "no tensor": (({"w": [1.0]}, {}), {}, "w is no tensor"),
+    "names of out": (({"w": X}, {}), {"out": {"v": X}}, "out and xs differ in names; got 'v'"),
+    "out": (({"w": X}, {}), {"out": X}, "out is no mapping; got Tensor"),
+    "shape of out": (({"w": X}, {"w": {0: [0]}}), {"out": {"w": X.clone()}}, "out does not fit"),
+    "out is xs": (({"w": X}, {}), {"out": {"w": X}}, "out overlaps an input"),
+    "out is another of xs": (
+        ({"v": X, "w": X + 1}, {}),
+        {"out": {"v": X.clone(), "w": X}},
+        "overlaps another tensor",
+    ),
+    "require": (({"w": X}, {}), {"require": "order"}, "require is unknown; got 'order'"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS_OF_ALL)
+def test_refusals_of_all(what: str) -> None:
+    args, kwargs, words = REFUSALS_OF_ALL[what]
+    with refused("permute_all", words):
+        mk.permute_all(*args, **kwargs)
+
+
+def test_results_that_overlap_are_refused() -> None:
+    buffer = torch.zeros(20)
+    out = {"v": buffer[:12].view(3, 4), "w": buffer[8:].view(3, 4)}
+    with refused("permute_all", "out['w'] overlaps another tensor"):
+        mk.permute_all({"v": X, "w": X}, {}, out=out)
 
 
 def test_the_kernel_is_the_compiled_one(cpu_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,8 @@ CATALOGUE = tuple(
             *(Layer((r, c)) for r in (1, 3, 4, 5, 7, 8, 9) for c in (1, 3, 4, 5, 255, 256, 257)),
             *(Layer((r, 5), dtype=torch.bfloat16) for r in (7, 8, 9, 16, 17)),
             *(Layer((3, c), "zip", None) for c in (255, 256, 257, 513)),
+            *(Layer((r,), "heap", None, n=3, dtype=d) for r in (255, 257) for d in cases.DTYPES),
+            *(Layer((21,), "zip", None, dtype=d, values="mixed") for d in cases.DTYPES),
         ]
     )
 )
@@ -268,7 +270,8 @@ def test_the_reference_has_the_bits(dtype: torch.dtype) -> None:
     counts = torch.bincount(rows).double() + 1e-5
     out = torch.empty(int(rows.max()) + 1, int(cols.max()) + 1, 3, dtype=dtype)
     acc = sum_accumulator(dtype)
-    reference.zip_weights(out, xs, *map(list, parts), factors, counts, True, acc=acc)
+    rows_, cols_ = ([[*labels]] for labels in parts)
+    reference.zip_weights([out], [xs], rows_, cols_, [factors], [counts], [True], acc=acc)
     assert_bits_equal(out, in_order(xs, **arguments, weights=[0.7, -0.1, 0.4], eps=1e-5))
 
 
@@ -487,6 +490,68 @@ def test_out(names: list[str], axes: tuple[int, int], backend: str, device: str)
     assert_bits_equal(mk.zip_weights(xs, **some, out=turned, backend=backend), expected)
 
 
+# ---- many tensors ----------------------------------------------------------------------------
+
+
+def network(device: str) -> tuple[dict[str, list[Tensor]], dict[str, dict[str, Any]]]:
+    """Three models of tensors of all kinds, labels of one space shared by those that meet in it."""
+    hidden, inputs = labels_of("zip", [40] * 3, 1), labels_of("permutation", [24] * 3, 2)
+    grouped_xs, rows, cols = grouped()
+    xs = {
+        "fc": [values((40, 24), torch.float32, seed=i) for i in range(3)],
+        "bias": [values((40,), torch.float32, seed=i) for i in range(3)],
+        "next": [values((7, 40), torch.bfloat16, seed=i) for i in range(3)],
+        "conv": [values((40, 24, 3, 3), torch.float16, seed=i) for i in range(3)],
+        "words": [values((9, 24), torch.float64, seed=i) for i in range(3)],
+        "grouped": grouped_xs,
+        "scale": [values((), torch.float32, seed=i) for i in range(3)],
+        "head": [values((5, 3), torch.float32, seed=i) for i in range(3)],
+    }
+    labels: dict[str, dict[str, Any]] = {
+        "fc": {"rows": hidden, "cols": inputs},
+        "bias": {"rows": hidden},
+        "next": {"cols": hidden},
+        "conv": {"rows": hidden, "cols": inputs},
+        "words": {"rows": inputs, "axes": (1, 0)},
+        "grouped": {"rows": rows, "cols": cols, "groups": 4},
+        "scale": {},
+    }
+    return {name: [x.to(device) for x in of] for name, of in xs.items()}, labels
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("chunk", [1, 2000, 1 << 18])
+def test_all_tensors_of_networks(
+    chunk: int, threads: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xs, labels = network(device)
+    weights = [0.5, 0.2, 0.3]
+    one_by_one = {
+        name: mk.zip_weights(of, **labels.get(name, {}), weights=weights, eps=1e-5, backend=backend)
+        for name, of in xs.items()
+    }
+    monkeypatch.setenv("MERGEKERN_THREADS", str(threads))
+    monkeypatch.setattr(f"mergekern.backends.{backend}.{WHERE[backend]}.CHUNK", chunk)
+    got = mk.zip_weights_all(xs, labels, weights=weights, eps=1e-5, backend=backend)
+    assert list(got) == list(xs)
+    for name, expected in one_by_one.items():
+        assert_bits_equal(got[name], expected)
+    out = {
+        name: torch.empty(x.shape[::-1], dtype=x.dtype, device=device).T
+        for name, x in got.items()
+        if x.ndim == 2
+    }
+    some = {name: xs[name] for name in out}
+    there = {name: labels[name] for name in out if name in labels}
+    mk.zip_weights_all(some, there, weights=weights, eps=1e-5, out=out, backend=backend)
+    for name, x in out.items():
+        assert_bits_equal(x, one_by_one[name])
+
+
+def test_no_networks() -> None:
+    assert mk.zip_weights_all({}, {}) == {}
+
+
 X = torch.zeros(4, 3)
 PAIR = [X, X]
 UNEVEN = [X, torch.zeros(5, 3)]
@@ -552,6 +617,33 @@ def test_refusals(what: str) -> None:
     args, kwargs, words = REFUSALS[what]
     with refused(OP, words):
         mk.zip_weights(*args, **kwargs)
+
+
+REFUSALS_OF_ALL: dict[str, tuple[tuple, dict[str, Any], str]] = {
+    "no mapping": ((PAIR, {}), {}, "xs is no mapping; got list"),
+    "labels": (({"w": PAIR}, [R]), {}, "labels is no mapping; got list"),
+    "unknown name": (({"w": PAIR}, {"v": {}}), {}, "labels of no tensor; got 'v'"),
+    "unknown key": (({"w": PAIR}, {"w": {"row": R}}), {}, "a key of labels['w'] is unknown"),
+    "no mapping of labels": (({"w": PAIR}, {"w": R}), {}, "labels['w'] is no mapping; got list"),
+    "one tensor": (({"w": X}, {}), {}, "w: xs is no list; got one tensor"),
+    "sum": (({"w": PAIR}, {"w": {"rows": C}}), {}, "w: rows does not add up to the sizes; got 6"),
+    "weights": (({"w": PAIR}, {}), {"weights": [1]}, "w: weights has the wrong length"),
+    "eps": (({"w": PAIR}, {}), {"eps": -1}, "eps is negative"),
+    "names of out": (({"w": PAIR}, {}), {"out": {}}, "out and xs differ in names; got 'w'"),
+    "out is xs": (({"w": PAIR}, {}), {"out": {"w": X}}, "w: out overlaps an input"),
+    "out is another of xs": (
+        ({"v": PAIR, "w": [X + 1]}, {}),
+        {"out": {"v": X.clone(), "w": X}},
+        "overlaps another tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS_OF_ALL)
+def test_refusals_of_all(what: str) -> None:
+    args, kwargs, words = REFUSALS_OF_ALL[what]
+    with refused("zip_weights_all", words):
+        mk.zip_weights_all(*args, **kwargs)
 
 
 def test_the_kernel_is_the_compiled_one(cpu_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,6 @@ class Labels(NamedTuple):
     parts: list[Tensor]  # int64
     counts: np.ndarray  # features of each group
 
-    def to(self, device: torch.device) -> list[Tensor]:
-        return [part.to(device) for part in self.parts]
-
 
 class Part(NamedTuple):
     """Tensors, the factor of each, and the labels of their axes."""
@@ -31,7 +28,7 @@ class Part(NamedTuple):
     labels: dict[int, Labels]
 
 
-def read_labels(op: str, name: str, given: Any, sizes: list[int]) -> Labels:
+def read_labels(op: str, name: str, given: Any, sizes: list[int], device: torch.device) -> Labels:
     """One vector over all models, or a list with one of each; every group has a feature."""
     if isinstance(given, Sequence) and not all(isinstance(v, int | np.integer) for v in given):
         if len(given) != len(sizes):
@@ -47,7 +44,7 @@ def read_labels(op: str, name: str, given: Any, sizes: list[int]) -> Labels:
         if len(flat) != sum(sizes):
             what, expected = f"{name} does not add up to the sizes", " + ".join(map(str, sizes))
             raise ArgumentError.of(op, what, f"{len(flat)} labels", f"{expected} features")
-    return Labels([*torch.split(flat, sizes)], _counts(op, name, flat.numpy()))
+    return Labels([*torch.split(flat.to(device), sizes)], _counts(op, name, flat.numpy()))
 
 
 def _counts(op: str, name: str, labels: np.ndarray) -> np.ndarray:

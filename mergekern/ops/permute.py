@@ -71,16 +71,7 @@ def permute_all(
             [1, 0]]), 'bias': tensor([1, 0])}
     """
     op = "permute_all"
-    for name, value in (("xs", xs), ("indices", indices), ("out", {} if out is None else out)):
-        if not isinstance(value, Mapping):
-            got, expected = type(value).__name__, "a mapping of names"
-            raise ArgumentError.of(op, f"{name} is no mapping", got, expected)
-    for name in indices:
-        if name not in xs:
-            raise ArgumentError.of(op, "indices of no tensor", repr(name), "a name of xs")
-    if out is not None and set(out) != set(xs):
-        odd = sorted(set(out) ^ set(xs))[0]
-        raise ArgumentError.of(op, "out and xs differ in names", repr(odd), "the names of xs")
+    check.names(op, xs, indices, out, "indices")
     return _call(op, xs, indices, require, out, backend)
 
 

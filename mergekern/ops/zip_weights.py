@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,85 +70,177 @@ def zip_weights(
     tensor([[1., 0.],
             [0., 1.]])
     """
-    tensors = check.tensors(OP, xs, shape=False)
-    n = len(tensors)
-    factors = [1.0] * n  # N w_i
-    if weights is not None:
-        factors = [n * w for w in check.numbers(OP, "weights", weights, n)]
-    eps = check.number(OP, "eps", eps)
-    if eps < 0:
-        raise ArgumentError.of(OP, "eps is negative", eps, "0 or more")
-    ndim = tensors[0].ndim
-    merged = None if rows is None else _axis("rows", axes, 0, ndim)
-    unmerged = None if cols is None else _axis("cols", axes, 1, ndim)
-    _check_axes(tensors, merged, unmerged)
-    _check_groups(groups, tensors, merged, unmerged)
-    labels: dict[int, Labels] = {}
-    if merged is not None:
-        labels[merged] = read_labels(OP, "rows", rows, [x.shape[merged] for x in tensors])
-    if unmerged is not None:
-        sizes = [x.shape[unmerged] * groups for x in tensors]
-        labels[unmerged] = read_labels(OP, "cols", cols, sizes)
-    whole = Part(tensors, factors, labels)
-    parts = [whole] if groups == 1 else blocks(OP, whole, groups)
-    shape = list(tensors[0].shape)
-    for axis, of in labels.items():
-        shape[axis] = len(of.counts) // (groups if axis == 1 else 1)
-    out = check.output(OP, out, tensors[0], shape=shape, inputs=tensors, in_place=False)
-    kernel = dispatch.load(dispatch.select(backend, OP, out.device, out.dtype), OP)
-    dense = out if out.is_contiguous() else torch.empty(shape, dtype=out.dtype, device=out.device)
-    for target, part in zip(dense.chunk(groups) if groups > 1 else [dense], parts, strict=True):
-        _run(kernel, target, part, merged, n, eps)
-    if dense is not out:
-        out.copy_(dense)
-    return out
+    zips = _Zips(OP, weights, eps)
+    zips.add("", xs, out, rows=rows, cols=cols, axes=axes, groups=groups)
+    return zips.run(backend)[""]
 
 
-def _axis(name: str, axes: Any, which: int, ndim: int) -> int:
+def zip_weights_all(
+    xs: Mapping[str, Sequence[Tensor]],
+    labels: Mapping[str, Mapping[str, Any]],
+    *,
+    weights: Sequence[float] | None = None,
+    eps: float = 0.0,
+    out: Mapping[str, Tensor] | None = None,
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """{name: zip_weights(xs[name], **labels[name])}: all tensors of N networks at once.
+
+    They are done in one run of the thread pool, so many small ones cost little more than their
+    bytes. labels[name] holds any of rows, cols, axes and groups; tensors without labels are
+    averaged. Labels that several tensors share (the same object) are checked and prepared once.
+    `out` has a tensor for every name; none may overlap another or any of xs.
+    Result, Cost, Source: as zip_weights.
+    Raises: ArgumentError as zip_weights, with the name of the tensor, and for labels of a tensor
+    that is not there.
+
+    >>> import torch
+    >>> layer = {"weight": [torch.eye(2), torch.eye(2)], "bias": [torch.zeros(2), torch.ones(2)]}
+    >>> swap = [0, 1, 1, 0]
+    >>> zip_weights_all(layer, {"weight": {"rows": swap, "cols": swap}, "bias": {"rows": swap}})
+    {'weight': tensor([[1., 0.],
+            [0., 1.]]), 'bias': tensor([0.5000, 0.5000])}
+    """
+    op = "zip_weights_all"
+    check.names(op, xs, labels, out, "labels")
+    zips = _Zips(op, weights, eps)
+    for name, models in xs.items():
+        given = labels.get(name, {})
+        if not isinstance(given, Mapping):
+            what, expected = f"labels[{name!r}] is no mapping", "rows, cols, axes or groups"
+            raise ArgumentError.of(op, what, type(given).__name__, expected)
+        for key in given:
+            check.choice(op, f"a key of labels[{name!r}]", key, ("rows", "cols", "axes", "groups"))
+        zips.add(name, models, None if out is None else out[name], **given)
+    if out is not None:
+        check.apart(op, zips.results, zips.inputs)
+    return zips.run(backend)
+
+
+class _Zips:
+    """Checks one merge after the other, and runs them all."""
+
+    def __init__(self, op: str, weights: Sequence[float] | None, eps: float) -> None:
+        self.op, self.weights, self.eps = op, weights, check.number(op, "eps", eps)
+        if self.eps < 0:
+            raise ArgumentError.of(op, "eps is negative", self.eps, "0 or more")
+        self.inputs: dict[str, Tensor] = {}
+        self.results: dict[str, Tensor] = {}
+        self.dense: dict[str, Tensor] = {}
+        self.calls: list[tuple[Any, ...]] = []
+        self._labels: dict[tuple[Any, ...], tuple[Any, Labels]] = {}
+
+    def add(
+        self,
+        name: str,
+        xs: Sequence[Tensor],
+        out: Tensor | None,
+        *,
+        rows: Any = None,
+        cols: Any = None,
+        axes: Any = (0, 1),
+        groups: Any = 1,
+    ) -> None:
+        op = f"{self.op}: {name}" if name else self.op
+        tensors = check.tensors(op, xs, shape=False)
+        n, ndim = len(tensors), tensors[0].ndim
+        factors = [1.0] * n  # N w_i
+        if self.weights is not None:
+            factors = [n * w for w in check.numbers(op, "weights", self.weights, n)]
+        merged = None if rows is None else _axis(op, "rows", axes, 0, ndim)
+        unmerged = None if cols is None else _axis(op, "cols", axes, 1, ndim)
+        _check_axes(op, tensors, merged, unmerged)
+        _check_groups(op, groups, tensors, merged, unmerged)
+        labels: dict[int, Labels] = {}
+        if merged is not None:
+            labels[merged] = self._read(op, "rows", rows, tensors, merged)
+        if unmerged is not None:
+            labels[unmerged] = self._read(op, "cols", cols, tensors, unmerged, groups)
+        whole = Part(tensors, factors, labels)
+        parts = [whole] if groups == 1 else blocks(op, whole, groups)
+        shape = list(tensors[0].shape)
+        for axis, of in labels.items():
+            shape[axis] = len(of.counts) // (groups if axis == 1 else 1)
+        out = check.output(op, out, tensors[0], shape=shape, inputs=tensors, in_place=False)
+        dense = out
+        if not out.is_contiguous():
+            dense = torch.empty(shape, dtype=out.dtype, device=out.device)
+        for target, part in zip(dense.chunk(groups) if groups > 1 else [dense], parts, strict=True):
+            self.calls.append(_arranged(target, part, merged, n, self.eps))
+        self.inputs |= {f"{name}[{i}]": x for i, x in enumerate(tensors)}
+        self.results[name], self.dense[name] = out, dense
+
+    def _read(
+        self, op: str, name: str, given: Any, tensors: list[Tensor], axis: int, groups: int = 1
+    ) -> Labels:
+        """Checks labels that several tensors share once."""
+        sizes, device = [x.shape[axis] * groups for x in tensors], tensors[0].device
+        key = (id(given), device, *sizes)
+        if key not in self._labels:
+            self._labels[key] = given, read_labels(op, name, given, sizes, device)
+        return self._labels[key][1]
+
+    def run(self, backend: str) -> dict[str, Tensor]:
+        if not self.results:
+            return {}
+        first = next(iter(self.results.values()))
+        for name, result in self.results.items():
+            if result.device != first.device:
+                what = f"{name} lies elsewhere"
+                raise ArgumentError.of(self.op, what, str(result.device), str(first.device))
+        kernel = dispatch.load(dispatch.select(backend, OP, first.device, first.dtype), OP)
+        kernel(*map(list, zip(*self.calls, strict=True)))
+        for name, result in self.results.items():
+            if result is not self.dense[name]:
+                result.copy_(self.dense[name])
+        return self.results
+
+
+def _axis(op: str, name: str, axes: Any, which: int, ndim: int) -> int:
     """The axis that the labels `name` are for."""
     try:
         axis = [operator.index(a) for a in axes][which]
     except (TypeError, IndexError):
         expected = "the axis of outputs and that of inputs"
-        raise ArgumentError.of(OP, "axes are no pair", repr(axes), expected) from None
+        raise ArgumentError.of(op, "axes are no pair", repr(axes), expected) from None
     if not -ndim <= axis < ndim:
         what = f"{name} are labels of an axis that is not there"
-        raise ArgumentError.of(OP, what, f"axis {axis}", f"one of the {ndim} axes of xs")
+        raise ArgumentError.of(op, what, f"axis {axis}", f"one of the {ndim} axes of xs")
     return axis % ndim
 
 
-def _check_axes(tensors: list[Tensor], merged: int | None, unmerged: int | None) -> None:
+def _check_axes(op: str, tensors: list[Tensor], merged: int | None, unmerged: int | None) -> None:
     """Two axes with labels are the first two; the others have one size in all models."""
     if None not in (merged, unmerged) and {merged, unmerged} != {0, 1}:
         what = "axes with labels are not the first two"
-        raise ArgumentError.of(OP, what, (merged, unmerged), "(0, 1) or (1, 0)")
+        raise ArgumentError.of(op, what, (merged, unmerged), "(0, 1) or (1, 0)")
     first = tensors[0]
     for i, x in enumerate(tensors[1:], start=1):
         if x.ndim != first.ndim:
             what = f"xs[{i}] differs from xs[0] in its number of axes"
-            raise ArgumentError.of(OP, what, x.ndim, first.ndim)
+            raise ArgumentError.of(op, what, x.ndim, first.ndim)
         for axis, (got, expected) in enumerate(zip(x.shape, first.shape, strict=True)):
             if got != expected and axis not in (merged, unmerged):
                 what = f"xs[{i}] differs from xs[0] in axis {axis}, which has no labels"
-                raise ArgumentError.of(OP, what, got, expected)
+                raise ArgumentError.of(op, what, got, expected)
 
 
 def _check_groups(
-    groups: Any, tensors: list[Tensor], merged: int | None, unmerged: int | None
+    op: str, groups: Any, tensors: list[Tensor], merged: int | None, unmerged: int | None
 ) -> None:
     if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
-        raise ArgumentError.of(OP, "groups is no number of groups", repr(groups), "1 or more")
+        raise ArgumentError.of(op, "groups is no number of groups", repr(groups), "1 or more")
     if groups > 1 and (merged, unmerged) != (0, 1):
         got = f"rows of axis {merged} and cols of axis {unmerged}"
-        raise ArgumentError.of(OP, "groups need labels of both axes", got, "rows of 0, cols of 1")
+        raise ArgumentError.of(op, "groups need labels of both axes", got, "rows of 0, cols of 1")
     for i, x in enumerate(tensors):
         if groups > 1 and x.shape[0] % groups:
             what = f"xs[{i}] does not have groups of one size"
-            raise ArgumentError.of(OP, what, f"{x.shape[0]} rows", f"a multiple of {groups}")
+            raise ArgumentError.of(op, what, f"{x.shape[0]} rows", f"a multiple of {groups}")
 
 
-def _run(kernel: Any, out: Tensor, part: Part, merged: int | None, n: int, eps: float) -> None:
-    """Calls a backend: tensors as [rows, columns, inner], labels and divisors of rows and columns.
+def _arranged(out: Tensor, part: Part, merged: int | None, n: int, eps: float) -> tuple[Any, ...]:
+    """What a backend takes: tensors as [rows, columns, inner], labels of rows and of columns.
 
     Where one axis has labels, it is that of the rows, or of the columns if others come before it.
     """
@@ -162,24 +254,16 @@ def _run(kernel: Any, out: Tensor, part: Part, merged: int | None, n: int, eps: 
             sizes = [*sizes, 1] if before == 1 else [before, *sizes]
         return x.reshape(*sizes, math.prod(x.shape[last:]))
 
-    named = {axis: of.to(out.device) for axis, of in part.labels.items()}
     in_rows = before == 1 and bool(axes)
-    rows = named[first] if in_rows else None
-    cols = named[axes[-1]] if len(axes) == 2 or (axes and not in_rows) else None
+    rows = part.labels[first].parts if in_rows else None
+    cols = part.labels[axes[-1]].parts if len(axes) == 2 or (axes and not in_rows) else None
     target = arranged(out)
     divisors = torch.full((len(target),), float(n), dtype=torch.float64)
     if merged is not None:
         divisors = torch.from_numpy(part.labels[merged].counts + eps)
     by_row = merged is None or (in_rows and merged == first)
-    kernel(
-        target,
-        [arranged(x) for x in part.xs],
-        rows,
-        cols,
-        part.factors,
-        divisors.to(out.device),
-        by_row,
-    )
+    inputs = [arranged(x) for x in part.xs]
+    return target, inputs, rows, cols, part.factors, divisors.to(out.device), by_row
 
 
 def cost(n: int, numel: int, itemsize: int, out_numel: int | None = None) -> Cost:

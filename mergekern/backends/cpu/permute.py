@@ -35,27 +35,20 @@ def permute(outs: list[Tensor], xs: list[Tensor], indices: list[dict[int, Tensor
     """All tensors in one run of the pool: a task is a part of a large one or some small ones."""
     stream = sum(out.nbytes for out in outs) >= runtime.STREAM
     offsets = _Offsets()
-    tasks: list[list[tuple[_Plan, int, int]]] = []
-    room = 0  # elements that the last task still takes
-    for out, x, index in zip(outs, xs, indices, strict=True):
-        if not out.numel():
-            continue
-        plan = _plan(out, x, _axes(out, x, index, offsets), offsets, stream)
-        # Whole groups of the rows that are gathered together.
-        step = max(8, runtime.CHUNK // plan.width // 8 * 8)
-        for begin in range(0, plan.rows, step):
-            end = min(plan.rows, begin + step)
-            elements = (end - begin) * plan.width
-            if elements > room:
-                tasks.append([])
-                room = runtime.CHUNK
-            tasks[-1].append((plan, begin, end))
-            room -= elements
+    plans = [
+        _plan(out, x, _axes(out, x, index, offsets), offsets, stream)
+        for out, x, index in zip(outs, xs, indices, strict=True)
+        if out.numel()
+    ]
+    # Whole groups of the rows that are gathered together.
+    tasks = runtime.tasks([(p.rows, p.width) for p in plans], runtime.CHUNK, 8)
 
     def run(i: int) -> None:
-        scratch = torch.empty(max(plan.scratch for plan, _, _ in tasks[i]), dtype=torch.uint8)
-        for plan, begin, end in tasks[i]:
-            runtime._cpu.permute(args=plan.args, scratch=scratch.data_ptr(), begin=begin, end=end)
+        scratch = torch.empty(max(plans[k].scratch for k, _, _ in tasks[i]), dtype=torch.uint8)
+        for k, begin, end in tasks[i]:
+            runtime._cpu.permute(
+                args=plans[k].args, scratch=scratch.data_ptr(), begin=begin, end=end
+            )
 
     runtime.parallel(run, len(tasks))
 

@@ -65,7 +65,8 @@ def parallel(task: Callable[[int], None], count: int) -> None:
         work()
     finally:
         for future in futures:
-            future.result()
+            if not future.cancel():  # one that has not begun has nothing left to do
+                future.result()
 
 
 def chunks(kernel: Callable[[int, int], None], total: int, chunk: int = CHUNK) -> None:
@@ -75,6 +76,28 @@ def chunks(kernel: Callable[[int, int], None], total: int, chunk: int = CHUNK) -
             kernel(0, total)
         return
     parallel(lambda i: kernel(i * chunk, min(total, (i + 1) * chunk)), -(-total // chunk))
+
+
+def tasks(
+    sizes: Sequence[tuple[int, int]], room: int, together: int
+) -> list[list[tuple[int, int, int]]]:
+    """Pieces (number, first row, last row + 1) of things of (rows, elements of a row), by task.
+
+    A task holds about `room` elements: of one large thing, in multiples of `together` rows, or of
+    several small ones.
+    """
+    found: list[list[tuple[int, int, int]]] = []
+    left = 0
+    for number, (rows, width) in enumerate(sizes):
+        step = max(1, room // max(1, width) // together) * together
+        for begin in range(0, rows, step):
+            end = min(rows, begin + step)
+            if (end - begin) * width > left:
+                found.append([])
+                left = room
+            found[-1].append((number, begin, end))
+            left -= (end - begin) * width
+    return found
 
 
 # ---- views -----------------------------------------------------------------------------------
@@ -96,7 +119,7 @@ def collapse(shape: Sequence[int], strides: Sequence[int]) -> tuple[list[int], l
     return (sizes, steps) if sizes else ([1], [1])
 
 
-def view(x: Tensor, *, output: bool = False) -> object:
+def view(x: Tensor, *, output: bool = False, stream: bool = False) -> object:
     if x.is_contiguous():
         shape, strides = [x.numel()], [1]
     else:
@@ -106,7 +129,7 @@ def view(x: Tensor, *, output: bool = False) -> object:
         dtype=_DTYPES[x.dtype],
         shape=shape,
         strides=strides,
-        stream=output and x.nbytes >= STREAM,
+        stream=stream or (output and x.nbytes >= STREAM),
     )
 
 

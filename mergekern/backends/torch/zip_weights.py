@@ -12,6 +12,19 @@ from . import chunks
 
 
 def zip_weights(
+    outs: list[Tensor],
+    xs: list[list[Tensor]],
+    rows: list[list[Tensor] | None],
+    cols: list[list[Tensor] | None],
+    factors: list[list[float]],
+    divisors: list[Tensor],
+    by_row: list[bool],
+) -> None:
+    for one in zip(outs, xs, rows, cols, factors, divisors, by_row, strict=True):
+        _zip(*one)
+
+
+def _zip(
     out: Tensor,
     xs: list[Tensor],
     rows: list[Tensor] | None,
