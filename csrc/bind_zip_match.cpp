@@ -3,10 +3,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cstdint>
-#include <stdexcept>
 #include <vector>
 
+#include "bind_common.h"
 #include "zip_match.h"
 
 namespace py = pybind11;
@@ -16,17 +15,17 @@ using std::int64_t;
 namespace {
 
 void zip_match(const mk::View& correlation, const std::vector<int64_t>& offsets, int64_t width,
-               double alpha, std::vector<int64_t> budgets, bool zipit, std::uintptr_t scratch,
-               std::uintptr_t labels) {
+               double alpha, std::vector<int64_t> budgets, bool zipit, Address scratch,
+               Address labels) {
   const int64_t size = correlation.shape[0];
-  if (correlation.ndim != 2 || correlation.shape[1] != size || size > INT32_MAX || width < 1)
-    throw std::invalid_argument("zip_match: a square matrix and a width");
-  if (offsets.size() != budgets.size() + 1 || offsets.front() != 0 || offsets.back() != size ||
-      !std::is_sorted(offsets.begin(), offsets.end()))
-    throw std::invalid_argument("zip_match: models that fill the matrix, and a budget for each");
+  require(correlation.ndim == 2 && correlation.shape[1] == size && size <= INT32_MAX && width > 0,
+          "zip_match: a square matrix and a width");
+  require(offsets.size() == budgets.size() + 1 && offsets.front() == 0 && offsets.back() == size &&
+              std::is_sorted(offsets.begin(), offsets.end()),
+          "zip_match: models that fill the matrix, and a budget for each");
   mk::zip_match(
       {correlation, offsets.data(), int64_t(budgets.size()), width, alpha, budgets.data(), zipit},
-      reinterpret_cast<void*>(scratch), reinterpret_cast<int64_t*>(labels));
+      at<void>(scratch), at<int64_t>(labels));
 }
 
 }  // namespace

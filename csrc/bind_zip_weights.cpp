@@ -2,51 +2,46 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
 #include <vector>
 
+#include "bind_common.h"
 #include "zip_weights.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
 using std::int64_t;
-using Address = std::uintptr_t;
 
 namespace {
 
-const int64_t* integers(Address address) { return reinterpret_cast<const int64_t*>(address); }
-const double* doubles(Address address) { return reinterpret_cast<const double*>(address); }
-
 mk::ZipInput make_input(Address data, int64_t width, int64_t row_stride, Address starts,
                         Address members, Address targets, double factor) {
-  if ((starts == 0) != (members == 0))
-    throw std::invalid_argument("ZipInput: starts and members come together");
-  return {reinterpret_cast<const void*>(data),
+  require((starts == 0) == (members == 0), "ZipInput: starts and members come together");
+  return {at<const void>(data),
           width,
           row_stride,
-          integers(starts),
-          integers(members),
-          integers(targets),
+          at<const int64_t>(starts),
+          at<const int64_t>(members),
+          at<const int64_t>(targets),
           factor};
 }
 
 void zip_weights(const mk::View& out, int64_t width, const std::vector<mk::ZipInput>& xs,
                  Address row_divisors, Address column_divisors, Address scratch, int64_t begin,
                  int64_t end) {
-  if (xs.empty()) throw std::invalid_argument("zip_weights: no inputs");
-  if ((row_divisors == 0) == (column_divisors == 0))
-    throw std::invalid_argument("zip_weights: divisors of rows or of columns");
+  require(!xs.empty(), "zip_weights: no inputs");
+  require((row_divisors == 0) != (column_divisors == 0),
+          "zip_weights: divisors of rows or of columns");
   for (const mk::ZipInput& x : xs)
-    if ((x.targets == nullptr) != (scratch == 0))
-      throw std::invalid_argument("zip_weights: targets for all inputs, with scratch, or for none");
-  mk::zip_weights(
-      {out, width, xs.data(), int64_t(xs.size()), doubles(row_divisors), doubles(column_divisors)},
-      begin, end, reinterpret_cast<void*>(scratch));
+    require((x.targets == nullptr) == (scratch == 0),
+            "zip_weights: targets for all inputs, with scratch, or for none");
+  mk::zip_weights({out, width, xs.data(), int64_t(xs.size()), at<const double>(row_divisors),
+                   at<const double>(column_divisors)},
+                  begin, end, at<void>(scratch));
 }
 
 void group_members(Address labels, int64_t n, int64_t groups, Address starts, Address members) {
-  mk::group_members(integers(labels), n, groups, reinterpret_cast<int64_t*>(starts),
-                    reinterpret_cast<int64_t*>(members));
+  mk::group_members(at<const int64_t>(labels), n, groups, at<int64_t>(starts),
+                    at<int64_t>(members));
 }
 
 }  // namespace

@@ -256,6 +256,8 @@ void zip_weights(const ZipWeights& args, std::int64_t begin, std::int64_t end, v
       A* acc = static_cast<A*>(scratch);
       clear(acc, (args.width + kZipRows - 1) / kZipRows * kZipRows * Lanes<A>::kRows);
       for (std::int64_t g = begin; g < end; g += Lanes<A>::kRows) merge_rows<T>(args, g, end, acc);
+    } else if (args.width == 1) {
+      merge_vector<T, A>(args, begin, end);
     } else {
       for (std::int64_t g = begin; g < end; ++g) merge_row<T, A>(args, g, end);
     }
