@@ -171,6 +171,8 @@ def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
 def _span(x: Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that x touches."""
     first = x.data_ptr()
+    if x.is_contiguous():  # nearly always, and a model has hundreds of tensors
+        return first, first + x.nbytes
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return first, first + (reach + 1) * x.element_size()
 
@@ -235,6 +237,8 @@ def _ask_for_huge_pages(x: Tensor) -> Tensor:
 
 def _overlaps_itself(x: Tensor) -> bool:
     """Whether two elements may share memory: a stride does not step over the smaller ones."""
+    if x.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:
