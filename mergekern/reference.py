@@ -1,4 +1,5 @@
-"""The oracle: every op as its formula reads, slow, in float64.
+"""The oracle: every op as its formula reads, slow, in float64. All in one file, however long: a
+function an op, with nothing between them but a few helpers.
 
 `acc` is the type all arithmetic is done in. float64 (the default) gives the result to compare
 errors with; the accumulator that an op promises for its inputs gives, step by step, the arithmetic
