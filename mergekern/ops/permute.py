@@ -96,9 +96,10 @@ def _call(
         if x.device != device:
             raise ArgumentError.of(op, f"{name} lies elsewhere", str(x.device), str(device))
         index = positions.read(name, x, indices.get(name, {}))
-        shape = [len(index[d]) if d in index else size for d, size in enumerate(x.shape)]
+        shape = [index[d].numel() if d in index else size for d, size in enumerate(x.shape)]
         given = None if out is None else out[name]
-        results[name] = check.output(op, given, x, shape=shape, inputs=[x], in_place=False)
+        alone = [x] if len(tensors) == 1 else ()  # of several, `apart` compares all with all
+        results[name] = check.output(op, given, x, shape=shape, inputs=alone, in_place=False)
         chosen.append(index)
     if out is not None and len(results) > 1:
         check.apart(op, results, tensors)
