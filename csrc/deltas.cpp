@@ -96,7 +96,7 @@ MK_INLINE void add_kept(const A* v, std::int64_t n, double* all, double* kept, F
   double a[kLanes], k[kLanes];
   for (int l = 0; l < kLanes; ++l) a[l] = all[l], k[l] = kept[l];
   auto add = [&](std::int64_t i, int l) {
-    const A size = v[i] < 0 ? -v[i] : v[i];
+    const A size = bit_cast<A>(magnitude_bits(v[i]));
     a[l] += double(size);
     k[l] += double(masked(size, mask(i)));
   };
@@ -150,6 +150,8 @@ void draw_block(const KeepRule& rule, std::int64_t begin, std::int64_t n, std::u
   constexpr std::int64_t kRoom = kDeltaBlock + (1 + kDrawGroup) * kDraws;
   alignas(64) std::uint16_t whole[kRoom];
   const std::int64_t first = begin / kDraws, blocks = (begin + n - 1) / kDraws + 1 - first;
+  if (rule.kind == Keep::random && begin % kDraws == 0 && n % (kDraws * kDrawGroup) == 0)
+    return philox_draws(rule.key, std::uint64_t(first), blocks, draws);
   if (rule.kind == Keep::random)
     philox_draws(rule.key, std::uint64_t(first), blocks, whole);
   else
