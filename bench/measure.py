@@ -53,15 +53,11 @@ class Copy:
 
 
 def first_touch(nbytes: int) -> float:
-    """Seconds that the pages of a new result cost: filling one as ops allocate it, less filling it
-    again; the median."""
+    """Seconds that the pages of a new result cost at the least: filling one as ops allocate it,
+    less filling it again. The best of each: the system may take ten times as long for a while."""
     old = torch.zeros(nbytes, dtype=torch.uint8).fill_(1)
-
-    def middle(call: Call) -> float:
-        return statistics.median(seconds(call) for _ in range(ROUNDS))
-
-    new = middle(lambda: check.output("bench", None, old).fill_(1))
-    return max(0.0, new - middle(lambda: old.fill_(1)))
+    new = best(lambda: check.output("bench", None, old).fill_(1), ROUNDS)
+    return max(0.0, new - best(lambda: old.fill_(1), ROUNDS))
 
 
 def gemm_rate(n: int = 1536) -> float:
