@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import mergekern as mk
 from mergekern.check import name_of
 
 import cases
+import zipit
 from accuracy import assert_bits_equal, assert_within
 from cases import values
 from refusal import refused
@@ -623,16 +623,11 @@ def host_bound(features: Tensor, n: int) -> Tensor:
     return (2 * n + 16) * 2.0**-24 * torch.outer(largest, largest)
 
 
-def test_the_original_of_zipit() -> None:
+@zipit.needed
+def test_the_original_of_zipit(monkeypatch: pytest.MonkeyPatch) -> None:
     """CovarianceMetric and compute_correlation, on batches with NaN, over all models' features."""
-    checkout = os.environ.get("MERGEKERN_ZIPIT")
-    if not checkout:
-        pytest.skip("MERGEKERN_ZIPIT does not name a checkout of ZipIt")
-    sys.path.insert(0, checkout)
-    try:
-        import metric_calculators as host
-    finally:
-        sys.path.remove(checkout)
+    monkeypatch.syspath_prepend(zipit.checkout())
+    host = importlib.import_module("metric_calculators")
     metric, moments = host.CovarianceMetric(), mk.Covariance(40, nan="zero")
     batches = [[rows(320, 20, seed=2 * i + model).T for model in (0, 1)] for i in range(4)]
     for batch in batches:

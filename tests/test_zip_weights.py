@@ -6,9 +6,7 @@ import dataclasses
 import importlib
 import itertools
 import math
-import os
 import sys
-import types
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from mergekern import reference
 from mergekern.check import name_of, sum_accumulator
 
 import cases
+import zipit
 from accuracy import assert_bits_equal, assert_within, half_ulp
 from cases import values
 from refusal import refused
@@ -661,24 +660,10 @@ def test_the_kernel_is_the_compiled_one(cpu_backend: Any, monkeypatch: pytest.Mo
 @pytest.fixture
 def original(monkeypatch: pytest.MonkeyPatch) -> Any:
     """model_merger of a checkout of ZipIt!, without what only its scripts need."""
-    checkout = os.environ.get("MERGEKERN_ZIPIT")
-    if not checkout:
-        pytest.skip("MERGEKERN_ZIPIT: names no checkout of ZipIt!")
-    needs = {
-        "fvcore": [],
-        "fvcore.nn": [],
-        "fvcore.nn.flop_count": ["flop_count"],
-        "graphs": [],
-        "graphs.base_graph": ["NodeType"],
-        "metric_calculators": ["CovarianceMetric", "MeanMetric"],
-        "matching_functions": ["match_tensors_zipit"],
-        "utils": ["get_merging_fn"],
-    }
-    for name, attributes in needs.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(dict.fromkeys(attributes))
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.syspath_prepend(checkout)
+    unused = ("fvcore", "fvcore.nn", "fvcore.nn.flop_count", "graphs", "graphs.base_graph")
+    for name in (*unused, "metric_calculators", "matching_functions", "utils"):
+        monkeypatch.setitem(sys.modules, name, zipit.Anything(name))
+    monkeypatch.syspath_prepend(zipit.checkout())
     monkeypatch.delitem(sys.modules, "model_merger", raising=False)
     yield importlib.import_module("model_merger")
     sys.modules.pop("model_merger", None)
@@ -696,6 +681,7 @@ class Graph:
     succs = preds
 
 
+@zipit.needed
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_modules_as_in_the_original(n: int, original: Any) -> None:
     """Both sides in float32: twice the bound, and the original's eps."""

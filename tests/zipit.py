@@ -1,4 +1,4 @@
-"""ZipIt's own matching, from a checkout of its repository that MERGEKERN_ZIPIT points to."""
+"""ZipIt's own code, from a checkout of its repository that MERGEKERN_ZIPIT points to."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ needed = pytest.mark.skipif(
 )
 
 
-class _Anything(ModuleType):
-    """Stands for a package that the file imports and matching does not use."""
+class Anything(ModuleType):
+    """Stands for a module that a file imports and the test does not use."""
 
     def __getattr__(self, name: str) -> Any:
         return None
 
 
+def checkout() -> str:
+    """The folder; for tests marked `needed`."""
+    return os.environ["MERGEKERN_ZIPIT"]
+
+
 def match_tensors_zipit() -> Callable[..., tuple[Tensor, Tensor]]:
-    path = Path(os.environ["MERGEKERN_ZIPIT"]) / "matching_functions.py"
+    path = Path(checkout()) / "matching_functions.py"
     spec = importlib.util.spec_from_file_location("zipit_matching_functions", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    unused = {n: _Anything(n) for n in ("networkx", "sklearn", "sklearn.cluster")}
+    unused = {n: Anything(n) for n in ("networkx", "sklearn", "sklearn.cluster")}
     with mock.patch.dict(sys.modules, unused):
         spec.loader.exec_module(module)
     return module.match_tensors_zipit

@@ -6,7 +6,6 @@ MERGEKERN_ZIPIT names a checkout of it.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -20,7 +19,7 @@ from mergekern.integrations import zipit
 
 from accuracy import assert_bytes_equal
 from cifar import Block, Cifar10, ResNet20, weights
-from zipit import _Anything, needed
+from zipit import Anything, checkout, needed
 
 
 class BasicBlock(Block):
@@ -48,10 +47,10 @@ def original(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """ZipIt's model_merger, imported afresh; packages that it does not use here stand in."""
     stand_ins = ("clip", "einops", "fvcore", "fvcore.nn", "fvcore.nn.flop_count")
     theirs = ("matching_functions", "metric_calculators", "model_merger", "utils", "graphs")
-    with mock.patch.dict(sys.modules, {n: _Anything(n) for n in stand_ins}):
+    with mock.patch.dict(sys.modules, {n: Anything(n) for n in stand_ins}):
         for name in [n for n in sys.modules if n.split(".")[0] in theirs]:
             del sys.modules[name]
-        monkeypatch.syspath_prepend(os.environ["MERGEKERN_ZIPIT"])
+        monkeypatch.syspath_prepend(checkout())
         yield importlib.import_module("model_merger")
 
 

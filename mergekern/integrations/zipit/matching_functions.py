@@ -64,10 +64,11 @@ def match_tensors_zipit(
     if print_merges:
         several = (torch.stack(unmerge.chunk(models)).sum(1) > 0).sum(0) > 1
         print(f"groups of one model: {int((~several).sum())} | of several: {int(several.sum())}")
-    value = _similarity(sims.cpu(), labels, groups)
     parts = add_bias_to_mats([*unmerge.chunk(models)]) if add_bias else [unmerge]
     unmerge = torch.cat(parts).to(sims.device)
-    return (merge, unmerge, value) if get_merge_value else (merge, unmerge)
+    if not get_merge_value:
+        return merge, unmerge
+    return merge, unmerge, _similarity(sims.cpu(), labels, groups)
 
 
 def match_tensors_permute(
