@@ -150,14 +150,15 @@ void draw_block(const KeepRule& rule, std::int64_t begin, std::int64_t n, std::u
   constexpr std::int64_t kRoom = kDeltaBlock + (1 + kDrawGroup) * kDraws;
   alignas(64) std::uint16_t whole[kRoom];
   const std::int64_t first = begin / kDraws, blocks = (begin + n - 1) / kDraws + 1 - first;
-  if (rule.kind == Keep::random && begin % kDraws == 0 && n % (kDraws * kDrawGroup) == 0)
-    return philox_draws(rule.key, std::uint64_t(first), blocks, draws);
-  if (rule.kind == Keep::random)
-    philox_draws(rule.key, std::uint64_t(first), blocks, whole);
-  else
+  if (rule.kind == Keep::random) {
+    const bool in_groups = begin % kDraws == 0 && n % (kDraws * kDrawGroup) == 0;
+    philox_draws(rule.key, std::uint64_t(first), blocks, in_groups ? draws : whole);
+    if (in_groups) return;
+  } else {
     for (std::int64_t q = 0; q < blocks; ++q)
       std::memcpy(whole + q * kDraws, kBits.dropped[rule.bits[first + q]],
                   sizeof(kBits.dropped[0]));
+  }
   std::memcpy(draws, whole + begin % kDraws, std::size_t(n) * sizeof(*draws));
 }
 
