@@ -160,7 +160,7 @@ class Facts:
         Constants that are equal for two features do not tell them apart; inputs do.
         """
         if value.const is not None:
-            keys = _contents(value.const, wide)
+            keys = contents(value.const, wide)
             self.mark(layer.ids, keys, "meets constants that differ")
             return True
         sizes = [size if axis in wide else 1 for axis, size in enumerate(value.shape)]
@@ -219,7 +219,7 @@ def _pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return pairs >> 32, pairs & (2**32 - 1)
 
 
-def _contents(x: Tensor, axes: list[int]) -> Tensor:
+def contents(x: Tensor, axes: list[int]) -> Tensor:
     """A number for each index of `axes`, equal where x is equal along all other axes."""
     rest = [axis for axis in range(x.ndim) if axis not in axes]
     rows = x.permute(*axes, *rest).reshape(*[x.shape[axis] for axis in axes], -1)

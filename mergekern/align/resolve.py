@@ -38,6 +38,7 @@ class _Cell:
     group: Hashable = None
     inside: str | None = None
     fixed: str | None = None
+    mixed: bool = False  # fixed for what was found here, not before
 
     @property
     def members(self) -> list[int]:
@@ -139,6 +140,17 @@ class Resolver:
         return number, positions[0]
 
     def cells(self) -> list[_Cell]:
+        """Features that are fixed hold the blocks they lie in: until no more are found."""
+        while True:
+            cells = self._cells()
+            new = [cell for cell in cells if cell.fixed and cell.mixed]
+            if not new:
+                return self._joined(cells)
+            for cell in new:
+                for c in cell.members:
+                    self.features[c].fixed = cell.fixed
+
+    def _cells(self) -> list[_Cell]:
         alike: dict[Colour, list[int]] = defaultdict(list)
         pinned: dict[tuple[Hashable, str], list[int]] = defaultdict(list)
         colours, head = self._colours(), self._heads()
@@ -151,7 +163,7 @@ class Resolver:
         cells = [self._cell(sorted(members, key=self._first), head) for members in alike.values()]
         for (_, reason), members in pinned.items():
             cells.append(_Cell([sorted(members, key=self._first)], fixed=reason))
-        return self._joined(cells)
+        return cells
 
     def _cell(self, members: list[int], head: Mapping[int, int]) -> _Cell:
         rows: dict[int, list[int]] = defaultdict(list)
@@ -165,7 +177,8 @@ class Resolver:
         lengths = {len(row) for row in rows.values()}
         inner = any(self.features[c].blocks for c in members)
         if (inner and len(structures) != len(rows)) or len(nested) > 1 or len(lengths) > 1:
-            return _Cell([members], fixed="its features lie in blocks of two kinds")
+            reason = "its features lie in blocks of two kinds"
+            return _Cell([members], fixed=reason, mixed=True)
         return _Cell([*rows.values()], group=frozenset(rows))
 
     def _joined(self, cells: list[_Cell]) -> list[_Cell]:
@@ -220,14 +233,17 @@ class Resolver:
                 probes[i].append(Probe(node, arg, axes, positions, module))
         titles, spaces = [], []
         groups: dict[Hashable, str] = {}
+        group_names = _Names()
         for i, cell in enumerate(cells):
             places = self._places(cell, role)
-            title = names.of(places, self.facts, cell)
+            title = names.of(places)
             titles.append(title)
             heads = len(cell.rows)
             group = None
             if cell.group is not None:
-                group = groups.setdefault(cell.group, _parent(title))
+                if cell.group not in groups:
+                    groups[cell.group] = group_names.unlike(_parent(title))
+                group = groups[cell.group]
             note = next((notes[c] for c in cell.members if c in notes), None)
             spaces.append(
                 Space(
@@ -310,7 +326,7 @@ class _Names:
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
-    def of(self, places: list[Place], facts: Facts, cell: _Cell) -> str:
+    def of(self, places: list[Place]) -> str:
         sources = [p for p in places if p.role in ("produces", "both")] or places
         modules = [*dict.fromkeys(_module(p.name) for p in sources)]
         parents = {_parent(m) for m in modules}
@@ -323,8 +339,11 @@ class _Names:
         if name in self._taken:
             low, high = int(first.positions.min()), int(first.positions.max())
             name = f"{name}[{low}:{high + 1}]"
-        number = 2
-        title = name
+        return self.unlike(name)
+
+    def unlike(self, name: str) -> str:
+        """The name, or one with a number that nothing has yet."""
+        title, number = name, 2
         while title in self._taken:
             title, number = f"{name}#{number}", number + 1
         self._taken.add(title)
