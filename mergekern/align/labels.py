@@ -165,7 +165,7 @@ class Facts:
             return True
         sizes = [size if axis in wide else 1 for axis, size in enumerate(value.shape)]
         keys = torch.arange(int(torch.Size(sizes).numel())).view(sizes)
-        self.mark(layer.ids, keys, "meets values that are no features")
+        self.mark(layer.ids, keys, "meets an input or positions, which are no features")
         return set(wide) != set(layer.axes)
 
     def reduce(self, layers: list[Layer], axes: Iterable[int]) -> list[Layer]:

@@ -16,8 +16,6 @@ from .labels import Facts, Layer
 from .program import Program
 from .spaces import Layout, Place, Probe, Space
 
-Colour = Hashable
-
 
 @dataclass
 class _Feature:
@@ -28,6 +26,11 @@ class _Feature:
     fixed: str | None = None
     blocks: set[int] = field(default_factory=set)
     features: set[int] = field(default_factory=set)
+
+    @property
+    def where(self) -> tuple[tuple[int, int], ...]:
+        """On which axes, and how often."""
+        return tuple(sorted((number, len(p)) for number, p in self.places.items()))
 
 
 @dataclass
@@ -93,23 +96,25 @@ class Resolver:
 
     # ---- which features are alike ------------------------------------------------------------
 
-    def _colours(self) -> dict[int, Colour]:
+    def _colours(self) -> dict[int, int]:
         """Equal for features that only their names tell apart (colour refinement)."""
-        colours: dict[int, Colour] = {}
-        for c, feature in self.features.items():
-            where = tuple(sorted((n, len(p)) for n, p in feature.places.items()))
-            colours[c] = hash((where, frozenset(feature.marks), c if feature.fixed else None))
-        while True:
-            refined: dict[int, Colour] = {
-                c: hash(
-                    (
-                        colours[c],
-                        tuple(sorted(hash(colours[b]) for b in feature.blocks)),
-                        tuple(sorted(hash(colours[b]) for b in feature.features)),
-                    )
-                )
+        colours = _numbered(
+            {
+                c: (feature.where, frozenset(feature.marks), c if feature.fixed else None)
                 for c, feature in self.features.items()
             }
+        )
+        while True:
+            refined = _numbered(
+                {
+                    c: (
+                        colours[c],
+                        tuple(sorted(colours[b] for b in feature.blocks)),
+                        tuple(sorted(colours[b] for b in feature.features)),
+                    )
+                    for c, feature in self.features.items()
+                }
+            )
             if len({*refined.values()}) == len({*colours.values()}):
                 return refined
             colours = refined
@@ -151,13 +156,12 @@ class Resolver:
                     self.features[c].fixed = cell.fixed
 
     def _cells(self) -> list[_Cell]:
-        alike: dict[Colour, list[int]] = defaultdict(list)
+        alike: dict[int, list[int]] = defaultdict(list)
         pinned: dict[tuple[Hashable, str], list[int]] = defaultdict(list)
         colours, head = self._colours(), self._heads()
         for c, feature in self.features.items():
             if feature.fixed and feature.places:
-                where = tuple(sorted((n, len(p)) for n, p in feature.places.items()))
-                pinned[where, feature.fixed].append(c)
+                pinned[feature.where, feature.fixed].append(c)
             elif feature.places:
                 alike[colours[c]].append(c)
         cells = [self._cell(sorted(members, key=self._first), head) for members in alike.values()]
@@ -187,11 +191,10 @@ class Resolver:
         kept = []
         for cell in cells:
             first = self.features[cell.rows[0][0]]
-            where = tuple(sorted((n, len(p)) for n, p in first.places.items()))
             if cell.fixed is None and len(cell.members) == 1:
-                whole[where, None].append(cell)
+                whole[first.where, None].append(cell)
             elif cell.group is not None and len(cell.rows[0]) == 1:
-                whole[where, cell.group].append(cell)
+                whole[first.where, cell.group].append(cell)
             else:
                 kept.append(cell)
         for (_, group), parts in whole.items():
@@ -327,7 +330,10 @@ class _Names:
         self._taken: set[str] = set()
 
     def of(self, places: list[Place]) -> str:
-        sources = [p for p in places if p.role in ("produces", "both")] or places
+        sources = [p for p in places if p.role in ("produces", "both")]
+        if not sources:
+            read = places[0].role == "consumes"
+            return self.unlike(f"input of {_module(places[0].name)}" if read else places[0].name)
         modules = [*dict.fromkeys(_module(p.name) for p in sources)]
         parents = {_parent(m) for m in modules}
         if 1 < len(modules) <= 3 and len(parents) == 1:
@@ -348,6 +354,12 @@ class _Names:
             title, number = f"{name}#{number}", number + 1
         self._taken.add(title)
         return title
+
+
+def _numbered(keys: Mapping[int, Hashable]) -> dict[int, int]:
+    """Equal keys get one number."""
+    numbers: dict[Hashable, int] = {}
+    return {c: numbers.setdefault(key, len(numbers)) for c, key in keys.items()}
 
 
 def _module(tensor: str) -> str:

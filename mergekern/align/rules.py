@@ -132,7 +132,7 @@ class Interpreter:
     def refused(self, what: str) -> ArgumentError:
         where = module_of(self.node)
         name = f"module {where}" if where else "the model"
-        expected = "layers whose features can be followed, or Spaces.declare(...)"
+        expected = "layers whose features can be followed, or declare_spaces(...)"
         return ArgumentError.of(self.op, f"{name} cannot be traced", f"one that {what}", expected)
 
     @property
