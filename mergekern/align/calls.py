@@ -141,6 +141,7 @@ def _grouped(run: Interpreter, x: Value, kernel: Value, groups: int) -> Value:
     rows = produced.view(groups, out // groups)
     for layer in kernel.layers:
         if layer.axes == (1,):
+            facts.play([layer], "consumes")
             facts.pin(layer.ids, "lies within the groups of a convolution")
     read = [layer for layer in x.layers if layer.axes == (1,)]
     if not read:

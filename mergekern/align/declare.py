@@ -84,8 +84,8 @@ def _entry(name: str, axis: int, ndim: int, entry: Any) -> tuple[str, str]:
 
 
 def _blocks(space: str, places: list[Place], heads: int) -> int:
-    sizes = {p.name: len(p.positions) for p in places}
-    if len({*sizes.values()}) > 1:
+    sizes = [len(p.positions) for p in places]
+    if len({*sizes}) > 1:
         raise ArgumentError.of(_OP, f"sizes of space {space} differ", sizes, "one size")
     size = len(places[0].positions)
     if heads < 1 or size % heads:

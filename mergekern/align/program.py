@@ -46,7 +46,8 @@ class Program:
             placeholder: exported.constants[name]
             for placeholder, name in signature.inputs_to_lifted_tensor_constants.items()
         }
-        self.inputs = [name for name in signature.user_inputs if isinstance(name, str)]
+        known = {*self.names, *self.constants}
+        self.inputs = [n for n in self.placeholders() if n.name not in known]
         self.persistent = set(model.state_dict())
         self.buffers = dict(model.named_buffers(remove_duplicate=False))
         self.in_spec: TreeSpec = exported.call_spec.in_spec
@@ -65,6 +66,8 @@ class Program:
         if spec != self.in_spec:
             expected = f"{self.in_spec.num_leaves} as in the example"
             raise ArgumentError.of(op, "inputs have another structure", len(flat), expected)
+        for node, x in zip(self.inputs, flat, strict=True):
+            _check_shape(op, node.name, x, node.meta["val"])
         return flat
 
     def run(
@@ -107,6 +110,22 @@ def module_of(node: fx.Node) -> str:
     """The name of the innermost module that made this call; "" for the model itself."""
     stack = node.meta.get("nn_module_stack")
     return list(stack.values())[-1][0] if stack else ""
+
+
+def _check_shape(op: str, name: str, x: Any, traced: Any) -> None:
+    """A tensor of the traced shape; sizes that the trace left open may differ."""
+    if not isinstance(traced, Tensor):
+        return
+    fixed = [s if isinstance(s, int) else s.node.maybe_as_int() for s in traced.shape]
+    expected = ["any" if size is None else size for size in fixed]
+    if not isinstance(x, Tensor):
+        raise ArgumentError.of(op, f"{name} is no tensor", type(x).__name__, expected)
+    fits = x.ndim == traced.ndim and all(
+        e in ("any", size) for e, size in zip(expected, x.shape, strict=True)
+    )
+    if not fits:
+        what = f"{name} differs from the example in shape (the model fixes the sizes named)"
+        raise ArgumentError.of(op, what, list(x.shape), expected)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -153,13 +172,13 @@ def _two_rows(given: Arguments) -> Arguments:
 
 
 def _export(model: nn.Module, args: Any, kwargs: Any, op: str) -> torch.export.ExportedProgram:
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    first = tree_map(
-        lambda x: {0: Dim.AUTO} if isinstance(x, Tensor) and x.ndim else None, dict(bound)
-    )
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it hides a whole layer in one call
     try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        first = tree_map(
+            lambda x: {0: Dim.AUTO} if isinstance(x, Tensor) and x.ndim else None, dict(bound)
+        )
         return torch.export.export(model, args, kwargs, dynamic_shapes=first, strict=False)
     except Exception as error:
         where = _module_in(error.__traceback__, model)

@@ -224,9 +224,6 @@ class Resolver:
 
     def spaces(self, layout: Mapping[str, list[Layer]]) -> tuple[list[Space], Layout]:
         cells = self.cells()
-        names = _Names()
-        role = self._roles()
-        notes = self._notes()
         owner: dict[int, tuple[int, int]] = {}
         for i, cell in enumerate(cells):
             owner.update({c: (i, f) for f, c in enumerate(cell.members)})
@@ -234,33 +231,23 @@ class Resolver:
         for node, arg, module, layer in self.facts.probes:
             for i, axes, positions in self._found(layer, owner, cells):
                 probes[i].append(Probe(node, arg, axes, positions, module))
-        titles, spaces = [], []
-        groups: dict[Hashable, str] = {}
-        group_names = _Names()
-        for i, cell in enumerate(cells):
-            places = self._places(cell, role)
-            title = names.of(places)
-            titles.append(title)
-            heads = len(cell.rows)
-            group = None
-            if cell.group is not None:
-                if cell.group not in groups:
-                    groups[cell.group] = group_names.unlike(_parent(title))
-                group = groups[cell.group]
-            note = next((notes[c] for c in cell.members if c in notes), None)
-            spaces.append(
-                Space(
-                    title,
-                    len(cell.members),
-                    tuple(places),
-                    tuple(_distinct(probes[i])),
-                    heads,
-                    group,
-                    cell.inside,
-                    cell.fixed,
-                    note,
-                )
+        roles, notes = self._roles(), self._notes()
+        places = [self._places(cell, roles) for cell in cells]
+        titles, groups = _titles(cells, places)
+        spaces = [
+            Space(
+                titles[i],
+                len(cell.members),
+                tuple(places[i]),
+                tuple(_distinct(probes[i])),
+                len(cell.rows),
+                None if cell.group is None else groups[cell.group],
+                cell.inside,
+                cell.fixed,
+                next((notes[c] for c in cell.members if c in notes), None),
             )
+            for i, cell in enumerate(cells)
+        ]
         found: Layout = {}
         for node, layers in layout.items():
             found[node] = [
@@ -310,7 +297,7 @@ class Resolver:
                     found[number].add(role)
         return {
             number: "both"
-            if {"produces", "consumes"} <= roles
+            if {"produces", "consumes"} <= roles or "both" in roles
             else next(r for r in ("produces", "consumes", "rides") if r in roles)
             for number, roles in found.items()
         }
@@ -321,6 +308,19 @@ class Resolver:
             for c in set(self._of(ids)):
                 found.setdefault(c, text)
         return found
+
+
+def _titles(cells: list[_Cell], places: list[list[Place]]) -> tuple[list[str], dict[Hashable, str]]:
+    """A name for each cell, plain ones for what may move, and for each group of heads."""
+    names, group_names = _Names(), _Names()
+    titles = [""] * len(cells)
+    groups: dict[Hashable, str] = {}
+    for i in sorted(range(len(cells)), key=lambda i: cells[i].fixed is not None):
+        titles[i] = names.of(places[i])
+        group = cells[i].group
+        if group is not None and group not in groups:
+            groups[group] = group_names.unlike(_parent(titles[i]))
+    return titles, groups
 
 
 class _Names:
@@ -335,10 +335,10 @@ class _Names:
             read = places[0].role == "consumes"
             return self.unlike(f"input of {_module(places[0].name)}" if read else places[0].name)
         modules = [*dict.fromkeys(_module(p.name) for p in sources)]
-        parents = {_parent(m) for m in modules}
+        parents = {m.rpartition(".")[0] for m in modules}
         if 1 < len(modules) <= 3 and len(parents) == 1:
             leaves = "+".join(m.rpartition(".")[2] for m in modules)
-            name = f"{_parent(modules[0])}.{leaves}".lstrip(".")
+            name = f"{parents.pop()}.{leaves}".lstrip(".")
         else:
             name = modules[0]
         first = sources[0]

@@ -196,6 +196,9 @@ class Interpreter:
             for value in values:
                 if value.parameter:
                     self.facts.play(value.layers, "rides")
+        else:  # a weight computed from others: what each of them does later is not followed
+            for value in values:
+                self.facts.play(value.layers, "both")
         whole, *others = (aligned(v, ndim) for v in sorted(values, key=is_constant))
         for other in others:
             layers = self.facts.meet(whole, other)
@@ -218,6 +221,7 @@ class Interpreter:
                 self.facts.play(outer, "produces")
             elif value.parameter:  # a product of weights, B A x
                 self.facts.play(inner, "consumes" if value is a else "produces")
+                self.facts.play(outer, "both")
             else:
                 self.read(value, arg, inner)
                 if other.data:

@@ -25,7 +25,7 @@ class Place:
     """Where a space lies in a tensor: feature f has the entries positions[f] along `axis`.
 
     role: "produces" (outputs of a layer), "consumes" (inputs of one), "rides" (norms, biases,
-    scales, position embeddings), "both" where tied weights do both.
+    scales, position embeddings), "both" where tied weights or weights that others are made of do.
     """
 
     name: str
