@@ -303,11 +303,12 @@ class Resolver:
         }
 
     def _notes(self) -> dict[int, str]:
-        found: dict[int, str] = {}
+        """Why a zip of features is approximate."""
+        found: dict[int, dict[str, None]] = defaultdict(dict)
         for ids, text in self.facts.notes:
             for c in set(self._of(ids)):
-                found.setdefault(c, text)
-        return found
+                found[c][text] = None
+        return {c: "; ".join(texts) for c, texts in found.items()}
 
 
 def _titles(cells: list[_Cell], places: list[list[Place]]) -> tuple[list[str], dict[Hashable, str]]:

@@ -80,7 +80,7 @@ ENCODERS = {
         config="CLIPTextConfig",
     ),
     "siglip_vision": Encoder(
-        "SiglipVisionModel", {**SIZE, **MLP, **VISION}, 11, 3, "SiglipVisionConfig"
+        "SiglipVisionModel", {**SIZE, **MLP, **VISION}, 11, config="SiglipVisionConfig"
     ),
     "siglip_text": Encoder("SiglipTextModel", {**SIZE, **MLP, **TEXT}, 8, 2, "SiglipTextConfig"),
     "beit": Encoder("BeitModel", {**SIZE, **MLP, **VISION, "use_relative_position_bias": True}, 9),
@@ -164,7 +164,7 @@ def test_fixed_outputs_hold_their_spaces(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_attention_has_its_heads(name: str) -> None:
-    """Queries and keys, and values, in one group of heads for each attention."""
+    """Queries and keys, and values, in one group of heads for each attention of tokens."""
     groups = spaces_of(name).groups().values()
     attentions = [g for g in groups if any("multiplied" in str(s.approximate) for s in g)]
     assert all(g[0].heads in (2, 4) for g in attentions)
