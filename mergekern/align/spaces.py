@@ -117,7 +117,7 @@ class Spaces(Mapping[str, Space]):
     def indices(
         self, permutations: Permutations, state: Mapping[str, Tensor]
     ) -> dict[str, dict[int, Tensor]]:
-        """For `permute_all`: feature f of a space becomes what feature permutations[space][f] was."""
+        """For `permute_all`: feature f of a space becomes what permutations[space][f] was."""
         found: dict[str, dict[int, Tensor]] = {}
         for name, index in permutations.items():
             for place in self[name].places:
@@ -159,20 +159,22 @@ class Spaces(Mapping[str, Space]):
         flat = self.program.flat_inputs("verify", inputs)
         state = state_of(model)
         with evaluating(model):
-            before = _outputs(self.program.run(state, flat))
-            after = _outputs(self.program.run(self.permuted(self.random(seed), state), flat))
+            before = floating_leaves(self.program.run(state, flat))
+            after = floating_leaves(self.program.run(self.permuted(self.random(seed), state), flat))
         if not before:
             raise ArgumentError.of("verify", "there is no output", "none", "a floating tensor")
-        error = max(_distance(a, b) for a, b in zip(before, after, strict=True))
+        error = max(distance(a, b) for a, b in zip(before, after, strict=True))
         return Verification(error, max(torch.finfo(y.dtype).eps for y in before) ** 0.5)
 
 
-def _outputs(output: Any) -> list[Tensor]:
+def floating_leaves(output: Any) -> list[Tensor]:
+    """The floating tensors in what a model returns."""
     leaves = torch.utils._pytree.tree_leaves(output)
     return [y for y in leaves if isinstance(y, Tensor) and y.is_floating_point()]
 
 
-def _distance(before: Tensor, after: Tensor) -> float:
+def distance(before: Tensor, after: Tensor) -> float:
+    """max |after - before| / max |before|."""
     scale = float(before.abs().amax()) if before.numel() else 0.0
     gap = float((after - before).abs().amax()) if before.numel() else 0.0
     return gap / scale if scale else gap
