@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_map
 
 from ..errors import ArgumentError
 from .program import Program, module_of
@@ -58,7 +59,7 @@ def run_together(
     together: Any = {name: _Each([state[name] for state in states]) for name in states[0]}
     with torch.no_grad():
         output = program.run(together, flat, call)
-    return [torch.utils._pytree.tree_map(lambda v, i=i: of(i, v), output) for i in range(count)]
+    return [tree_map(lambda v, i=i: of(i, v), output) for i in range(count)]
 
 
 def features(x: Tensor, probe: Probe) -> Tensor:

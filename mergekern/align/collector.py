@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError
 from ..ops.covariance import Covariance
 from .capture import After, Before, features, row_mask, run_together
 from .program import Program, arguments, evaluating, module_of
-from .spaces import Probe, Space, Spaces, distance, floating_leaves
+from .spaces import Probe, Space, Spaces, distance
 
 Mask = str | Callable[[Any], Tensor]
 
@@ -45,10 +46,25 @@ class Collector:
         """By node, what adds the activations that the probes there read."""
         readings: dict[str, list[Before]] = {}
         for space in spaces:
-            for probe in _chosen(space, every):
+            for probe in self._chosen(space, every):
                 read = partial(self._read, probe, found[space.name])
                 readings.setdefault(probe.node, []).append(read)
         return readings
+
+    def _chosen(self, space: Space, every: bool) -> list[Probe]:
+        """The probes that are read: the last call's, of heads all (queries and keys).
+
+        A value that goes into several calls is read once.
+        """
+        chosen = {}
+        for probe in space.probes:
+            last = probe.node == space.probes[-1].node
+            if every or last or space.heads > 1 or space.group is not None:
+                value = self.nodes[probe.node].args[probe.arg]
+                chosen.setdefault(
+                    (value, probe.axes, tuple(probe.positions.flatten().tolist())), probe
+                )
+        return list(chosen.values())
 
     def glances(self, spaces: Spaces, found: dict[str, list[Covariance]]) -> dict[str, list[After]]:
         """By node, what adds the outputs of the layers that produce movable spaces."""
@@ -134,8 +150,8 @@ class Collector:
         args, kwargs = arguments(_OP, inputs)
         for i, (model, output) in enumerate(zip(self.models, outputs, strict=True)):
             with evaluating(model):
-                own = [y.nan_to_num() for y in floating_leaves(model(*args, **kwargs))]
-            traced = [y.nan_to_num() for y in floating_leaves(output)]
+                own = [y.nan_to_num() for y in _floating(model(*args, **kwargs))]
+            traced = [y.nan_to_num() for y in _floating(output)]
             what = f"models[{i}] computes something else than the model of the spaces"
             if [y.shape for y in own] != [y.shape for y in traced]:
                 shapes = [[list(y.shape) for y in ys] for ys in (own, traced)]
@@ -145,13 +161,6 @@ class Collector:
                 if not error <= bound:
                     expected = f"{bound:.1e} of the largest output at most"
                     raise ArgumentError.of(_OP, what, f"outputs {error:.1e} apart", expected)
-
-
-def _chosen(space: Space, every: bool) -> list[Probe]:
-    """The probes that are read: the last call's, of heads all (queries and keys)."""
-    if every or space.heads > 1 or space.group is not None:
-        return list(space.probes)
-    return [probe for probe in space.probes if probe.node == space.probes[-1].node]
 
 
 def _layers(spaces: Spaces) -> dict[str, int]:
@@ -182,3 +191,7 @@ def _inputs(program: Program, batch: Any) -> Any:
     if args:
         return args[:count] if count else args
     return {name: x for name, x in kwargs.items() if name in named} if named else kwargs
+
+
+def _floating(output: Any) -> list[Tensor]:
+    return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
