@@ -56,7 +56,7 @@ class Collector:
 
         A value that goes into several calls is read once.
         """
-        chosen = {}
+        chosen: dict[tuple[Any, ...], Probe] = {}
         for probe in space.probes:
             last = probe.node == space.probes[-1].node
             if every or last or space.heads > 1 or space.group is not None:

@@ -13,8 +13,10 @@ from .. import check
 from ..errors import ArgumentError
 from ..ops.zip_match import zip_match
 from .heads import assign_groups
+from .models import states_of
 from .spaces import Space, Spaces
 from .statistics import Statistics
+from .weights import Objective, match_weights
 
 METHODS = ("zip", "permute", "identity", "weights")
 
@@ -41,12 +43,14 @@ class Match:
     labels: movable space -> for each model int64 [size], 0 to size - 1, every one used by some
     model. Features of the result stand where those of model 0 do.
     correlations: movable space -> how well it was matched, where there are statistics.
+    objectives: of method="weights", for each model but the first.
     """
 
     spaces: Spaces
     labels: Mapping[str, list[Tensor]]
     method: str
     correlations: Mapping[str, Fit] = field(default_factory=dict)
+    objectives: tuple[Objective, ...] = ()
 
     @property
     def correlation_of_merged(self) -> dict[str, float]:
@@ -60,7 +64,7 @@ class Match:
 
 
 def match(
-    stats: Statistics,
+    stats: Statistics | Spaces,
     method: str = "zip",
     *,
     models: Sequence[nn.Module] | None = None,
@@ -68,6 +72,7 @@ def match(
     beta: float = 0.125,
     eps: float = 0.0,
     host: str | None = None,
+    seed: int = 0,
     backend: str = "auto",
 ) -> Match:
     """labels[space][i][f] = the merged feature that feature f of model i becomes.
@@ -81,8 +86,9 @@ def match(
     Shapes: labels int64 [size]; the width of the model never changes. Merged features are numbered
     so that each stands in the place of its first feature of model 0; those with none take the
     places that are left.
-    models: if given, must be those of the statistics.
-    alpha, beta, host: of `zip_match`, for method="zip". eps: clamp of `correlation`.
+    models: if given, must be those of the statistics; method="weights" needs them.
+    alpha, beta, host: of `zip_match`, for method="zip". eps: clamp of `correlation`. seed: of the
+    order in which method="weights" goes through the spaces.
     Result: exact for the correlations at hand; zip takes them in float32.
     Cost: an assignment or a zip of each space, side by side in threads. Memory: the correlations of
     as many spaces as there are threads, 8 (N size)**2 bytes each and as much again.
@@ -91,32 +97,62 @@ def match(
     Source: ZipIt (2305.03053); Git Re-Basin (2209.04836); heads as MuDSC (2403.01753).
     """
     check.choice(_OP, "method", method, METHODS)
-    if models is not None:
+    spaces = stats if isinstance(stats, Spaces) else stats.spaces
+    if isinstance(stats, Spaces) and method != "weights":
+        expected = "statistics of collect_statistics, or method='weights'"
+        raise ArgumentError.of(_OP, f"{method} needs statistics", "spaces alone", expected)
+    if isinstance(stats, Statistics) and models is not None:
         stats.require(_OP, models)
+    objectives: list[Objective] = []
+    known: dict[str, list[Tensor]] = {}
+    if method == "weights":
+        known, objectives = _weights(spaces, models, seed)
+    labels = known
+    fits: dict[str, Fit] = {}
+    if isinstance(stats, Statistics):
+        options = {"alpha": alpha, "beta": beta, "host": host, "backend": backend}
+        labels, fits = _by_statistics(stats, method, known, eps, options)
+    return Match(spaces, labels, method, fits, tuple(objectives))
+
+
+def _weights(
+    spaces: Spaces, models: Sequence[nn.Module] | None, seed: int
+) -> tuple[dict[str, list[Tensor]], list[Objective]]:
+    if models is None or len(models) < 2:
+        got = "none" if models is None else len(models)
+        raise ArgumentError.of(_OP, "there are no weights to match", got, "models, 2 or more")
+    states_of(_OP, models, spaces.program)
+    found = [match_weights(spaces, models[0], other, seed) for other in models[1:]]
+    labels = {
+        name: [torch.arange(space.size), *(order[name].argsort() for order, _ in found)]
+        for name, space in spaces.movable.items()
+    }
+    return labels, [objective for _, objective in found]
+
+
+def _by_statistics(
+    stats: Statistics,
+    method: str,
+    known: Mapping[str, list[Tensor]],
+    eps: float,
+    options: dict[str, Any],
+) -> tuple[dict[str, list[Tensor]], dict[str, Fit]]:
+    """Labels, but for those that are known, and how well they fit, of all movable spaces."""
     if method == "zip" and not stats.within:
         expected = "statistics collected with within=True"
         raise ArgumentError.of(_OP, "zip needs correlations within models", "none", expected)
-    models_seen = len(stats.fingerprints)
-    labels: dict[str, list[Tensor]] = {}
+    same = {s.name: [torch.arange(s.size)] * stats.models for s in stats.spaces.movable.values()}
+    labels: dict[str, list[Tensor]] = {**same, **known}
     fits: dict[str, Fit] = {}
     for groups in _side_by_side(stats.spaces):
         found = {s.name: stats.correlation(s.name, eps) for spaces in groups for s in spaces}
-        chosen = {s.name: [torch.arange(s.size)] * models_seen for spaces in groups for s in spaces}
-        if method != "identity":
+        if method in ("permute", "zip"):
             whole = [g for g in groups if method == "permute" or g[0].heads > 1 or g[0].inside]
-            chosen |= _permute(stats, whole, found)
+            labels |= _permute(stats, whole, found)
         if method == "zip":
-            options = {"alpha": alpha, "beta": beta, "host": host, "backend": backend}
-            chosen |= _zip([s for g in groups for s in g if not s.inside], found, chosen, options)
-        labels |= chosen
-        fits |= {name: _fit(stats, name, found[name], chosen[name]) for name in found}
-    order = stats.spaces.movable
-    return Match(
-        stats.spaces,
-        {name: labels[name] for name in order},
-        method,
-        {name: fits[name] for name in order},
-    )
+            labels |= _zip([s for g in groups for s in g if not s.inside], found, labels, options)
+        fits |= {name: _fit(stats, name, found[name], labels[name]) for name in found}
+    return labels, {name: fits[name] for name in labels}
 
 
 def _side_by_side(spaces: Spaces) -> Iterator[list[list[Space]]]:
@@ -132,7 +168,7 @@ def _permute(
 ) -> dict[str, list[Tensor]]:
     """The place in model 0 of every feature of each model."""
     labels = {s.name: [torch.arange(s.size)] for group in groups for s in group}
-    for i in range(1, len(stats.fingerprints)):
+    for i in range(1, stats.models):
         scores = [
             [(s, stats.between(correlations[s.name], i)) for s in spaces] for spaces in groups
         ]

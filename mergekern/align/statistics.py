@@ -45,6 +45,11 @@ class Statistics:
     covariances: Mapping[str, Covariance]
     outputs: Mapping[str, list[Moments]]
 
+    @property
+    def models(self) -> int:
+        """How many were seen."""
+        return len(self.fingerprints)
+
     def correlation(self, space: str, eps: float = 0.0) -> Tensor:
         """float64 [N size, N size], or [size, (N - 1) size] without `within`.
 
@@ -54,7 +59,7 @@ class Statistics:
 
     def between(self, correlation: Tensor, model: int) -> Tensor:
         """Of a result of `correlation`, the block of model 0 (rows) with `model` (columns)."""
-        size = len(correlation) // len(self.fingerprints) if self.within else len(correlation)
+        size = len(correlation) // self.models if self.within else len(correlation)
         start = (model if self.within else model - 1) * size
         return correlation[:size, start : start + size]
 
@@ -66,7 +71,7 @@ class Statistics:
         """Of each model, how many features never change: these correlate with none."""
         found = self._covariance(space)
         variances = [found.variance_x] if self.within else [found.variance_x, found.variance_y]
-        each = torch.cat(variances).view(len(self.fingerprints), -1)
+        each = torch.cat(variances).view(self.models, -1)
         return (each == 0).sum(1).tolist()
 
     def _covariance(self, space: str) -> Covariance:
