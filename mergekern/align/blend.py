@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .merging import Labels
 from .spaces import Space, Spaces
-from .weights import parameter_places, parameters_of, rows_of
+from .weights import accumulator_of, parameter_places, parameters_of, rows_of
 
 
 class WeightSimilarity:
@@ -45,7 +45,7 @@ class WeightSimilarity:
         Inputs that merge add up; of outputs that merge the mean is taken.
         """
         x = self.parameters[model][name]
-        x = x if x.dtype == torch.float64 else x.float()
+        x = x.to(accumulator_of(self.parameters[0]))
         for axis in {place.axis for _, place in self.places[name]} - {except_axis}:
             target, share = torch.arange(x.shape[axis]), torch.ones(x.shape[axis])
             for space, place in self.places[name]:

@@ -17,7 +17,7 @@ from .spaces import Place, Space, Spaces
 
 Order = Mapping[str, Tensor]  # space -> index: feature f becomes what feature index[f] was
 
-_WAVE = 2**29  # bytes of scores that are worked on side by side
+_WAVE = 2**29  # bytes of scores, as float64, that are worked on side by side
 _GAIN = 1e-12  # of sum |a||b|: steps that gain less are rounding
 
 
@@ -40,8 +40,8 @@ def match_weights(
     line that share none are solved side by side, with the same result.
 
     Result: index of each space. The objective never decreases: it is computed in float64 after each
-    step, and a step that does not gain is not made. Scores are float32 products (float64 for
-    float64 models) summed over tensors in float64: with K entries of a feature, a step is within
+    step, and a step that does not gain is not made. Scores are float32 (float64 for float64
+    models): with K entries of a feature in all tensors, a step is within
     2 size K 2**-24 max|row_0| max|row_i| of the best one.
     Cost: for a round, a product [size, K] x [K, size] and an assignment of each space that is not
     skipped, and a permuted copy of its tensors, twice.
@@ -100,6 +100,7 @@ class _Pair:
 
     def __init__(self, spaces: Spaces, first: nn.Module, other: nn.Module) -> None:
         self.a, self.b = parameters_of(first), parameters_of(other)
+        self.dtype = accumulator_of(self.a | self.b)
         self.places = parameter_places(spaces, self.a)
         self.order = {s.name: torch.arange(s.size) for s in spaces.movable.values()}
         grams = {name: gram([self.a[name], self.b[name]]) for name in self.places}
@@ -126,15 +127,15 @@ class _Pair:
         return moved
 
     def _score(self, space: Space) -> Tensor:
-        """float64 [size, size]: dot products of the features of both, all other spaces in order."""
-        total = None
+        """[size, size]: dot products of the features of both models, all other spaces in order."""
+        device = next(iter(self.a.values())).device
+        total = torch.zeros(space.size, space.size, dtype=self.dtype, device=device)
         for name, places in self.places.items():
-            for axis_space, place in places:
-                if axis_space is space:
-                    x, y = self.a[name], self._permuted(name, self.order, place.axis)
-                    part = rows_of(x, place) @ rows_of(y, place).T
-                    total = part.double() if total is None else total.add_(part)
-        return torch.zeros(space.size, space.size).double() if total is None else total
+            for place in (place for own, place in places if own is space):
+                y = self._permuted(name, self.order, place.axis)
+                x, y = (rows_of(v, place).to(self.dtype) for v in (self.a[name], y))
+                total.addmm_(x, y.T)
+        return total
 
     def _dot(self, name: str, order: Order) -> float:
         return float(gram([self.a[name], self._permuted(name, order, None)])[0, 1])
@@ -169,9 +170,14 @@ def parameter_places(
 
 
 def rows_of(x: Tensor, place: Place) -> Tensor:
-    """[size, K] in float32 at least: all that each feature has in a tensor."""
+    """[size, K]: all that each feature has in a tensor."""
     x = x.movedim(place.axis, 0)
     if not torch.equal(place.positions, torch.arange(len(x))[:, None]):
         x = x[place.positions.to(x.device).flatten()]
-    x = x.reshape(len(place.positions), -1)
-    return x if x.dtype == torch.float64 else x.float()
+    return x.reshape(len(place.positions), -1)
+
+
+def accumulator_of(parameters: Mapping[str, Tensor]) -> torch.dtype:
+    """What their products are summed in: float32, of float64 models float64."""
+    wide = any(x.dtype == torch.float64 for x in parameters.values())
+    return torch.float64 if wide else torch.float32
