@@ -14,6 +14,7 @@ from ..ops.permute import permute_all
 from .program import Program, evaluating, state_of
 
 Permutations = Mapping[str, Tensor]
+Layout = Mapping[str, Sequence[tuple[str, tuple[int, ...], Tensor]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +80,18 @@ class Verification(NamedTuple):
 
 
 class Spaces(Mapping[str, Space]):
-    """The spaces of one architecture by name, in the order in which a model runs through them."""
+    """The spaces of one architecture by name, in the order in which a model runs through them.
 
-    def __init__(self, spaces: Sequence[Space], program: Program) -> None:
+    layout: call of the program -> the spaces that its value carries, as (name, axes, positions)
+    with axes and positions as in a Probe.
+    """
+
+    def __init__(
+        self, spaces: Sequence[Space], program: Program, layout: Layout | None = None
+    ) -> None:
         self._spaces = {space.name: space for space in spaces}
         self.program = program
+        self.layout: Layout = {} if layout is None else layout
 
     def __getitem__(self, name: str) -> Space:
         return self._spaces[name]
@@ -117,7 +125,7 @@ class Spaces(Mapping[str, Space]):
     def indices(
         self, permutations: Permutations, state: Mapping[str, Tensor]
     ) -> dict[str, dict[int, Tensor]]:
-        """For `permute_all`: feature f of a space becomes what feature permutations[space][f] was."""
+        """For `permute_all`: feature f of a space becomes what permutations[space][f] was."""
         found: dict[str, dict[int, Tensor]] = {}
         for name, index in permutations.items():
             for place in self[name].places:
