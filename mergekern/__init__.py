@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .align.discover import discover_spaces
+from .align.spaces import Spaces
 from .engine.run import Manifest, merge_checkpoints
 from .errors import (
     ArgumentError,
@@ -45,12 +47,14 @@ __all__ = [
     "Manifest",
     "Mask",
     "MergekernError",
+    "Spaces",
     "Threshold",
     "assign",
     "assign_heads",
     "consensus_mask",
     "correlation",
     "covariance",
+    "discover_spaces",
     "emr",
     "emr_state_dicts",
     "gram",

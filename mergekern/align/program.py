@@ -48,6 +48,7 @@ class Program:
         }
         self.inputs = [name for name in signature.user_inputs if isinstance(name, str)]
         self.persistent = set(model.state_dict())
+        self.buffers = dict(model.named_buffers(remove_duplicate=False))
         self.in_spec: TreeSpec = exported.call_spec.in_spec
         self.out_spec: TreeSpec = exported.call_spec.out_spec
         self.example: Arguments = args, kwargs

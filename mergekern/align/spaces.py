@@ -8,13 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError
 from ..ops.permute import permute_all
 from .program import Program, evaluating, state_of
 
 Permutations = Mapping[str, Tensor]
-Layout = Mapping[str, Sequence[tuple[str, tuple[int, ...], Tensor]]]
+# Call -> (space, axes, positions) of its result: with `axes` last and flattened, feature f of the
+# space has the entries positions[f].
+Layout = dict[str, list[tuple[str, tuple[int, ...], Tensor]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,18 +83,14 @@ class Verification(NamedTuple):
 
 
 class Spaces(Mapping[str, Space]):
-    """The spaces of one architecture by name, in the order in which a model runs through them.
-
-    layout: call of the program -> the spaces that its value carries, as (name, axes, positions)
-    with axes and positions as in a Probe.
-    """
+    """The spaces of one architecture by name, in the order in which a model runs through them."""
 
     def __init__(
         self, spaces: Sequence[Space], program: Program, layout: Layout | None = None
     ) -> None:
         self._spaces = {space.name: space for space in spaces}
         self.program = program
-        self.layout: Layout = {} if layout is None else layout
+        self.layout = layout or {}
 
     def __getitem__(self, name: str) -> Space:
         return self._spaces[name]
@@ -125,7 +124,7 @@ class Spaces(Mapping[str, Space]):
     def indices(
         self, permutations: Permutations, state: Mapping[str, Tensor]
     ) -> dict[str, dict[int, Tensor]]:
-        """For `permute_all`: feature f of a space becomes what permutations[space][f] was."""
+        """For `permute_all`: a space's feature f becomes what permutations[space][f] was."""
         found: dict[str, dict[int, Tensor]] = {}
         for name, index in permutations.items():
             for place in self[name].places:
@@ -167,17 +166,28 @@ class Spaces(Mapping[str, Space]):
         flat = self.program.flat_inputs("verify", inputs)
         state = state_of(model)
         with evaluating(model):
-            before = _outputs(self.program.run(state, flat))
-            after = _outputs(self.program.run(self.permuted(self.random(seed), state), flat))
-        if not before:
+            before = tree_leaves(self.program.run(state, flat))
+            permutations = self.random(seed)
+            after = tree_leaves(self.program.run(self.permuted(permutations, state), flat))
+        errors, bound = [], 0.0
+        for node, x, y in zip(self.program.outputs(), before, after, strict=True):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                errors.append(_distance(self._reordered(x, node.name, permutations), y))
+                bound = max(bound, torch.finfo(x.dtype).eps ** 0.5)
+        if not errors:
             raise ArgumentError.of("verify", "there is no output", "none", "a floating tensor")
-        error = max(_distance(a, b) for a, b in zip(before, after, strict=True))
-        return Verification(error, max(torch.finfo(y.dtype).eps for y in before) ** 0.5)
+        return Verification(max(errors), bound)
 
-
-def _outputs(output: Any) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return [y for y in leaves if isinstance(y, Tensor) and y.is_floating_point()]
+    def _reordered(self, x: Tensor, node: str, permutations: Permutations) -> Tensor:
+        """The result of a call, its features in the order that `permutations` gives them."""
+        for name, axes, positions in self.layout.get(node, ()):
+            if name in permutations:
+                last = tuple(range(-len(axes), 0))
+                y = x.movedim(axes, last)
+                flat = y.flatten(-len(axes)).clone()
+                flat[..., positions.flatten()] = flat[..., positions[permutations[name]].flatten()]
+                x = flat.view(y.shape).movedim(last, axes)
+        return x
 
 
 def _distance(before: Tensor, after: Tensor) -> float:
