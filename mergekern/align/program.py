@@ -87,6 +87,7 @@ class Runner(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, call: Call | None) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # it would add lines to the text of an error
         self._call = call
 
     def run_node(self, n: fx.Node) -> Any:

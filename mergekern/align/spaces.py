@@ -172,7 +172,7 @@ class Spaces(Mapping[str, Space]):
         errors, bound = [], 0.0
         for node, x, y in zip(self.program.outputs(), before, after, strict=True):
             if isinstance(x, Tensor) and x.is_floating_point():
-                errors.append(_distance(self._reordered(x, node.name, permutations), y))
+                errors.append(distance(self._reordered(x, node.name, permutations), y))
                 bound = max(bound, torch.finfo(x.dtype).eps ** 0.5)
         if not errors:
             raise ArgumentError.of("verify", "there is no output", "none", "a floating tensor")
@@ -190,7 +190,8 @@ class Spaces(Mapping[str, Space]):
         return x
 
 
-def _distance(before: Tensor, after: Tensor) -> float:
+def distance(before: Tensor, after: Tensor) -> float:
+    """max |after - before| / max |before|."""
     scale = float(before.abs().amax()) if before.numel() else 0.0
     gap = float((after - before).abs().amax()) if before.numel() else 0.0
     return gap / scale if scale else gap
