@@ -16,8 +16,9 @@ from ..methods.compat import require_fit
 from ..ops.permute import permute_all
 from ..ops.zip_weights import zip_weights_all
 from .match import Match
+from .models import states_of
 from .partial import PartialZip
-from .program import Program, state_of
+from .program import Program
 from .relabel import Relabelling, is_permutation, read_labels
 from .spaces import Place, Spaces
 from .split import split
@@ -91,34 +92,24 @@ def _states(models: Sequence[nn.Module], program: Program) -> list[dict[str, Ten
     if not models or not all(isinstance(m, nn.Module) for m in models):
         got = ", ".join(type(m).__name__ for m in models) or "none"
         raise ArgumentError.of(_OP, "there are no models to merge", got, "modules, at least one")
-    states = [state_of(model) for model in models]
+    states = states_of(_OP, models, program)
     read = {
         alias
         for n in program.placeholders()
         if n.users and n.name in program.names
         for alias in program.aliases[program.names[n.name]]
     }
-    counters = {k: x for k, x in states[0].items() if k not in read and not _merges(x)}
     fitting = {}
-    for i, model in enumerate(models):
-        held = {k: x for k, x in model.state_dict().items() if isinstance(x, Tensor)}
-        fitting[f"models[{i}]"] = held | {k: x for k, x in counters.items() if k in held}
-    require_fit(_OP, fitting)
-    for placeholder in program.placeholders():
-        name = program.names.get(placeholder.name)
-        if name is not None:
-            _check_traced(name, placeholder.meta["val"].shape, states)
-    return states
-
-
-def _check_traced(name: str, shape: Any, states: Sequence[State]) -> None:
-    """Whether all models have this tensor of the traced one, in one dtype, on one device."""
     for i, state in enumerate(states):
-        if name not in state or state[name].shape != shape:
-            got = f"{list(state[name].shape)}" if name in state else "no such tensor"
-            what = f"{name} of models[{i}] is not that of the model the spaces are of"
-            raise ArgumentError.of(_OP, what, got, list(shape))
-        check.same(_OP, f"{name} of models[{i}]", state[name], "models[0]", states[0][name])
+        held = {k: x for k, x in state.items() if k in program.persistent}
+        for name in held:
+            if _merges(held[name]):
+                check.same(_OP, f"{name} of models[{i}]", held[name], "models[0]", states[0][name])
+            elif name not in read:
+                held[name] = states[0][name]
+        fitting[f"models[{i}]"] = held
+    require_fit(_OP, fitting)
+    return states
 
 
 def _merges(x: Tensor) -> bool:

@@ -45,7 +45,7 @@ class PartialZip(nn.Module):
         gathers = _gathers(parts, relabelling)
         self._gathers = list(gathers)
         self.unmerge = nn.ModuleList(
-            _tree({g.name: x[i] for g, x in gathers.items() if not _stays(x[i])})
+            _tree({g.name: x[i].clone() for g, x in gathers.items() if not _stays(x[i])})
             for i in range(len(models))
         )
         self._shared = not any(map(writes, parts.head.module.graph.nodes))

@@ -68,24 +68,22 @@ def split(op: str, spaces: Spaces, until: str) -> Split:
     if until not in spaces.movable:
         got = f"{until!r}, which is fixed" if until in spaces else repr(until)
         raise ArgumentError.of(op, "until is no space that moves", got, some_of(spaces))
-    program, layout = spaces.program, carried(spaces)
-    state = {n for n in program.placeholders() if n.name in program.names}
-    trunk, head = _sides(spaces, until, state, layout)
-    if not any(state & {*n.all_input_nodes} for n in head):
+    program = spaces.program
+    cut = _Cut(spaces)
+    trunk, head = cut.sides(until)
+    if not any(cut.state & {*n.all_input_nodes} for n in head):
         what = f"no layer lies behind {until!r}"
         raise ArgumentError.of(op, what, f"until={until!r}", f"a space before, {some_of(spaces)}")
     outputs = program.outputs()
-    inputs = [
-        n for n in program.placeholders() if n not in state and n.name not in program.constants
-    ]
     read = [n for call in head for n in call.all_input_nodes]
     read += [y for y in outputs if isinstance(y, fx.Node)]
-    crossing = tuple(n for n in dict.fromkeys(read) if n in trunk or n in inputs)
+    made = trunk.keys() - head.keys() | {*cut.inputs}
+    crossing = tuple(n for n in dict.fromkeys(read) if n in made)
     return Split(
-        _part(program, inputs, trunk, crossing),
+        _part(program, cut.inputs, trunk, crossing),
         _part(program, crossing, head, outputs),
         crossing,
-        layout,
+        cut.layout,
         program.in_spec,
         program.out_spec,
     )
@@ -94,47 +92,63 @@ def split(op: str, spaces: Spaces, until: str) -> Split:
 Nodes = dict[fx.Node, None]  # a set that keeps its order
 
 
-def _sides(
-    spaces: Spaces, until: str, state: set[fx.Node], layout: Mapping[str, Sequence[Carried]]
-) -> tuple[Nodes, Nodes]:
-    """The calls of the trunk and those of the head."""
-    calls = [n for n in spaces.program.graph.nodes if n.op == "call_function"]
-    adding = _adding(spaces, until, state, layout)
-    last = max(i for i, call in enumerate(calls) if adding(call))
-    trunk, head = dict.fromkeys(calls[: last + 1]), Nodes()
-    written = False
-    for call in calls[last + 1 :]:
-        # A call that writes in place keeps its order among those that may read what it writes.
-        movable = not written and not (head and writes(call))
-        ready = all(n in trunk or n.op != "call_function" for n in call.all_input_nodes)
-        if movable and ready and not state & {*call.all_input_nodes}:
-            trunk[call] = None
-        else:
-            head[call] = None
-            written |= writes(call)
-    return trunk, head
+class _Cut:
+    """Which calls of a program are the trunk's and which the head's."""
 
+    def __init__(self, spaces: Spaces) -> None:
+        self.spaces, self.program, self.layout = spaces, spaces.program, carried(spaces)
+        given = self.program.placeholders()
+        self.calls = [n for n in self.program.graph.nodes if n.op == "call_function"]
+        self.state = {n for n in given if n.name in self.program.names}
+        constants = self.program.constants
+        self.inputs = [n for n in given if n not in self.state and n.name not in constants]
 
-def _adding(
-    spaces: Spaces, until: str, state: set[fx.Node], layout: Mapping[str, Sequence[Carried]]
-) -> Callable[[fx.Node], bool]:
-    """Whether a call adds to a space: it takes a tensor that makes its features.
+    def sides(self, until: str) -> tuple[Nodes, Nodes]:
+        last = max(i for i, call in enumerate(self.calls) if self._adds(call, until))
+        trunk, head = dict.fromkeys(self.calls[: last + 1]), Nodes()
+        written = False
+        for call in self.calls[last + 1 :]:
+            # A call that writes in place keeps its order among those that may read what it writes.
+            movable = not written and not (head and writes(call))
+            ready = all(n in trunk or n.op != "call_function" for n in call.all_input_nodes)
+            if movable and ready and not self.state & {*call.all_input_nodes}:
+                trunk[call] = None
+            else:
+                head[call] = None
+                written |= writes(call)
+        # What a head makes of weights alone it makes of its own.
+        for call in reversed(self._of_weights()):
+            if call in trunk and any(n in head or n.op == "output" for n in call.users):
+                head[call] = None
+                if not any(n in trunk for n in call.users):
+                    del trunk[call]
+        return trunk, {call: None for call in self.calls if call in head}
 
-    Where the same tensor reads features too (tied weights), the call's value must carry the space.
-    """
-    program = spaces.program
-    makes, reads = set(), set()
-    for place in spaces[until].places:
-        names = program.aliases[place.name]
-        makes |= set(names) if place.role != "consumes" else set()
-        reads |= set(names) if place.role in ("consumes", "both") else set()
+    def _adds(self, call: fx.Node, space: str) -> bool:
+        """Whether a call adds to a space: it takes a tensor that makes its features.
 
-    def adds(call: fx.Node) -> bool:
-        taken = {program.names[n.name] for n in call.all_input_nodes if n in state} & makes
-        carries = any(c.space == until for c in layout.get(call.name, ()))
-        return bool(taken - reads) or (bool(taken) and carries)
+        Where the same tensor reads features too (tied weights), its value must carry the space.
+        """
+        taken = {self.program.names[n.name] for n in call.all_input_nodes if n in self.state}
+        roles = [
+            place.role
+            for place in self.spaces[space].places
+            if taken & {*self.program.aliases[place.name]}
+        ]
+        if {"consumes", "both"} & {*roles}:
+            return any(c.space == space for c in self.layout.get(call.name, ()))
+        return bool(roles)
 
-    return adds
+    def _of_weights(self) -> list[fx.Node]:
+        """The calls whose values come of the state, and of inputs by their sizes alone."""
+        of_state, of_inputs = set(self.state), set(self.inputs)
+        for call in self.calls:
+            if of_inputs & {*call.all_input_nodes}:
+                if not isinstance(call.meta.get("val"), int | torch.SymInt):
+                    of_inputs.add(call)
+            elif of_state & {*call.all_input_nodes}:
+                of_state.add(call)
+        return [call for call in self.calls if call in of_state]
 
 
 def writes(call: fx.Node) -> bool:

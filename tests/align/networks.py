@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_map
 
+from mergekern.align.discover import discover_spaces
 from mergekern.align.match import Match
-from mergekern.align.program import Program
-from mergekern.align.spaces import Place, Space, Spaces
+from mergekern.align.spaces import Spaces
 
 from accuracy import assert_bytes_equal, assert_within
 
@@ -78,11 +78,11 @@ class Attention(nn.Module):
 
 
 class Case(NamedTuple):
-    """A network, inputs for it, and its spaces."""
+    """A network and inputs for it."""
 
     network: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
-    spaces: Callable[[nn.Module, Any], Spaces]
+    outputs: str = "fixed"
 
     def model(self, seed: int) -> nn.Module:
         """In eval mode, with statistics of BatchNorm that are not those of a new one."""
@@ -101,102 +101,13 @@ class Case(NamedTuple):
 
 @functools.cache
 def _traced(case: Case, dtype: torch.dtype) -> Spaces:
-    return case.spaces(case.model(0).to(dtype), cast(case.inputs(0), dtype))
+    return discover_spaces(
+        case.model(0).to(dtype), cast(case.inputs(0), dtype), outputs=case.outputs
+    )
 
 
 def one_to_one(size: int, start: int = 0) -> Tensor:
     return torch.arange(start, start + size)[:, None]
-
-
-def places(role_axis_names: str, positions: Tensor) -> list[Place]:
-    """Of "produces 0 a.weight, rides 0 a.bias, ...", all with the same positions."""
-    given = [entry.split() for entry in role_axis_names.split(", ")]
-    return [Place(name, int(axis), positions, role) for role, axis, name in given]
-
-
-def norm(name: str) -> str:
-    entries = ("weight", "bias", "running_mean", "running_var")
-    return ", ".join(f"rides 0 {name}.{entry}" for entry in entries)
-
-
-def carried(**nodes: str) -> dict[str, list[tuple[str, tuple[int, ...], Tensor]]]:
-    """node="space size axes" -> its layout."""
-    found = {}
-    for node, text in nodes.items():
-        space, size, *axes = text.split()
-        found[node] = [(space, tuple(map(int, axes)), one_to_one(int(size)))]
-    return found
-
-
-def mlp_spaces(model: nn.Module, inputs: Any) -> Spaces:
-    a, b = one_to_one(8), one_to_one(6)
-    spaces = [
-        Space("a", 8, (*places("produces 0 a.weight, rides 0 a.bias, consumes 1 b.weight", a),)),
-        Space("b", 6, (*places("produces 0 b.weight, rides 0 b.bias, consumes 1 c.weight", b),)),
-        Space(
-            "out", 3, (*places("produces 0 c.weight, rides 0 c.bias", one_to_one(3)),), fixed="o"
-        ),
-    ]
-    layout = carried(linear="a 8 1", relu="a 8 1", linear_1="b 6 1", tanh="b 6 1")
-    return Spaces(spaces, Program(model, inputs, "test"), layout)
-
-
-def residual_spaces(model: nn.Module, inputs: Any) -> Spaces:
-    stream, inner = one_to_one(6), one_to_one(8)
-    pixels = torch.arange(24).view(6, 4)
-    text = (
-        f"produces 0 stem.weight, {norm('norm')}, consumes 1 conv1.weight, produces 0 conv2.weight"
-    )
-    text += f", {norm('norm2')}, rides 0 depthwise.weight, rides 0 depthwise.bias, {norm('norm3')}"
-    head = Place("head.weight", 1, pixels, "consumes")
-    text1 = f"produces 0 conv1.weight, {norm('norm1')}, consumes 1 conv2.weight"
-    spaces = [
-        Space("stream", 6, (*places(text, stream), head)),
-        Space("inner", 8, (*places(text1, inner),)),
-    ]
-    streams = (
-        "conv2d batch_norm relu_ conv2d_2 batch_norm_2 add_ relu__2 conv2d_3 batch_norm_3 relu__3"
-    )
-    layout = carried(
-        **dict.fromkeys(streams.split(), "stream 6 1"),
-        **dict.fromkeys(("conv2d_1", "batch_norm_1", "relu__1"), "inner 8 1"),
-    )
-    layout["flatten"] = [("stream", (1,), pixels)]
-    return Spaces(spaces, Program(model, inputs, "test"), layout)
-
-
-def attention_spaces(model: nn.Module, inputs: Any) -> Spaces:
-    stream, inner = one_to_one(8), one_to_one(12)
-    text = "both 1 embed.weight, both 1 out.weight, rides 2 position, consumes 1 qkv.weight"
-    text += ", produces 0 proj.weight, rides 0 proj.bias, consumes 1 fc1.weight"
-    text += ", produces 0 fc2.weight, rides 0 fc2.bias"
-    for name in ("norm1", "norm2", "norm3"):
-        text += f", rides 0 {name}.weight, rides 0 {name}.bias"
-    qk, v = torch.stack([torch.arange(8), torch.arange(8, 16)], 1), one_to_one(8, 16)
-    qkv = "produces 0 qkv.weight, rides 0 qkv.bias"
-    proj = Place("proj.weight", 1, one_to_one(8), "consumes")
-    text1 = "produces 0 fc1.weight, rides 0 fc1.bias, consumes 1 fc2.weight"
-    spaces = [
-        Space("stream", 8, (*places(text, stream),), approximate="LayerNorm"),
-        Space("qk", 8, (*places(qkv, qk),), heads=2, group="heads", approximate="softmax"),
-        Space("v", 8, (*places(qkv, v), proj), heads=2, group="heads"),
-        Space("inner", 12, (*places(text1, inner),), approximate="gelu"),
-    ]
-    streams = (
-        "embedding index add layer_norm linear_1 add_1 layer_norm_1 linear_3 add_2 layer_norm_2"
-    )
-    layout = carried(
-        **dict.fromkeys(streams.split(), "stream 8 2"),
-        **dict.fromkeys(("getitem", "getitem_1"), "qk 8 1 3"),
-        **dict.fromkeys(("getitem_2", "scaled_dot_product_attention"), "v 8 1 3"),
-        **dict.fromkeys(("linear_2", "gelu"), "inner 12 2"),
-        transpose="v 8 2 3",
-        flatten="v 8 2",
-    )
-    layout["linear"] = [("qk", (2,), qk), ("v", (2,), v)]
-    layout["unflatten"] = [("qk", (2, 3, 4), qk), ("v", (2, 3, 4), v)]
-    layout["permute"] = [("qk", (0, 2, 4), qk), ("v", (0, 2, 4), v)]
-    return Spaces(spaces, Program(model, inputs, "test"), layout)
 
 
 def tokens(seed: int) -> dict[str, Tensor]:
@@ -213,9 +124,9 @@ def normal(*shape: int) -> Callable[[int], Tensor]:
 
 
 CASES = {
-    "mlp": Case(Mlp, normal(7, 5), mlp_spaces),
-    "residual": Case(Residual, normal(7, 3, 4, 4), residual_spaces),
-    "attention": Case(Attention, tokens, attention_spaces),
+    "mlp": Case(Mlp, normal(7, 5)),
+    "residual": Case(Residual, normal(7, 3, 4, 4)),
+    "attention": Case(Attention, tokens),
 }
 
 
@@ -254,7 +165,9 @@ def random_labels(size: int, n: int, seed: int) -> list[Tensor]:
 
 
 def cast(inputs: Any, dtype: torch.dtype) -> Any:
-    return tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
+    return tree_map(
+        lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
+    )
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from align.networks import (
     CASES,
+    Case,
     assert_same_output,
-    carried,
+    normal,
     one_to_one,
-    places,
     planted,
     random_labels,
     run,
@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mergekern.align.apply import apply
 from mergekern.align.match import Match
-from mergekern.align.program import Program
 from mergekern.align.spaces import Place, Space, Spaces
 
 from accuracy import assert_bytes_equal
@@ -33,8 +32,8 @@ from refusal import refused
 # Every space that a layer lies behind.
 CUTS = [
     *(("mlp", until) for until in ("a", "b")),
-    *(("residual", until) for until in ("stream", "inner")),
-    *(("attention", until) for until in ("stream", "qk", "v", "inner")),
+    *(("residual", until) for until in ("stem", "conv1")),
+    *(("attention", until) for until in ("embed", "qkv", "qkv[16:24]", "fc1")),
 ]
 
 
@@ -107,6 +106,22 @@ class Outputs(nn.Module):
         return {"hidden": hidden, "heads": heads, "rest": (out, x.shape[0], scale, extra)}
 
 
+def test_outputs_of_the_trunk_are_each_models_own() -> None:
+    def example(seed: int) -> dict[str, Any]:
+        return {"x": normal(4, 5)(seed), "scale": normal(4, 3)(seed), "extra": None}
+
+    models, match, inputs = planted(Case(Outputs, example, "free"), 3)
+    outputs = run(apply(models, match, until="a"), inputs)
+    for model, output in zip(models, outputs, strict=True):
+        expected = run(model, inputs)
+        assert output["rest"][1] == 4
+        assert output["rest"][2] is inputs["scale"]
+        assert output["rest"][3] is None
+        for key in ("hidden", "heads"):
+            assert_same_output(output[key], expected[key])
+        assert_same_output(output["rest"][0], expected["rest"][0])
+
+
 class InPlace(nn.Module):
     """What crosses is changed behind the first layer that does not belong to the trunk."""
 
@@ -122,45 +137,35 @@ class InPlace(nn.Module):
         return y * self.c(z)
 
 
-def hidden_spaces(model: nn.Module, inputs: Any, consumers: str, nodes: list[str]) -> Spaces:
-    text = f"produces 0 a.weight, rides 0 a.bias, {consumers}"
-    space = Space("a", 8, tuple(places(text, one_to_one(8))))
-    return Spaces([space], Program(model, inputs, "test"), carried(**dict.fromkeys(nodes, "a 8 1")))
+class Weights(nn.Module):
+    """Makes values of weights alone, before they are used, and returns one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+        self.scale = nn.Parameter(torch.randn(6))
+        self.shift = nn.Parameter(torch.randn(9, 3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = self.scale.exp(), self.shift[: x.shape[0]]
+        hidden = torch.relu(self.a(x))
+        return self.c(self.b(hidden) * scale) + shift, shift
 
 
-def swapped(first: nn.Module, spaces: Spaces) -> tuple[list[nn.Module], Match]:
-    """`first`, one with its features in another order, and once more itself."""
-    moved = spaces.random(2)
-    second = copy.deepcopy(first)
-    second.load_state_dict(spaces.permuted(moved, first.state_dict()))
-    stay = torch.arange(8)
-    labels = {"a": [stay, moved["a"], stay]}
-    return [first, second, first], Match(spaces, labels, "permute", {})
-
-
-def test_outputs_of_the_trunk_are_each_models_own() -> None:
-    inputs = {"x": torch.randn(4, 5), "scale": torch.randn(4, 3), "extra": None}
-    model = Outputs().eval()
-    spaces = hidden_spaces(model, inputs, "consumes 1 b.weight", ["linear", "relu"])
-    spaces.layout["transpose"] = [("a", (2, 1), one_to_one(8))]
-    models, match = swapped(model, spaces)
-    outputs = run(apply(models, match, until="a"), inputs)
-    for each, output in zip(models, outputs, strict=True):
-        expected = run(each, inputs)
-        assert output["rest"][1] == 4
-        assert output["rest"][2] is inputs["scale"]
-        assert output["rest"][3] is None
-        assert_same_output(output["hidden"], expected["hidden"])
-        assert_same_output(output["heads"], expected["heads"])
-        assert_same_output(output["rest"][0], expected["rest"][0])
-
-
-def test_heads_that_write_in_place_do_not_see_each_other() -> None:
-    x, model = torch.randn(4, 5), InPlace().eval()
-    text = "consumes 1 b.weight, consumes 1 c.weight"
-    models, match = swapped(model, hidden_spaces(model, x, text, ["linear", "mul_", "tanh"]))
-    for each, output in zip(models, run(apply(models, match, until="a"), x), strict=True):
-        assert_same_output(output, run(each, x))
+@pytest.mark.parametrize(("network", "until"), [(InPlace, "a"), (Weights, "a"), (Weights, "b")])
+def test_heads_do_not_see_each_other(network: type[nn.Module], until: str) -> None:
+    """What one changes in place, and what each makes of its own weights."""
+    models, match, x = planted(Case(network, normal(4, 5)), 2)
+    models.append(models[0])
+    for vectors in match.labels.values():
+        vectors.append(vectors[0])
+    with torch.no_grad():
+        for i, model in enumerate(models[:2]):
+            model.c.weight += i  # which does not matter to the trunk
+            if network is Weights:
+                model.shift += i
+    for model, output in zip(models, run(apply(models, match, until=until), x), strict=True):
+        assert_same_output(output, run(model, x))
 
 
 def test_the_trunk_runs_once() -> None:
@@ -174,7 +179,7 @@ def test_the_trunk_runs_once() -> None:
 
 def test_inputs_are_checked_as_those_of_the_model() -> None:
     models, match, inputs = planted(CASES["attention"], 2)
-    partial = apply(models, match, until="v")
+    partial = apply(models, match, until="qkv[16:24]")
     with refused("PartialZip", "other names", "['tokens']"):
         partial(tokens=inputs["tokens"])
     with refused("PartialZip", "other names"):
@@ -206,7 +211,7 @@ def test_names_say_whose_tensor_it_is() -> None:
 
 def test_tied_weights_are_in_the_trunk_and_in_the_heads() -> None:
     models, match, _ = planted(CASES["attention"], 2)
-    partial = apply(models, match, until="stream")
+    partial = apply(models, match, until="embed")
     assert_bytes_equal(partial.trunk.out.weight, models[0].embed.weight)
     assert_bytes_equal(partial.heads[1].out.weight, models[1].embed.weight)
     assert "heads.1.norm3.weight" not in partial.state_dict()
@@ -280,7 +285,7 @@ def test_gradients_reach_trunk_and_heads() -> None:
 def test_training_mode_is_that_of_batch_norm() -> None:
     """As the model itself computes and counts in training mode, for it has no dropout."""
     models, match, x = planted(CASES["residual"], 2)
-    partial = apply(models, match, until="inner")
+    partial = apply(models, match, until="conv1")
     assert not partial.training
     for module in (partial, *models):
         module.train()
@@ -294,7 +299,7 @@ def test_training_mode_is_that_of_batch_norm() -> None:
     partial.eval()
     models[0].eval()
     assert_same_output(run(partial, x)[0], run(models[0], x))
-    assert apply([m.train() for m in models], match, until="inner").training
+    assert apply([m.train() for m in models], match, until="conv1").training
 
 
 # ---- refusals --------------------------------------------------------------------------------
@@ -304,7 +309,7 @@ def test_training_mode_is_that_of_batch_norm() -> None:
     ("until", "words"),
     [
         ("nowhere", ["got 'nowhere'", "one of the 2 that do: 'a', 'b'"]),
-        ("out", ["'out', which is fixed"]),
+        ("c", ["'c', which is fixed"]),
     ],
 )
 def test_until_names_a_space_that_moves(until: str, words: list[str]) -> None:
