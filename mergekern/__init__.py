@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .align.declare import declare_spaces
 from .align.discover import discover_spaces
 from .align.spaces import Spaces
 from .engine.run import Manifest, merge_checkpoints
@@ -54,6 +55,7 @@ __all__ = [
     "consensus_mask",
     "correlation",
     "covariance",
+    "declare_spaces",
     "discover_spaces",
     "emr",
     "emr_state_dicts",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .labels import Layer, Value, collapsed
-from .rules import Interpreter, Results, Rule, is_constant
+from .labels import Layer, Value, collapsed, contents
+from .rules import Interpreter, Results, Rule, aligned, is_constant
 
 
 def _words(text: str) -> list[str]:
@@ -34,6 +34,11 @@ _MEAN_POOLS = _words(
     "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
 )
 _REDUCTIONS = _words("mean sum amax amin var std var_mean linalg_vector_norm norm logsumexp")
+# Elementwise calls that torch does not tag as such.
+_ELEMENTWISE = _words(
+    "where masked_fill hardswish hardsigmoid hardtanh relu6 selu celu log_sigmoid softplus rrelu "
+    "mish threshold logit nan_to_num clip"
+)
 _FILLS = _words("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty")
 
 
@@ -89,7 +94,7 @@ def attention(
     lead = _lead(len(q.shape) - 2)
     scores = run.contract(q, k, lead + "ND", lead + "MD", lead + "NM", (0, 1))
     if mask is not None and mask.layers:
-        layers = run.facts.meet(scores, mask)
+        layers = run.facts.meet(scores, aligned(mask, len(scores.shape)))
         scores = Value(scores.shape, layers, data=True)
     return run.contract(scores, v, lead + "NM", lead + "MD", lead + "ND", (0, 2))
 
@@ -352,6 +357,8 @@ def _joined(run: Interpreter, values: list[Value], axis: int) -> Value:
     """Features across the parts are the same; along them they follow each other."""
     data = any(v.data for v in values)
     facts = run.facts
+    if any(axis in x.axes for v in values for x in v.layers):
+        values = [_labelled(run, v, axis) for v in values]
     whole = [v for v in values if any(axis in x.axes for x in v.layers)]
     if len(whole) < len(values):
         reason = "stands beside values that are no features"
@@ -377,6 +384,16 @@ def _joined(run: Interpreter, values: list[Value], axis: int) -> Value:
 
 def _at(sizes: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
     return tuple(size if i == axis else s for i, s in enumerate(sizes))
+
+
+def _labelled(run: Interpreter, v: Value, axis: int) -> Value:
+    """A constant among features: entries that are equal are features like each other."""
+    if v.const is None:
+        return v
+    shape = tuple(size if i == axis else 1 for i, size in enumerate(v.shape))
+    ids = run.facts.fresh(*shape)
+    run.facts.mark(ids, contents(v.const, [axis]), "is a constant among features")
+    return Value(v.shape, [Layer((axis,), ids)], v.const, v.data)
 
 
 def _without_axis(v: Value, axis: int) -> Value:
@@ -449,7 +466,7 @@ def fill(run: Interpreter, x: Value, *args: Any, **kwargs: Any) -> Value:
     return Value(tuple(made.shape), const=made)
 
 
-def where(run: Interpreter, *given: Any) -> Value:
+def elementwise(run: Interpreter, *given: Any, **_: Any) -> Value:
     return run.elementwise(*(v for v in given if isinstance(v, Value)))
 
 
@@ -472,7 +489,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_SPATIAL, spatial),
     **dict.fromkeys(_MEAN_POOLS, mean_pool),
     **dict.fromkeys(_REDUCTIONS, reduction),
-    **dict.fromkeys(("where", "masked_fill"), where),
+    **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d"), conv_transpose),
     **dict.fromkeys(("matmul", "mm", "bmm", "mv"), matmul),

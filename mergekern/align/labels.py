@@ -160,12 +160,12 @@ class Facts:
         Constants that are equal for two features do not tell them apart; inputs do.
         """
         if value.const is not None:
-            keys = _contents(value.const, wide)
+            keys = contents(value.const, wide)
             self.mark(layer.ids, keys, "meets constants that differ")
             return True
         sizes = [size if axis in wide else 1 for axis, size in enumerate(value.shape)]
         keys = torch.arange(int(torch.Size(sizes).numel())).view(sizes)
-        self.mark(layer.ids, keys, "meets values that are no features")
+        self.mark(layer.ids, keys, "meets an input or positions, which are no features")
         return set(wide) != set(layer.axes)
 
     def reduce(self, layers: list[Layer], axes: Iterable[int]) -> list[Layer]:
@@ -219,7 +219,7 @@ def _pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return pairs >> 32, pairs & (2**32 - 1)
 
 
-def _contents(x: Tensor, axes: list[int]) -> Tensor:
+def contents(x: Tensor, axes: list[int]) -> Tensor:
     """A number for each index of `axes`, equal where x is equal along all other axes."""
     rest = [axis for axis in range(x.ndim) if axis not in axes]
     rows = x.permute(*axes, *rest).reshape(*[x.shape[axis] for axis in axes], -1)

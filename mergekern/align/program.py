@@ -172,7 +172,7 @@ def _export(model: nn.Module, args: Any, kwargs: Any, op: str) -> torch.export.E
         where = _module_in(error.__traceback__, model)
         got = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
         expected = "a model that runs on the example inputs and that torch.export can trace, or "
-        expected += "Spaces.declare(...)"
+        expected += "declare_spaces(...)"
         raise ArgumentError.of(op, f"{where} cannot be traced", got, expected) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

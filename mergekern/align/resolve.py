@@ -16,8 +16,6 @@ from .labels import Facts, Layer
 from .program import Program
 from .spaces import Layout, Place, Probe, Space
 
-Colour = Hashable
-
 
 @dataclass
 class _Feature:
@@ -29,6 +27,11 @@ class _Feature:
     blocks: set[int] = field(default_factory=set)
     features: set[int] = field(default_factory=set)
 
+    @property
+    def where(self) -> tuple[tuple[int, int], ...]:
+        """On which axes, and how often."""
+        return tuple(sorted((number, len(p)) for number, p in self.places.items()))
+
 
 @dataclass
 class _Cell:
@@ -38,6 +41,7 @@ class _Cell:
     group: Hashable = None
     inside: str | None = None
     fixed: str | None = None
+    mixed: bool = False  # fixed for what was found here, not before
 
     @property
     def members(self) -> list[int]:
@@ -92,23 +96,25 @@ class Resolver:
 
     # ---- which features are alike ------------------------------------------------------------
 
-    def _colours(self) -> dict[int, Colour]:
+    def _colours(self) -> dict[int, int]:
         """Equal for features that only their names tell apart (colour refinement)."""
-        colours: dict[int, Colour] = {}
-        for c, feature in self.features.items():
-            where = tuple(sorted((n, len(p)) for n, p in feature.places.items()))
-            colours[c] = hash((where, frozenset(feature.marks), c if feature.fixed else None))
-        while True:
-            refined: dict[int, Colour] = {
-                c: hash(
-                    (
-                        colours[c],
-                        tuple(sorted(hash(colours[b]) for b in feature.blocks)),
-                        tuple(sorted(hash(colours[b]) for b in feature.features)),
-                    )
-                )
+        colours = _numbered(
+            {
+                c: (feature.where, frozenset(feature.marks), c if feature.fixed else None)
                 for c, feature in self.features.items()
             }
+        )
+        while True:
+            refined = _numbered(
+                {
+                    c: (
+                        colours[c],
+                        tuple(sorted(colours[b] for b in feature.blocks)),
+                        tuple(sorted(colours[b] for b in feature.features)),
+                    )
+                    for c, feature in self.features.items()
+                }
+            )
             if len({*refined.values()}) == len({*colours.values()}):
                 return refined
             colours = refined
@@ -139,19 +145,29 @@ class Resolver:
         return number, positions[0]
 
     def cells(self) -> list[_Cell]:
-        alike: dict[Colour, list[int]] = defaultdict(list)
+        """Features that are fixed hold the blocks they lie in: until no more are found."""
+        while True:
+            cells = self._cells()
+            new = [cell for cell in cells if cell.fixed and cell.mixed]
+            if not new:
+                return self._joined(cells)
+            for cell in new:
+                for c in cell.members:
+                    self.features[c].fixed = cell.fixed
+
+    def _cells(self) -> list[_Cell]:
+        alike: dict[int, list[int]] = defaultdict(list)
         pinned: dict[tuple[Hashable, str], list[int]] = defaultdict(list)
         colours, head = self._colours(), self._heads()
         for c, feature in self.features.items():
             if feature.fixed and feature.places:
-                where = tuple(sorted((n, len(p)) for n, p in feature.places.items()))
-                pinned[where, feature.fixed].append(c)
+                pinned[feature.where, feature.fixed].append(c)
             elif feature.places:
                 alike[colours[c]].append(c)
         cells = [self._cell(sorted(members, key=self._first), head) for members in alike.values()]
         for (_, reason), members in pinned.items():
             cells.append(_Cell([sorted(members, key=self._first)], fixed=reason))
-        return self._joined(cells)
+        return cells
 
     def _cell(self, members: list[int], head: Mapping[int, int]) -> _Cell:
         rows: dict[int, list[int]] = defaultdict(list)
@@ -165,7 +181,8 @@ class Resolver:
         lengths = {len(row) for row in rows.values()}
         inner = any(self.features[c].blocks for c in members)
         if (inner and len(structures) != len(rows)) or len(nested) > 1 or len(lengths) > 1:
-            return _Cell([members], fixed="its features lie in blocks of two kinds")
+            reason = "its features lie in blocks of two kinds"
+            return _Cell([members], fixed=reason, mixed=True)
         return _Cell([*rows.values()], group=frozenset(rows))
 
     def _joined(self, cells: list[_Cell]) -> list[_Cell]:
@@ -174,11 +191,10 @@ class Resolver:
         kept = []
         for cell in cells:
             first = self.features[cell.rows[0][0]]
-            where = tuple(sorted((n, len(p)) for n, p in first.places.items()))
             if cell.fixed is None and len(cell.members) == 1:
-                whole[where, None].append(cell)
+                whole[first.where, None].append(cell)
             elif cell.group is not None and len(cell.rows[0]) == 1:
-                whole[where, cell.group].append(cell)
+                whole[first.where, cell.group].append(cell)
             else:
                 kept.append(cell)
         for (_, group), parts in whole.items():
@@ -220,14 +236,17 @@ class Resolver:
                 probes[i].append(Probe(node, arg, axes, positions, module))
         titles, spaces = [], []
         groups: dict[Hashable, str] = {}
+        group_names = _Names()
         for i, cell in enumerate(cells):
             places = self._places(cell, role)
-            title = names.of(places, self.facts, cell)
+            title = names.of(places)
             titles.append(title)
             heads = len(cell.rows)
             group = None
             if cell.group is not None:
-                group = groups.setdefault(cell.group, _parent(title))
+                if cell.group not in groups:
+                    groups[cell.group] = group_names.unlike(_parent(title))
+                group = groups[cell.group]
             note = next((notes[c] for c in cell.members if c in notes), None)
             spaces.append(
                 Space(
@@ -310,8 +329,11 @@ class _Names:
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
-    def of(self, places: list[Place], facts: Facts, cell: _Cell) -> str:
-        sources = [p for p in places if p.role in ("produces", "both")] or places
+    def of(self, places: list[Place]) -> str:
+        sources = [p for p in places if p.role in ("produces", "both")]
+        if not sources:
+            read = places[0].role == "consumes"
+            return self.unlike(f"input of {_module(places[0].name)}" if read else places[0].name)
         modules = [*dict.fromkeys(_module(p.name) for p in sources)]
         parents = {_parent(m) for m in modules}
         if 1 < len(modules) <= 3 and len(parents) == 1:
@@ -323,12 +345,21 @@ class _Names:
         if name in self._taken:
             low, high = int(first.positions.min()), int(first.positions.max())
             name = f"{name}[{low}:{high + 1}]"
-        number = 2
-        title = name
+        return self.unlike(name)
+
+    def unlike(self, name: str) -> str:
+        """The name, or one with a number that nothing has yet."""
+        title, number = name, 2
         while title in self._taken:
             title, number = f"{name}#{number}", number + 1
         self._taken.add(title)
         return title
+
+
+def _numbered(keys: Mapping[int, Hashable]) -> dict[int, int]:
+    """Equal keys get one number."""
+    numbers: dict[Hashable, int] = {}
+    return {c: numbers.setdefault(key, len(numbers)) for c, key in keys.items()}
 
 
 def _module(tensor: str) -> str:

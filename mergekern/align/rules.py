@@ -132,7 +132,7 @@ class Interpreter:
     def refused(self, what: str) -> ArgumentError:
         where = module_of(self.node)
         name = f"module {where}" if where else "the model"
-        expected = "layers whose features can be followed, or Spaces.declare(...)"
+        expected = "layers whose features can be followed, or declare_spaces(...)"
         return ArgumentError.of(self.op, f"{name} cannot be traced", f"one that {what}", expected)
 
     @property
@@ -196,7 +196,7 @@ class Interpreter:
             for value in values:
                 if value.parameter:
                     self.facts.play(value.layers, "rides")
-        whole, *others = (_aligned(v, ndim) for v in sorted(values, key=is_constant))
+        whole, *others = (aligned(v, ndim) for v in sorted(values, key=is_constant))
         for other in others:
             layers = self.facts.meet(whole, other)
             sizes = tuple(map(max, whole.shape, other.shape))
@@ -272,7 +272,7 @@ def is_constant(value: Value) -> bool:
     return value.const is not None
 
 
-def _aligned(value: Value, ndim: int) -> Value:
+def aligned(value: Value, ndim: int) -> Value:
     """With axes of size 1 in front, as broadcasting sees it."""
     new = ndim - len(value.shape)
     layers = [Layer(tuple(a + new for a in axes), ids[(None,) * new]) for axes, ids in value.layers]

@@ -83,14 +83,25 @@ class Verification(NamedTuple):
 
 
 class Spaces(Mapping[str, Space]):
-    """The spaces of one architecture by name, in the order in which a model runs through them."""
+    """The spaces of one architecture by name, in the order in which a model runs through them.
+
+    `movable` has those that may be reordered; the others say in `fixed` why not. str() lists all.
+    """
 
     def __init__(
-        self, spaces: Sequence[Space], program: Program, layout: Layout | None = None
+        self, spaces: Sequence[Space], program: Program | None, layout: Layout | None = None
     ) -> None:
         self._spaces = {space.name: space for space in spaces}
-        self.program = program
+        self._program = program
         self.layout = layout or {}
+
+    @property
+    def program(self) -> Program:
+        """The traced model."""
+        if self._program is None:
+            got, expected = "spaces declared without them", "declare_spaces(..., example_inputs=)"
+            raise ArgumentError.of("spaces", "example inputs are missing", got, expected)
+        return self._program
 
     def __getitem__(self, name: str) -> Space:
         return self._spaces[name]
@@ -116,10 +127,15 @@ class Spaces(Mapping[str, Space]):
     def __str__(self) -> str:
         lines = []
         for s in self._spaces.values():
-            heads = f" in {s.heads} heads of {s.group}" if s.group else ""
-            note = f"fixed: {s.fixed}" if s.fixed else s.inside or ""
-            lines.append(f"{s.name}: {s.size} features{heads}, {len(s.places)} places. {note}")
-        return "\n".join(line.rstrip() for line in lines)
+            heads = f" in {s.heads} heads ({s.group})" if s.group else ""
+            notes = [f"fixed: {s.fixed}"] if s.fixed else []
+            notes += [f"only whole heads move: {s.inside}"] if s.inside else []
+            notes += [f"a zip is approximate: {s.approximate}"] if s.approximate else []
+            tensors = len({p.name for p in s.places})
+            lines.append(
+                "; ".join([f"{s.name}: {s.size} features{heads} of {tensors} tensors", *notes])
+            )
+        return "\n".join(lines)
 
     def indices(
         self, permutations: Permutations, state: Mapping[str, Tensor]
@@ -137,7 +153,10 @@ class Spaces(Mapping[str, Space]):
     def permuted(
         self, permutations: Permutations, state: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The same model with its features in another order."""
+        """The same model with its features in another order.
+
+        Raises: ArgumentError for what is no permutation, or of another size.
+        """
         return permute_all(state, self.indices(permutations, state), require="permutation")
 
     def random(self, seed: int = 0) -> dict[str, Tensor]:
@@ -155,11 +174,11 @@ class Spaces(Mapping[str, Space]):
         return chosen
 
     def verify(self, model: nn.Module, inputs: Any, *, seed: int = 0) -> Verification:
-        """Outputs of `model` before and after a random permutation of every movable space.
+        """max |f(P x; P theta) - f(x; theta)| / max |f|: every movable space permuted at random.
 
-        Result: error is the largest |y' - y| / max |y| over the outputs; bound is what reordered
-        sums may differ by, sqrt of the unit roundoff of the model's dtype. `exact` says whether
-        error <= bound. A space that is wrong changes the output by the order of itself.
+        Result: the largest error over the outputs (features of outputs that move are compared with
+        themselves), and the bound sqrt(eps) of their dtype: reordered sums differ by a few units
+        of rounding, a wrong space by about 1. `exact` says whether error <= bound.
         Cost: two forward passes and a copy of the model's tensors.
         Raises: ArgumentError for inputs that are not built as the example inputs.
         """
