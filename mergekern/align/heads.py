@@ -20,7 +20,7 @@ def assign_groups(groups: Sequence[Scores]) -> dict[str, Tensor]:
     best as the score of these two. A space whose features keep their order in a head counts with
     that order. All problems of features are solved side by side.
 
-    Result: space -> index int64 [size], with score[i, index[i]] matched.
+    Result: space -> index int64 [size] on the CPU, with score[i, index[i]] matched.
     """
     blocks = {space.name: _blocks(space, score) for scores in groups for space, score in scores}
     free = [s.name for scores in groups for s, _ in scores if s.inside is None]
@@ -47,6 +47,6 @@ def assign_groups(groups: Sequence[Scores]) -> dict[str, Tensor]:
 
 
 def _blocks(space: Space, score: Tensor) -> Tensor:
-    """[heads, heads, size of a head, size of a head]"""
+    """[heads, heads, size of a head, size of a head], on the CPU, where assignments are solved."""
     size = space.size // space.heads
-    return score.reshape(space.heads, size, space.heads, size).transpose(1, 2)
+    return score.cpu().reshape(space.heads, size, space.heads, size).transpose(1, 2)

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from .. import check
 from ..errors import ArgumentError
-from ..ops.zip_match import zip_match
-from .heads import assign_groups
+from .blend import WeightSimilarity
+from .merging import Labels, most_similar
 from .models import states_of
 from .spaces import Space, Spaces
 from .statistics import Statistics
 from .weights import Objective, match_weights
 
 METHODS = ("zip", "permute", "identity", "weights")
+BLEND_ROUNDS = 10
 
 _OP = "match"
 
@@ -70,6 +71,7 @@ def match(
     models: Sequence[nn.Module] | None = None,
     alpha: float = 0.3,
     beta: float = 0.125,
+    blend: float = 1.0,
     eps: float = 0.0,
     host: str | None = None,
     seed: int = 0,
@@ -86,7 +88,11 @@ def match(
     Shapes: labels int64 [size]; the width of the model never changes. Merged features are numbered
     so that each stands in the place of its first feature of model 0; those with none take the
     places that are left.
-    models: if given, must be those of the statistics; method="weights" needs them.
+    models: if given, must be those of the statistics; method="weights" and blend < 1 need them.
+    blend: for permute and zip, the share of the correlation in what makes features similar; the
+    rest is the cosine of their parameters, the features of other spaces merged as they are at that
+    point. Spaces are matched again, one group after another, until no label changes, 10 times at
+    most.
     alpha, beta, host: of `zip_match`, for method="zip". eps: clamp of `correlation`. seed: of the
     order in which method="weights" goes through the spaces.
     Result: exact for the correlations at hand; zip takes them in float32.
@@ -103,15 +109,21 @@ def match(
         raise ArgumentError.of(_OP, f"{method} needs statistics", "spaces alone", expected)
     if isinstance(stats, Statistics) and models is not None:
         stats.require(_OP, models)
+    if isinstance(stats, Statistics) and method == "zip" and not stats.within:
+        expected = "statistics collected with within=True"
+        raise ArgumentError.of(_OP, "zip needs correlations within models", "none", expected)
+    if not 0 <= check.number(_OP, "blend", blend) <= 1:
+        raise ArgumentError.of(_OP, "blend is out of range", blend, "0 to 1")
+    options = {"alpha": alpha, "beta": beta, "host": host, "backend": backend}
     objectives: list[Objective] = []
-    known: dict[str, list[Tensor]] = {}
-    if method == "weights":
-        known, objectives = _weights(spaces, models, seed)
-    labels = known
+    labels: dict[str, list[Tensor]] = {}
     fits: dict[str, Fit] = {}
+    if method == "weights":
+        labels, objectives = _weights(spaces, models, seed)
     if isinstance(stats, Statistics):
-        options = {"alpha": alpha, "beta": beta, "host": host, "backend": backend}
-        labels, fits = _by_statistics(stats, method, known, eps, options)
+        if method in ("zip", "permute") and blend < 1:
+            labels = _blended(stats, method, models, blend, eps, options)
+        labels, fits = _by_statistics(stats, method, labels, eps, options)
     return Match(spaces, labels, method, fits, tuple(objectives))
 
 
@@ -130,27 +142,51 @@ def _weights(
     return labels, [objective for _, objective in found]
 
 
-def _by_statistics(
+def _blended(
     stats: Statistics,
     method: str,
-    known: Mapping[str, list[Tensor]],
+    models: Sequence[nn.Module] | None,
+    blend: float,
     eps: float,
     options: dict[str, Any],
+) -> dict[str, list[Tensor]]:
+    """Labels by activations and weights, round after round until they stay."""
+    if models is None:
+        expected = "models, or blend=1"
+        raise ArgumentError.of(_OP, "there are no weights to blend with", "none", expected)
+    weights = WeightSimilarity(stats.spaces, models, stats.within)
+    labels, _ = _by_statistics(stats, method, {}, eps, options)
+    for _ in range(BLEND_ROUNDS):
+        before = labels
+        for spaces in stats.spaces.groups().values():
+            blended = {
+                s.name: stats.correlation(s.name, eps)
+                .mul_(blend)
+                .add_(weights.of(s, labels), alpha=1 - blend)
+                for s in spaces
+            }
+            labels = labels | most_similar(_OP, stats, method, [spaces], blended, options)
+        if all(map(torch.equal, _flat(before), _flat(labels))):
+            break
+    return labels
+
+
+def _flat(labels: Labels) -> list[Tensor]:
+    return [x for each in labels.values() for x in each]
+
+
+def _by_statistics(
+    stats: Statistics, method: str, known: Labels, eps: float, options: dict[str, Any]
 ) -> tuple[dict[str, list[Tensor]], dict[str, Fit]]:
-    """Labels, but for those that are known, and how well they fit, of all movable spaces."""
-    if method == "zip" and not stats.within:
-        expected = "statistics collected with within=True"
-        raise ArgumentError.of(_OP, "zip needs correlations within models", "none", expected)
-    same = {s.name: [torch.arange(s.size)] * stats.models for s in stats.spaces.movable.values()}
-    labels: dict[str, list[Tensor]] = {**same, **known}
+    """Labels, those that are known or else by correlation, and how well they fit."""
+    movable = stats.spaces.movable
+    labels = {name: [torch.arange(s.size)] * stats.models for name, s in movable.items()}
+    labels |= known
     fits: dict[str, Fit] = {}
     for groups in _side_by_side(stats.spaces):
         found = {s.name: stats.correlation(s.name, eps) for spaces in groups for s in spaces}
-        if method in ("permute", "zip"):
-            whole = [g for g in groups if method == "permute" or g[0].heads > 1 or g[0].inside]
-            labels |= _permute(stats, whole, found)
-        if method == "zip":
-            labels |= _zip([s for g in groups for s in g if not s.inside], found, labels, options)
+        if method in ("permute", "zip") and not known:
+            labels |= most_similar(_OP, stats, method, groups, found, options)
         fits |= {name: _fit(stats, name, found[name], labels[name]) for name in found}
     return labels, {name: fits[name] for name in labels}
 
@@ -161,66 +197,6 @@ def _side_by_side(spaces: Spaces) -> Iterator[list[list[Space]]]:
     step = check.threads()
     for start in range(0, len(groups), step):
         yield groups[start : start + step]
-
-
-def _permute(
-    stats: Statistics, groups: list[list[Space]], correlations: Mapping[str, Tensor]
-) -> dict[str, list[Tensor]]:
-    """The place in model 0 of every feature of each model."""
-    labels = {s.name: [torch.arange(s.size)] for group in groups for s in group}
-    for i in range(1, stats.models):
-        scores = [
-            [(s, stats.between(correlations[s.name], i)) for s in spaces] for spaces in groups
-        ]
-        for name, index in assign_groups(scores).items():
-            labels[name].append(index.cpu().argsort())
-    return labels
-
-
-def _zip(
-    spaces: Sequence[Space],
-    correlations: Mapping[str, Tensor],
-    matched: Mapping[str, list[Tensor]],
-    options: dict[str, Any],
-) -> dict[str, list[Tensor]]:
-    """Labels by zip_match, within the heads that `matched` brings together."""
-    if not spaces:
-        return {}
-    heads = [torch.cat(matched[s.name]) // (s.size // s.heads) for s in spaces]
-    several = [h if s.heads > 1 else None for s, h in zip(spaces, heads)]
-    widths = [[s.size // s.heads] * s.heads if s.heads > 1 else None for s in spaces]
-    found = zip_match(
-        [correlations[s.name].float() for s in spaces],
-        [[s.size] * len(matched[s.name]) for s in spaces],
-        groups=several,
-        out_dim=widths,
-        **options,
-    )
-    return {
-        s.name: _in_places_of_model_0(s, labels.cpu(), h)
-        for s, labels, h in zip(spaces, found, heads, strict=True)
-    }
-
-
-def _in_places_of_model_0(space: Space, labels: Tensor, heads: Tensor) -> list[Tensor]:
-    """The labels of each model, numbered by where the first feature of model 0 stands.
-
-    heads: the merged head of each feature; a group with no feature of model 0 stays in its head.
-    """
-    if (labels < 0).any():
-        lost = f"{int((labels < 0).sum())} features of space {space.name}"
-        raise ArgumentError.of(_OP, "host='zipit' loses features", lost, "host=None")
-    size = space.size
-    first = torch.full((size,), size)
-    first.scatter_reduce_(0, labels[:size], torch.arange(size), "amin")
-    alone = first == size
-    head = torch.empty(size, dtype=torch.int64)
-    head[labels] = heads
-    taken = torch.zeros(size, dtype=torch.bool)
-    taken[first[~alone]] = True
-    left = alone.nonzero()[:, 0]
-    first[left[head[left].argsort(stable=True)]] = (~taken).nonzero()[:, 0]
-    return list(torch.split(first[labels], size))
 
 
 def _fit(stats: Statistics, name: str, correlation: Tensor, labels: list[Tensor]) -> Fit:

@@ -99,17 +99,9 @@ class _Pair:
     """The parameters of two models, and the order of the second one's features so far."""
 
     def __init__(self, spaces: Spaces, first: nn.Module, other: nn.Module) -> None:
-        self.a, self.b = (
-            {n: x.detach() for n, x in m.named_parameters(remove_duplicate=False)}
-            for m in (first, other)
-        )
-        self.places: dict[str, list[tuple[Space, Place]]] = {}
+        self.a, self.b = parameters_of(first), parameters_of(other)
+        self.places = parameter_places(spaces, self.a)
         self.order = {s.name: torch.arange(s.size) for s in spaces.movable.values()}
-        for space in spaces.movable.values():
-            for place in space.places:
-                name = spaces.program.aliases[place.name][0]
-                if name in self.a and self.a[name].dtype in FLOATS:
-                    self.places.setdefault(name, []).append((space, place))
         grams = {name: gram([self.a[name], self.b[name]]) for name in self.places}
         self.scale = math.fsum(float((g[0, 0] * g[1, 1]).sqrt()) for g in grams.values())
         self.dots = {name: float(g[0, 1]) for name, g in grams.items()}
@@ -140,7 +132,7 @@ class _Pair:
             for axis_space, place in places:
                 if axis_space is space:
                     x, y = self.a[name], self._permuted(name, self.order, place.axis)
-                    part = _rows(x, place) @ _rows(y, place).T
+                    part = rows_of(x, place) @ rows_of(y, place).T
                     total = part.double() if total is None else total.add_(part)
         return torch.zeros(space.size, space.size).double() if total is None else total
 
@@ -158,7 +150,25 @@ class _Pair:
         return permute(x, axes)
 
 
-def _rows(x: Tensor, place: Place) -> Tensor:
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """By name, tied ones under each of their names."""
+    return {n: x.detach() for n, x in model.named_parameters(remove_duplicate=False)}
+
+
+def parameter_places(
+    spaces: Spaces, parameters: Mapping[str, Tensor]
+) -> dict[str, list[tuple[Space, Place]]]:
+    """The movable spaces on each floating parameter; tied ones count once."""
+    found: dict[str, list[tuple[Space, Place]]] = {}
+    for space in spaces.movable.values():
+        for place in space.places:
+            name = spaces.program.aliases[place.name][0]
+            if name in parameters and parameters[name].dtype in FLOATS:
+                found.setdefault(name, []).append((space, place))
+    return found
+
+
+def rows_of(x: Tensor, place: Place) -> Tensor:
     """[size, K] in float32 at least: all that each feature has in a tensor."""
     x = x.movedim(place.axis, 0)
     if not torch.equal(place.positions, torch.arange(len(x))[:, None]):
