@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from .match import Match
 from .models import states_of
 from .partial import PartialZip
 from .program import Program
-from .relabel import Relabelling, is_permutation, read_labels
+from .relabel import Relabelling, is_permutation, normalized, read_labels
 from .spaces import Place, Spaces
 from .split import split
 
@@ -83,7 +82,7 @@ def apply(
     if until is None:
         return _with_tensors(models[0], merging.merged(spaces.program.aliases))
     parts = split(_OP, spaces, until)
-    trunk = merging.merged(parts.trunk.names)
+    trunk = merging.merged(parts.trunk.names.values())
     return PartialZip(parts, spaces.program, merging.relabelling, models, trunk)
 
 
@@ -129,7 +128,7 @@ class _Merging:
     ) -> None:
         self.states, self.backend = states, backend
         self.aliases, self.persistent = spaces.program.aliases, spaces.program.persistent
-        self.weights = None if weights is None else _normalized(weights, len(states))
+        self.weights = None if weights is None else normalized(_OP, weights, len(states))
         self.relabelling = Relabelling(labels)
         self.places: dict[str, list[tuple[str, Place]]] = {}
         for space in spaces.values():
@@ -199,14 +198,6 @@ def _arguments(axes: Mapping[int, tuple[list[Tensor], bool]]) -> dict[str, Any]:
         given["rows" if rows else "cols"] = vectors
         at[rows] = axis
     return given | {"axes": (at[True], at[False])}
-
-
-def _normalized(weights: Sequence[float], n: int) -> list[float]:
-    numbers = check.numbers(_OP, "weights", weights, n)
-    total = math.fsum(numbers)
-    if total == 0:
-        raise ArgumentError.of(_OP, "weights cannot be normalized", "a sum of 0", "any other")
-    return [w / total for w in numbers]
 
 
 def _with_tensors(model: nn.Module, tensors: State) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +39,8 @@ class PartialZip(nn.Module):
         self.parts = parts
         merged = {alias: x for name, x in trunk.items() for alias in program.aliases[name]}
         states = [_tensors(model) | program.constants for model in models]
-        self.trunk = _tree(_own(states[0], parts.trunk.names, merged))
-        self.heads = nn.ModuleList(_tree(_own(s, parts.head.names, {})) for s in states)
+        self.trunk = _tree(_own(states[0], parts.trunk.names.values(), merged))
+        self.heads = nn.ModuleList(_tree(_own(s, parts.head.names.values(), {})) for s in states)
         gathers = _gathers(parts, relabelling)
         self._gathers = list(gathers)
         self.unmerge = nn.ModuleList(
@@ -61,12 +60,13 @@ class PartialZip(nn.Module):
     ) -> tuple[Any, ...]:
         """The outputs for these values of the inputs; calls[0] makes those of the trunk, the others
         those of each head."""
-        trunk, *heads = calls if calls is not None else [None] * (1 + len(self.heads))
-        crossing = self.parts.trunk.run(tensors_of(self.trunk, self.parts.trunk), flat, trunk)
+        trunk, *heads = self.sides()
+        make, *makes = calls if calls is not None else [None] * (1 + len(heads))
+        part, tensors = trunk
+        crossing = part.run(tensors.values(), flat, make)
         outputs = []
-        for i, (head, call) in enumerate(zip(self.heads, heads, strict=True)):
-            values = self._unmerged(i, crossing)
-            flat_outputs = self.parts.head.run(tensors_of(head, self.parts.head), values, call)
+        for i, ((part, tensors), make) in enumerate(zip(heads, makes, strict=True)):
+            flat_outputs = part.run(tensors.values(), self._unmerged(i, crossing), make)
             outputs.append(tree_unflatten(list(flat_outputs), self.parts.out_spec))
         return tuple(outputs)
 
@@ -85,6 +85,11 @@ class PartialZip(nn.Module):
             for v, shared in zip(values, crossing, strict=True)
         ]
 
+    def sides(self) -> list[tuple[Part, dict[str, Tensor]]]:
+        """The calls of the trunk and of each head, with its tensors by placeholder."""
+        trunk, head = self.parts.trunk, self.parts.head
+        return [(trunk, trunk.tensors(self.trunk)), *((head, head.tensors(h)) for h in self.heads)]
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PartialZip:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._move()
@@ -92,28 +97,42 @@ class PartialZip(nn.Module):
 
     def _move(self) -> None:
         """Tensors that the calls make are made where those of the heads are."""
-        device = next(iter(tensors_of(self.heads[0], self.parts.head))).device
+        device = next(iter(self.parts.head.tensors(self.heads[0]).values())).device
         self.parts = self.parts.on(device)
 
 
-def tensors_of(tree: nn.Module, part: Part) -> list[Tensor]:
-    return [attrgetter(name)(tree) for name in part.names]
-
-
-def train_norms(factor: float | None = None) -> Call:
+def train_norms(counts: dict[int, int] | None = None) -> Call:
     """Makes calls as they are, but BatchNorm in training mode.
 
-    factor: the weight of this batch in the running statistics; None takes the layer's momentum.
+    The running statistics move by the layer's momentum; with `counts`, of calls so far by the id of
+    their means, they are the plain average.
     """
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if node.target is not torch.ops.aten.batch_norm.default or args[3] is None:
+        if not _is_norm(node):
             return node.target(*args, **kwargs)  # type: ignore[operator]
         x, weight, bias, mean, variance, _, momentum, eps, _ = args
-        part = momentum if factor is None else factor
-        return functional.batch_norm(x, mean, variance, weight, bias, True, part, eps)
+        if counts is not None:
+            counts[id(mean)] = counts.get(id(mean), 0) + 1
+            momentum = 1 / counts[id(mean)]
+        return functional.batch_norm(x, mean, variance, weight, bias, True, momentum, eps)
 
     return call
+
+
+def norms_of(partial: PartialZip) -> list[tuple[Tensor, Tensor]]:
+    """The running means and variances of all BatchNorms, trunk and heads."""
+    found = {}
+    for part, tensors in partial.sides():
+        for node in filter(_is_norm, part.module.graph.nodes):
+            mean, variance = (tensors[n.name] for n in node.args[3:5])
+            found[id(mean)] = mean, variance
+    return list(found.values())
+
+
+def _is_norm(node: fx.Node) -> bool:
+    """Whether a call is a BatchNorm with running statistics."""
+    return node.target is torch.ops.aten.batch_norm.default and node.args[3] is not None
 
 
 class _Gather(NamedTuple):

@@ -125,6 +125,15 @@ def arguments(op: str, inputs: Any) -> Arguments:
     raise ArgumentError.of(op, "there are no inputs", type(inputs).__name__, expected)
 
 
+def given(op: str, spec: TreeSpec, batch: Any) -> Arguments:
+    """A batch as arguments of a model that takes `spec`, without entries beyond these (labels)."""
+    args, kwargs = arguments(op, batch)
+    count, named = spec.child(0).num_children, spec.child(1).context or []
+    if args:
+        return args[:count] if count else args, {}
+    return (), {name: x for name, x in kwargs.items() if name in named} if named else kwargs
+
+
 def flatten(op: str, spec: TreeSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The values of a call model(*args, **kwargs), whose structure is to be `spec`, in order."""
     order = spec.child(1).context or []

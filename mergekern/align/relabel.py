@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -83,6 +84,15 @@ def carried(spaces: Spaces) -> dict[str, list[Carried]]:
 
 def is_permutation(vectors: Sequence[Tensor]) -> bool:
     return all(torch.equal(v.sort().values, torch.arange(len(v))) for v in vectors)
+
+
+def normalized(op: str, weights: Sequence[float], n: int) -> list[float]:
+    """Weights of n models, which sum to 1."""
+    numbers = check.numbers(op, "weights", weights, n)
+    total = math.fsum(numbers)
+    if total == 0:
+        raise ArgumentError.of(op, "weights cannot be normalized", "a sum of 0", "any other")
+    return [w / total for w in numbers]
 
 
 class Relabelling:

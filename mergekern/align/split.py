@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import TreeSpec
 
@@ -19,10 +20,15 @@ from .spaces import Spaces
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some calls of a program. names: its tensors, which `module` takes before the values."""
+    """Some calls of a program. names: of the tensors that `module` takes before the values, by
+    those of its placeholders."""
 
-    names: tuple[str, ...]
+    names: Mapping[str, str]
     module: fx.GraphModule
+
+    def tensors(self, tree: nn.Module) -> dict[str, Tensor]:
+        """By placeholder, what a module holds under these names."""
+        return {n: attrgetter(name)(tree) for n, name in self.names.items()}
 
     def run(self, tensors: Iterable[Tensor], values: Iterable[Any], call: Call | None) -> Any:
         """The values at its end; `call`, if given, makes its calls."""
@@ -175,5 +181,5 @@ def _part(
                 copies[n] = graph.node_copy(n)
         copies[call] = graph.node_copy(call, copies.__getitem__)
     graph.output(map_arg(tuple(outputs), copies.__getitem__))
-    names = tuple(known[n.name] for n in tensors)
+    names = {n.name: known[n.name] for n in tensors}
     return Part(names, fx.GraphModule(program.module, graph))
