@@ -57,15 +57,7 @@ class Program:
 
     def flat_inputs(self, op: str, inputs: Any) -> list[Any]:
         """The values of the graph's inputs, in order."""
-        args, kwargs = arguments(op, inputs)
-        order = self.in_spec.child(1).context or []
-        if sorted(kwargs) != sorted(order):
-            got, expected = sorted(kwargs), f"{sorted(order)} as in the example"
-            raise ArgumentError.of(op, "inputs have other names", got, expected)
-        flat, spec = tree_flatten((args, {name: kwargs[name] for name in order}))
-        if spec != self.in_spec:
-            expected = f"{self.in_spec.num_leaves} as in the example"
-            raise ArgumentError.of(op, "inputs have another structure", len(flat), expected)
+        flat = flatten(op, self.in_spec, *arguments(op, inputs))
         for node, x in zip(self.inputs, flat, strict=True):
             _check_shape(op, node.name, x, node.meta["val"])
         return flat
@@ -83,7 +75,7 @@ class Program:
             else next(given)
             for n in self.placeholders()
         ]
-        flat_outputs = _Runner(self.module, call).run(*values)
+        flat_outputs = Runner(self.module, call).run(*values)
         return tree_unflatten(list(flat_outputs), self.out_spec)
 
     def placeholders(self) -> list[fx.Node]:
@@ -94,7 +86,9 @@ class Program:
         return list(next(n for n in self.graph.nodes if n.op == "output").args[0])
 
 
-class _Runner(fx.Interpreter):
+class Runner(fx.Interpreter):
+    """Runs a graph; `call`, if given, makes its calls."""
+
     def __init__(self, module: fx.GraphModule, call: Call | None) -> None:
         super().__init__(module)
         self.extra_traceback = False  # it would add lines to the text of an error
@@ -149,6 +143,28 @@ def arguments(op: str, inputs: Any) -> Arguments:
         return tuple(inputs), {}
     expected = "a tensor, a tuple of arguments or a mapping of named ones, as the model takes them"
     raise ArgumentError.of(op, "there are no inputs", type(inputs).__name__, expected)
+
+
+def given(op: str, spec: TreeSpec, batch: Any) -> Arguments:
+    """A batch as arguments of a model that takes `spec`, without entries beyond these (labels)."""
+    args, kwargs = arguments(op, batch)
+    count, named = spec.child(0).num_children, spec.child(1).context or []
+    if args:
+        return args[:count] if count else args, {}
+    return (), {name: x for name, x in kwargs.items() if name in named} if named else kwargs
+
+
+def flatten(op: str, spec: TreeSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The values of a call model(*args, **kwargs), whose structure is to be `spec`, in order."""
+    order = spec.child(1).context or []
+    if sorted(kwargs) != sorted(order):
+        got, expected = sorted(kwargs), f"{sorted(order)} as in the example"
+        raise ArgumentError.of(op, "inputs have other names", got, expected)
+    flat, found = tree_flatten((args, {name: kwargs[name] for name in order}))
+    if found != spec:
+        expected = f"{spec.num_leaves} as in the example"
+        raise ArgumentError.of(op, "inputs have another structure", len(flat), expected)
+    return flat
 
 
 @contextmanager

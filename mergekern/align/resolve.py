@@ -337,9 +337,8 @@ class _Names:
             return self.unlike(f"input of {_module(places[0].name)}" if read else places[0].name)
         modules = [*dict.fromkeys(_module(p.name) for p in sources)]
         parents = {m.rpartition(".")[0] for m in modules}
-        if 1 < len(modules) <= 3 and len(parents) == 1:
-            leaves = "+".join(m.rpartition(".")[2] for m in modules)
-            name = f"{parents.pop()}.{leaves}".lstrip(".")
+        if 1 < len(modules) <= 3 and len(parents) == 1 and parents != {""}:
+            name = f"{parents.pop()}.{'+'.join(m.rpartition('.')[2] for m in modules)}"
         else:
             name = modules[0]
         first = sources[0]

@@ -196,7 +196,7 @@ class Interpreter:
             for value in values:
                 if value.parameter:
                     self.facts.play(value.layers, "rides")
-        else:  # a weight computed from others: what each of them does later is not followed
+        elif len(values) > 1:  # a weight made of others: what each does later is not followed
             for value in values:
                 self.facts.play(value.layers, "both")
         whole, *others = (aligned(v, ndim) for v in sorted(values, key=is_constant))
