@@ -63,8 +63,8 @@ def draw(
         expected = "a match of statistics, with spaces that move"
         raise ArgumentError.of(_OP, "there are no correlations", match.method, expected)
     chosen = list(dict.fromkeys(names[i] for i in (0, len(names) // 2, -1)))
-    figure = Figure(figsize=(11, 11), layout="constrained", dpi=120)
-    above, below = figure.subfigures(2, 1, height_ratios=(3, 2), squeeze=False)[:, 0]
+    figure = Figure(figsize=(11, 12), layout="constrained", dpi=120)
+    above, below = figure.subfigures(2, 1, height_ratios=(5, 4), squeeze=False)[:, 0]
     maps = above.subplots(2, len(chosen), squeeze=False)
     for axes, name in zip(maps.T, chosen):
         block = stats.between(stats.correlation(name), 1)
@@ -103,7 +103,7 @@ def _by_depth(axes: Any, match: Match, names: list[str], until: str | None) -> N
     left.set_ylabel("mean correlation")
     left.set_ylim(min(0, *(f.before for f in fits)) - 0.05, 1.05)
     right.bar(depth, [100 * f.merged_within for f in fits], color=_WITHIN)
-    right.set_ylabel("features merged within their model (%)")
+    right.set_ylabel("merged within a model (%)")
     step = -(-len(names) // _NAMES)
     for each in axes:
         each.set_xticks(depth[::step], [_short(n) for n in names[::step]], rotation=90, fontsize=8)
@@ -114,6 +114,6 @@ def _by_depth(axes: Any, match: Match, names: list[str], until: str | None) -> N
     left.legend(loc="best", fontsize=8)
 
 
-def _short(name: str, longest: int = 28) -> str:
+def _short(name: str, longest: int = 24) -> str:
     """The end of a name, which tells the layers of a network apart."""
     return name if len(name) <= longest else f"…{name[1 - longest :]}"

@@ -8,8 +8,9 @@ import json
 import zipfile
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 _PLAIN = ("x", "images")  # names of an array that is the input, whatever the network calls it
 
 
-class Pixels(NamedTuple):
+@dataclass(frozen=True)
+class Pixels:
     """How images become numbers: ((0..255) / 255 - mean) / std, of a square of `size`.
 
     None stands for what was not said: the size as it is, mean 0 and std 1.
@@ -63,7 +65,8 @@ class Pixels(NamedTuple):
             "mean": tuple(given["image_mean"]) if normalized else None,
             "std": tuple(given["image_std"]) if normalized else None,
         }
-        return Pixels(**(known | {k: v for k, v in self._asdict().items() if v is not None}))
+        said = {k: v for k, v in asdict(self).items() if v is not None}
+        return Pixels(**(known | said))
 
 
 def _side(size: Any) -> int:
@@ -171,8 +174,8 @@ class _Arrays(Samples):
             raise ArgumentError.of(_OP, "there are no samples", "none", "at least one")
         self._pixels = pixels.filled(folder)
         bytes_alone = all(x.dtype == torch.uint8 for x in self._parts[0].values())
-        if not bytes_alone and any(given is not None for given in pixels):
-            expected = "uint8 or a folder of images; or arrays as the model takes them"
+        if not bytes_alone and pixels != Pixels():
+            expected = "uint8 arrays or a folder of images"
             raise ArgumentError.of(
                 _OP, "size, mean and std are for images", "arrays of numbers", expected
             )
@@ -198,13 +201,13 @@ class _Arrays(Samples):
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        file = SafetensorsFile(path)
-        return {name: file.read(name) for name in file.signatures}
+        tensors = SafetensorsFile(path)
+        return {name: tensors.read(name) for name in tensors.signatures}
     try:
         if path.suffix == ".npy":
             found = {"x": np.load(path, mmap_mode="r", allow_pickle=False)}
         else:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 found = {name: archive[name] for name in archive.files}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         expected = "an array or an archive of them, as numpy.save and numpy.savez write it"

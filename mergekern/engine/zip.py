@@ -182,8 +182,8 @@ def zip_checkpoints(
             with clock.step("repair"):
                 shown = partial(_shown, batches, progress)
                 repair(merged, shown, match=found, statistics=stats)
-        with clock.step("picture"):
-            if picture and stats is not None:
+        if picture and stats is not None:
+            with clock.step("picture"):
                 draw(stats, found, staging / PICTURE, until=zip.until)
         with clock.step("write"):
             left_out = (*batches.samples.left_out, *_carried(weights[0], staging, merged))
