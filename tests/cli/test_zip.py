@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from align.networks import CASES, Case, assert_same_output, cast, planted
+from align.nets import Attention
+from align.networks import CASES, Case, assert_same_output, cast, normal, planted
 from align.networks import run as outputs_of
 from cli.calls import Run, one_line
 from safetensors.torch import load_file, save_file
@@ -51,8 +52,8 @@ def inputs_of(case: Case, count: int) -> dict[str, Tensor]:
 class Job:
     """Weights and samples of a case on disk, and the options that name them."""
 
-    def __init__(self, root: Path, name: str, models: list[nn.Module]) -> None:
-        self.root, self.case, self.models = root, CASES[name], models
+    def __init__(self, root: Path, case: Case, models: list[nn.Module]) -> None:
+        self.case, self.models = case, models
         self.weights = []
         for i, model in enumerate(models):
             self.weights.append(root / f"{i}.safetensors")
@@ -62,7 +63,7 @@ class Job:
         inputs = {k: x.numpy() for k, x in inputs_of(self.case, SAMPLES).items()}
         np.savez(self.data, label=np.zeros(len(next(iter(inputs.values())))), **inputs)
         self.out = root / "out"
-        self.model = f"align.networks:{self.case.network.__name__}"
+        self.model = f"{case.network.__module__}:{case.network.__name__}"
         self.options = ["--model", self.model, "--data", self.data, "--no-picture"]
 
     def batches(self, size: int = 64, limit: int | None = None, seed: int = 0) -> Batches:
@@ -77,11 +78,11 @@ class Job:
 
 
 def unrelated(root: Path, name: str, n: int = 2) -> Job:
-    return Job(root, name, [CASES[name].model(i) for i in range(n)])
+    return Job(root, CASES[name], [CASES[name].model(i) for i in range(n)])
 
 
 def reordered(root: Path, name: str, n: int = 2) -> Job:
-    return Job(root, name, planted(CASES[name], n, torch.float32)[0])
+    return Job(root, CASES[name], planted(CASES[name], n, torch.float32)[0])
 
 
 def assert_same_state(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -267,11 +268,13 @@ def test_without_statistics_there_are_no_correlations(run: Run, tmp_path: Path) 
 
 
 def test_a_zip_of_a_transformer_is_said_to_be_approximate(run: Run, tmp_path: Path) -> None:
-    job = unrelated(tmp_path, "attention")
-    given = [*job.options, "--repair", "none", "--outputs", "free", "--mask", "mask"]
-    code, printed, errors = run("zip", *given, "--out", job.out, "--until", "fc1", *job.weights)
-    assert (code, errors) == (0, "")
-    assert "a zip is approximate: " in printed
+    case = Case(Attention, normal(4, 7, 5))
+    job = Job(tmp_path, case, [case.model(i) for i in range(2)])
+    for method in ("zip", "permute"):
+        given = [*job.options, "--method", method, *job.weights, "--out", tmp_path / method]
+        code, printed, errors = run("zip", *given)
+        assert (code, errors) == (0, "")
+        assert ("a zip is approximate: its features are multiplied" in printed) is (method == "zip")
 
 
 def test_quiet_prints_nothing(run: Run, tmp_path: Path) -> None:
@@ -316,6 +319,13 @@ def test_the_picture_shows_matched_features_on_the_diagonal(tmp_path: Path) -> N
         assert_bytes_equal(shown, block[:, labels[1].argsort()])
         assert shown.diagonal().min() > 0.99
         assert block.diagonal().min() < 0.99
+
+
+def test_what_cannot_be_zipped_says_so(run: Run, tmp_path: Path) -> None:
+    job = unrelated(tmp_path, "attention")
+    errors = one_line(*run("zip", *job.options, "--out", job.out, *job.weights))
+    assert "embed.weight cannot be zipped" in errors
+    assert nothing_left(tmp_path, "out")
 
 
 # ---- refusals --------------------------------------------------------------------------------
