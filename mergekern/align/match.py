@@ -170,9 +170,8 @@ def _blended(
         before = labels
         for spaces in stats.spaces.groups().values():
             blended = {
-                s.name: stats.correlation(s.name, eps)
-                .mul_(blend)
-                .add_(weights.of(s, labels), alpha=1 - blend)
+                s.name: stats.correlation(s.name, eps).cpu() * blend
+                + weights.of(s, labels).cpu() * (1 - blend)
                 for s in spaces
             }
             labels = labels | most_similar(_OP, stats, method, [spaces], blended, options)
