@@ -210,6 +210,26 @@ def test_side_by_side_is_as_one_after_the_other(
                 assert_bytes_equal(x, y)
 
 
+def test_what_bears_on_nothing_that_moved_is_not_scored_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scored: list[str] = []
+    score = implementation._Pair._score
+
+    def spy(pair: implementation._Pair, space: Space) -> Tensor:
+        scored.append(space.name)
+        return score(pair, space)
+
+    monkeypatch.setattr(implementation._Pair, "_score", spy)
+    models, spaces = [seeded(Mlp, s) for s in (0, 1)], mlp_spaces()
+    alone = Spaces([spaces["one"]], spaces.program)
+    (told,) = match(alone, "weights", models=models).objectives
+    assert (scored, told.sweeps) == (["one"], 1)
+    scored.clear()
+    (told,) = match(spaces, "weights", models=models).objectives
+    assert len(scored) < told.sweeps * len(spaces)
+
+
 def test_the_seed_is_the_order() -> None:
     spaces, models = attention_spaces(), [seeded(Attention, s) for s in range(2)]
     found = [match(spaces, "weights", models=models, seed=s).objectives for s in (0, 0, *range(9))]
