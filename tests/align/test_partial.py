@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from align import constructs
 from align.networks import (
     CASES,
     Case,
@@ -15,6 +16,7 @@ from align.networks import (
     one_to_one,
     planted,
     random_labels,
+    reordered,
     run,
     unrelated,
 )
@@ -23,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from mergekern.align.apply import apply
+from mergekern.align.discover import discover_spaces
 from mergekern.align.match import Match
 from mergekern.align.spaces import Place, Space, Spaces
 
@@ -49,6 +52,23 @@ def test_each_head_is_its_own_model(name: str, until: str, n: int) -> None:
     assert len(outputs) == n
     for model, output in zip(models, outputs, strict=True):
         assert_same_output(output, run(model, inputs))
+
+
+@pytest.mark.parametrize("name", constructs.CASES)
+def test_constructs_are_merged_back_and_cut_anywhere(name: str) -> None:
+    """All that discovery understands: weights to the bit, and each head its own model."""
+    model, inputs, movable = constructs.case(name)
+    models, match = reordered(model, discover_spaces(model, inputs), 2)
+    for key, x in apply(models, match).state_dict().items():
+        assert_bytes_equal(x, model.state_dict()[key])
+    with torch.no_grad():
+        expected = [each(*inputs) for each in models]
+        for until in movable:
+            if (name, until) == ("factored", "a"):
+                continue  # lies within weights
+            outputs = apply(models, match, until=until)(*inputs)
+            for output, y in zip(outputs, expected, strict=True):
+                assert_same_output(output, y)
 
 
 @pytest.mark.parametrize(("name", "until"), CUTS)
@@ -184,6 +204,8 @@ def test_inputs_are_checked_as_those_of_the_model() -> None:
         partial(tokens=inputs["tokens"])
     with refused("PartialZip", "other names"):
         partial(inputs["tokens"], inputs["mask"])
+    with refused("PartialZip", "mask differs from the example in shape"):
+        partial(tokens=inputs["tokens"], mask=inputs["mask"][:, :5])
 
 
 # ---- as a module -----------------------------------------------------------------------------
@@ -324,6 +346,13 @@ def test_until_has_something_behind_it() -> None:
     spaces = Spaces([*match.spaces.values(), last], match.spaces.program)
     with refused("apply", "no layer lies behind 'last'", "'a', 'b'"):
         apply(models, Match(spaces, match.labels, "", {}), until="last")
+
+
+def test_until_is_a_space_that_activations_have() -> None:
+    model, inputs, _ = constructs.case("factored")
+    models, match = reordered(model, discover_spaces(model, inputs), 2)
+    with refused("apply", "'a' lies within weights"):
+        apply(models, match, until="a")
 
 
 def test_a_few_names_of_many() -> None:
