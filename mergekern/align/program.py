@@ -38,6 +38,7 @@ class Program:
             exported = _export(model, args, kwargs, op)
         signature = exported.graph_signature
         self.module, self.graph = exported.graph_module, exported.graph_module.graph
+        _read_outputs(self.graph)
         self.names: dict[str, str] = {
             **signature.inputs_to_parameters,
             **signature.inputs_to_buffers,
@@ -102,6 +103,20 @@ def module_of(node: fx.Node) -> str:
     """The name of the innermost module that made this call; "" for the model itself."""
     stack = node.meta.get("nn_module_stack")
     return list(stack.values())[-1][0] if stack else ""
+
+
+def _read_outputs(graph: fx.Graph) -> None:
+    """Makes every output the result of a call of its own, which reads it like any other value."""
+    output = next(n for n in graph.nodes if n.op == "output")
+    with graph.inserting_before(output):
+        read = []
+        for value in output.args[0]:
+            if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
+                alias = graph.call_function(torch.ops.aten.alias.default, (value,))
+                alias.meta = {"val": value.meta["val"]}
+                value = alias
+            read.append(value)
+    output.args = (tuple(read),)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec
 
 from ..errors import ArgumentError
 from .inputs import Inputs
-from .program import Call, Program, Runner
+from .program import Call, Program, Runner, module_of
 from .relabel import Carried, carried, some_of
 from .spaces import Spaces
 
@@ -86,6 +86,12 @@ def split(op: str, spaces: Spaces, until: str) -> Split:
     read += [y for y in outputs if isinstance(y, fx.Node)]
     made = trunk.keys() - head.keys() | {*program.inputs.nodes}
     crossing = tuple(n for n in dict.fromkeys(read) if n in made)
+    for value in crossing:
+        if value in cut.data and value.name not in cut.layout:
+            what = f"until={until!r} cuts a value whose features the spaces do not tell"
+            got = f"{value.name} of module {module_of(value)!r}"
+            expected = "a cut where layers read what crosses it, or spaces of discover_spaces"
+            raise ArgumentError.of(op, what, got, expected)
     return Split(
         _part(program, program.inputs.nodes, trunk, crossing),
         _part(program, crossing, head, outputs),
@@ -107,7 +113,7 @@ class _Cut:
         self.layout = carried(spaces)
         self.calls = [n for n in self.program.graph.nodes if n.op == "call_function"]
         self.state = {n for n in self.program.placeholders() if n.name in self.program.names}
-        self.weights = self._weights()
+        self.data, self.weights = self._sources()
 
     def sides(self, until: str) -> tuple[Nodes, Nodes]:
         adding = [i for i, call in enumerate(self.calls) if self._adds(call, until)]
@@ -149,19 +155,20 @@ class _Cut:
             return any(c.space == space for c in self.layout.get(call.name, ()))
         return bool(roles)
 
-    def _weights(self) -> dict[fx.Node, set[str]]:
-        """Placeholders of the state, and calls whose values come of it and of sizes of inputs
-        alone: the names of the tensors that they come of."""
-        found = {n: {self.program.names[n.name]} for n in self.state}
-        of_inputs = set(self.program.inputs.nodes)
+    def _sources(self) -> tuple[set[fx.Node], dict[fx.Node, set[str]]]:
+        """What comes of the numbers of inputs, and what comes of tensors of the state and of
+        nothing else but sizes, with the names of these tensors."""
+        inputs, state = set(self.program.inputs.nodes), {}
+        for n in self.state:
+            state[n] = {self.program.names[n.name]}
         for call in self.calls:
             given = call.all_input_nodes
-            if not of_inputs.isdisjoint(given):
+            if not inputs.isdisjoint(given):
                 if not isinstance(call.meta.get("val"), int | torch.SymInt):
-                    of_inputs.add(call)
-            elif any(n in found for n in given):
-                found[call] = {name for n in given for name in found.get(n, ())}
-        return found
+                    inputs.add(call)
+            elif any(n in state for n in given):
+                state[call] = {name for n in given for name in state.get(n, ())}
+        return inputs.difference(self.program.inputs.nodes), state
 
 
 def writes(call: fx.Node) -> bool:

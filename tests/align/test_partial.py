@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from mergekern.align.apply import apply
+from mergekern.align.declare import declare_spaces
 from mergekern.align.discover import discover_spaces
 from mergekern.align.match import Match
 from mergekern.align.spaces import Place, Space, Spaces
@@ -135,7 +136,7 @@ def test_outputs_of_the_trunk_are_each_models_own() -> None:
     for model, output in zip(models, outputs, strict=True):
         expected = run(model, inputs)
         assert output["rest"][1] == 4
-        assert output["rest"][2] is inputs["scale"]
+        assert_bytes_equal(output["rest"][2], inputs["scale"])
         assert output["rest"][3] is None
         for key in ("hidden", "heads"):
             assert_same_output(output[key], expected[key])
@@ -353,6 +354,58 @@ def test_until_is_a_space_that_activations_have() -> None:
     models, match = reordered(model, discover_spaces(model, inputs), 2)
     with refused("apply", "'a' lies within weights"):
         apply(models, match, until="a")
+
+
+def declared(first: nn.Module, x: Tensor) -> Spaces:
+    """A stream of two layers with a norm before the second, and what lies between."""
+    stream, inner = "stream", "inner"
+    axes = {
+        "0.weight": (stream, None),
+        "0.bias": (stream,),
+        "1.weight": (stream,),
+        "1.bias": (stream,),
+        "2.weight": (inner, stream),
+        "2.bias": (inner,),
+        "4.weight": (None, inner),
+    }
+    return declare_spaces(axes, first, x)
+
+
+def test_declared_spaces_are_cut_where_layers_read_them() -> None:
+    torch.manual_seed(1)
+    layers = [nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3)]
+    first, x = nn.Sequential(*layers).double(), torch.randn(7, 5).double()
+    models, match = reordered(first, declared(first, x), 3)
+    for until in ("stream", "inner"):
+        for model, output in zip(models, run(apply(models, match, until=until), x), strict=True):
+            assert_same_output(output, run(model, x))
+
+
+class Between(nn.Module):
+    """Adds to a stream before and after it is read, through a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(8, 3)
+        self.norm, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.d = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = x + self.d(torch.relu(self.b(self.norm(x))))
+        return self.c(self.norm2(x))
+
+
+def test_what_declared_spaces_do_not_tell_is_not_cut() -> None:
+    first, x = Between(), torch.randn(7, 5)
+    axes = {"a.weight": ("s", None), "a.bias": ("s",), "norm.weight": ("s",), "norm.bias": ("s",)}
+    axes |= {"b.weight": ("i", "s"), "b.bias": ("i",), "d.weight": ("s", "i"), "d.bias": ("s",)}
+    axes |= {"norm2.weight": ("s",), "norm2.bias": ("s",), "c.weight": (None, "s")}
+    models, match = reordered(first, declare_spaces(axes, first, x), 2)
+    for output, model in zip(run(apply(models, match, until="s"), x), models, strict=True):
+        assert_same_output(output, run(model, x))
+    with refused("apply", "until='i' cuts", "linear of module 'a'"):
+        apply(models, match, until="i")
 
 
 def test_a_few_names_of_many() -> None:

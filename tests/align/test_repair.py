@@ -350,4 +350,8 @@ def test_refusals() -> None:
         repair(merged, [xs[0] * float("inf")], match=match, statistics=stats)
     with refused("repair", "module is none", "str"):
         repair("model", xs)
+    with torch.no_grad():
+        before["b.bias"][0] = merged.b.bias[0] = float("nan")  # behind a layer that is finite
+    with refused("repair", "'b'", "not finite"):
+        repair(merged, xs, match=match, statistics=stats)
     assert_same_state(merged.state_dict(), before)

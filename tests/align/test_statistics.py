@@ -22,6 +22,7 @@ from align.nets import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import mergekern as mk
 from mergekern import ArgumentError
 from mergekern.align.collect import collect_statistics
 from mergekern.align.spaces import Probe, Space, Spaces
@@ -140,6 +141,29 @@ def test_all_probes_are_more_rows() -> None:
     assert last.count("stream") == 41 * 4
     assert every.count("stream") == 41 * (4 + 16)
     assert last.count("inner") == every.count("inner") == 41 * 16
+
+
+class Twice(nn.Module):
+    """One value goes into two layers, the sum of their results into a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(x + torch.relu(self.a(x)) * torch.sigmoid(self.b(x)))
+
+
+def test_a_value_that_several_layers_read_counts_once() -> None:
+    models = trained(Twice)
+    spaces = mk.discover_spaces(models[0], torch.zeros(2, 5))
+    (stream,) = spaces.movable.values()
+    assert [p.module for p in stream.probes] == ["a", "b", "head"]
+    for probes, rows in (("all", 2 * 41), ("last", 41)):
+        got = collect_statistics(models, inputs(Mlp), spaces, probes=probes)
+        assert got.count(stream.name) == rows
 
 
 def test_queries_and_keys_both_count() -> None:
