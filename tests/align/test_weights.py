@@ -239,12 +239,28 @@ def test_the_seed_is_the_order() -> None:
     assert len(set(found)) > 1
 
 
+class Stream(nn.Module):
+    """A residual stream that many layers read and write, and few inputs anchor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 64, bias=False), nn.Linear(64, 2, bias=False)
+        self.up = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(12))
+        self.down = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(12))
+        for x in self.parameters():
+            nn.init.normal_(x, 0, 0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return self.head(x)
+
+
 def test_an_anchored_start_finds_orders_that_the_identity_misses() -> None:
-    """Every layer reordered, so that a feature has little in common with itself at first."""
-    torch.manual_seed(0)
-    width = [8, *[96] * 6, 4]
-    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in zip(width, width[1:])))
-    spaces = mk.discover_spaces(model, torch.randn(2, 8))
+    """Every layer is reordered, so features have little in common with themselves at first."""
+    model = seeded(Stream, 0)
+    spaces = mk.discover_spaces(model, torch.randn(2, 4))
     orders = spaces.random(1)
     other = copy.deepcopy(model)
     other.load_state_dict(spaces.permuted(orders, model.state_dict()))
@@ -253,7 +269,7 @@ def test_an_anchored_start_finds_orders_that_the_identity_misses() -> None:
         for start in ("best", "anchored"):
             assert found[start].labels[name][1].tolist() == order.tolist()
     after = {start: m.objectives[0].after for start, m in found.items()}
-    assert after["identity"] < 0.9 * after["anchored"] == 0.9 * after["best"]
+    assert 4 * after["identity"] < after["anchored"] == after["best"]
 
 
 def test_the_best_start_is_the_better_of_both() -> None:
