@@ -43,17 +43,6 @@ def draw(
     until: a line is drawn behind this space.
     Result: a file in the format that the suffix of `path` names.
     Raises: ArgumentError if matplotlib is missing, and for a match without correlations.
-
-    >>> import torch
-    >>> from mergekern import collect_statistics, discover_spaces, match
-    >>> from tempfile import TemporaryDirectory
-    >>> make = lambda: torch.nn.Sequential(
-    ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
-    ... )
-    >>> models, x = [make(), make()], torch.randn(32, 4)
-    >>> stats = collect_statistics(models, [x], discover_spaces(models[0], x))
-    >>> with TemporaryDirectory() as folder:  # doctest: +SKIP
-    ...     draw(stats, match(stats), f"{folder}/zip.png")
     """
     require_matplotlib()
     from matplotlib.figure import Figure

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..engine.inputs import Pixels
 from ..engine.run import DEFAULT_MEMORY
+from ..engine.samples import Pixels
 from ..engine.zip import Source, Zip, ZipManifest, discover, zip_checkpoints
 from ..errors import ArgumentError
 

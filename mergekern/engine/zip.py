@@ -35,9 +35,9 @@ from ..version import __version__
 from .checkpoint import Checkpoint
 from .files import SafetensorsFile
 from .folder import carry, staged
-from .inputs import Batches, Pixels, open_samples
 from .network import Network
 from .run import DEFAULT_MEMORY, check_device
+from .samples import Batches, Pixels, open_samples
 from .zip_folder import describe_inputs, write_zip
 
 PICTURE = "zip.png"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import mergekern as mk
 from mergekern.align import picture
 from mergekern.engine import zip as engine
-from mergekern.engine.inputs import Batches, Pixels, open_samples
+from mergekern.engine.samples import Batches, Pixels, open_samples
 
 from accuracy import assert_bytes_equal
 from engine.models import nothing_left

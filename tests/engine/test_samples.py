@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekern.engine.inputs import Batches, Pixels, Samples, open_samples
+from mergekern.engine.samples import Batches, Pixels, Samples, open_samples
 
 from accuracy import assert_bytes_equal
 from refusal import refused
