@@ -10,7 +10,8 @@ import typer
 
 from ..engine.run import DEFAULT_MEMORY
 from ..engine.samples import Pixels
-from ..engine.zip import Source, Zip, ZipManifest, discover, zip_checkpoints
+from ..engine.zip import Source, Zip, discover, zip_checkpoints
+from ..engine.zip_manifest import ZipManifest
 from ..errors import ArgumentError
 
 _FILES = "files (.safetensors, .bin, .pt) or model folders, two or more"

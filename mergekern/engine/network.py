@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,46 +25,45 @@ _FORMS = "path/to/file.py:factory, package.module:factory, or a folder with a co
 
 
 class Network:
-    """An architecture: `load` gives a model of it, in eval mode, with the weights of a checkpoint.
-
-    `model` is one with new weights, `inputs` names its arguments; `folder` holds its configuration,
-    `file` the factory.
+    """An architecture: `new` makes a model of it, `load` one with the weights of a checkpoint.
 
     name: "path/to/file.py:factory" or "package.module:factory", a callable without arguments that
     returns the module; or the folder of a transformers checkpoint, for `AutoModel`.
+    folder: that one. file: of the factory.
     """
 
     def __init__(self, name: str) -> None:
-        self.folder = Path(name) if Path(name).is_dir() else None
         source, colon, attribute = name.rpartition(":")
+        self.folder = Path(name) if Path(name).is_dir() else None
         self.file = Path(source) if source.endswith(".py") else None
         if self.folder is not None:
             self._config = _config(self.folder)
-            self.model = _transformers().AutoModel.from_config(self._config)
         elif colon:
             self._make = _factory(source, attribute)
-            self.model = self._new()
         else:
             what = "names no network (networks are read from disk; download it first)"
             raise ArgumentError.of(_OP, what, repr(name), _FORMS)
-        self.model.eval()
-        self.inputs = list(inspect.signature(self.model.forward).parameters)
 
-    def _new(self) -> nn.Module:
+    def new(self) -> nn.Module:
+        """In eval mode, as `load` gives it."""
+        if self.folder is not None:
+            return _transformers().AutoModel.from_config(self._config).eval()
         model = self._make()
         if not isinstance(model, nn.Module):
             got = type(model).__name__
             raise ArgumentError.of(_OP, "the factory makes no module", got, "a torch.nn.Module")
-        return model
+        return model.eval()
 
     def load(self, path: Path) -> nn.Module:
         """Raises: CheckpointError with all tensors that are missing, left over or do not fit."""
         checkpoint = Checkpoint(path)
         tensors = {name: checkpoint.read(name) for name in checkpoint.signatures}
         if self.folder is None:
-            model = _plain(self._new(), tensors, path)
+            model = _plain(self.new(), tensors, path)
         else:
-            model = _pretrained(type(self.model), self._config, tensors, path)
+            with torch.device("meta"):  # for its class alone
+                kind = type(self.new())
+            model = _pretrained(kind, self._config, tensors, path)
         checkpoint.close()
         return model.eval()
 
@@ -95,11 +93,11 @@ def _factory(source: str, attribute: str) -> Any:
 
 def _module_of_file(path: Path) -> ModuleType:
     """The module of a file, which finds its neighbours as a script does."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"mergekern_factory_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ArgumentError.of(_OP, "no such file", str(path), _FORMS)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickle look their module up
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up
     with _importable(path.resolve().parent):
         spec.loader.exec_module(module)
     return module

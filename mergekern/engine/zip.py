@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
+import inspect
 import os
-import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,7 +28,6 @@ from ..align.split import split
 from ..align.statistics import Statistics
 from ..align.zip_models import REPAIRS
 from ..errors import ArgumentError
-from ..version import __version__
 from .checkpoint import Checkpoint
 from .files import SafetensorsFile
 from .folder import carry, staged
@@ -39,6 +35,7 @@ from .network import Network
 from .run import DEFAULT_MEMORY, check_device
 from .samples import Batches, Pixels, open_samples
 from .zip_folder import describe_inputs, write_zip
+from .zip_manifest import ZipManifest, fitted
 
 PICTURE = "zip.png"
 _OP = "zip"
@@ -69,7 +66,8 @@ class Source:
 
     def batches(self, network: Network, model: nn.Module) -> Batches:
         dtype = next((x.dtype for x in model.parameters()), torch.float32)
-        samples = open_samples(self.data, network.inputs, dtype, self.pixels, network.folder)
+        inputs = list(inspect.signature(model.forward).parameters)
+        samples = open_samples(self.data, inputs, dtype, self.pixels, network.folder)
         return Batches(samples, self.batch_size, self.limit, self.seed, self.device)
 
     def spaces(self, model: nn.Module, batches: Batches) -> Spaces:
@@ -96,6 +94,9 @@ class Zip:
     def __post_init__(self) -> None:
         check.choice(_OP, "method", self.method, METHODS)
         check.choice(_OP, "repair", self.repair, REPAIRS)
+        if self.statistics is not None and not self.statistics.absolute().parent.is_dir():
+            folder = self.statistics.parent
+            raise ArgumentError.of(_OP, "no folder for statistics", str(folder), "one that exists")
 
     def reads(self, model: nn.Module, picture: bool) -> bool:
         """Whether activations are needed."""
@@ -103,41 +104,10 @@ class Zip:
         return self.method != "weights" or picture or rescaled or self.statistics is not None
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A space that moves, and how well it was matched (`Fit`), where activations were read.
-
-    merged: whether it is in the result, or in the trunk of a partial one, rather than in the heads.
-    """
-
-    size: int
-    heads: int
-    merged: bool
-    approximate: str | None
-    before: float | None
-    after: float | None
-    merged_within: float | None
-
-
-@dataclass(frozen=True)
-class ZipManifest:
-    """What a zip did. seconds: of each step. left_out: arrays, and files of the first model's
-    folder, that were not used or carried along."""
-
-    out: Path
-    method: str
-    until: str | None
-    models: int
-    samples: int
-    spaces: Mapping[str, Fitted]
-    seconds: Mapping[str, float]
-    left_out: tuple[str, ...]
-
-
 def discover(source: Source) -> Spaces:
     """The spaces of the architecture; no weights are read."""
     network = Network(source.model)
-    model = network.model.to(source.device)
+    model = network.new().to(source.device)
     return source.spaces(model, source.batches(network, model))
 
 
@@ -161,7 +131,7 @@ def zip_checkpoints(
         raise ArgumentError.of(_OP, "there is nothing to zip", len(weights), "2 weights or more")
     if picture:
         require_matplotlib()
-    clock = _Clock()
+    clock, shown = _Clock(), _Shown(picture, progress)
     with staged(out, 0) as staging:
         with clock.step("load"):
             network = Network(source.model)
@@ -170,33 +140,22 @@ def zip_checkpoints(
         with clock.step("trace"):
             spaces = source.spaces(models[0], batches)
             _require_moving(spaces, zip.until)
-        stats = None
-        if zip.reads(models[0], picture):
-            with clock.step("statistics"):
-                stats = _statistics(zip, models, batches, spaces, progress)
-        with clock.step("match"):
-            found = _match(zip, models, spaces if stats is None else stats, source.seed)
-        with clock.step("merge"):
-            merged = apply(models, found, until=zip.until)
-        if zip.repair == "auto":
-            with clock.step("repair"):
-                shown = partial(_shown, batches, progress)
-                repair(merged, shown, match=found, statistics=stats)
+        stats, found, merged = _zipped(zip, source.seed, models, batches, spaces, clock, shown)
+        left_out = (*batches.samples.left_out, *_carried(weights[0], staging, merged))
         if picture and stats is not None:
             with clock.step("picture"):
                 draw(stats, found, staging / PICTURE, until=zip.until)
+        done = ZipManifest(
+            out=out,
+            method=zip.method,
+            until=zip.until,
+            models=len(models),
+            samples=len(batches.rows),
+            spaces=fitted(found, merged),
+            seconds=clock.seconds,
+            left_out=left_out,
+        )
         with clock.step("write"):
-            left_out = (*batches.samples.left_out, *_carried(weights[0], staging, merged))
-            done = ZipManifest(
-                out=out,
-                method=zip.method,
-                until=zip.until,
-                models=len(models),
-                samples=len(batches.rows),
-                spaces=_fitted(found, merged),
-                seconds=clock.seconds,
-                left_out=left_out,
-            )
             write_zip(staging, merged, found, _about(source, zip, weights, network, batches, done))
     return done
 
@@ -215,6 +174,38 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
+
+
+class _Shown(NamedTuple):
+    """What is drawn, and whether bars are."""
+
+    picture: bool
+    progress: bool
+
+
+def _zipped(
+    zip: Zip,
+    seed: int,
+    models: list[nn.Module],
+    batches: Batches,
+    spaces: Spaces,
+    clock: _Clock,
+    shown: _Shown,
+) -> tuple[Statistics | None, Match, nn.Module]:
+    """The steps of `zip_models`, each by the clock."""
+    stats = None
+    if zip.reads(models[0], shown.picture):
+        with clock.step("statistics"):
+            stats = _statistics(zip, models, batches, spaces, shown.progress)
+    with clock.step("match"):
+        found = _match(zip, models, spaces if stats is None else stats, seed)
+    with clock.step("merge"):
+        merged = apply(models, found, until=zip.until)
+    if zip.repair == "auto":
+        with clock.step("repair"):
+            again = partial(_barred, batches, shown.progress)
+            repair(merged, again, match=found, statistics=stats)
+    return stats, found, merged
 
 
 def _require_moving(spaces: Spaces, until: str | None) -> None:
@@ -257,7 +248,7 @@ def _match(zip: Zip, models: list[nn.Module], known: Statistics | Spaces, seed: 
     return match(known, zip.method, alpha=zip.alpha, beta=zip.beta)
 
 
-def _shown(batches: Batches, progress: bool) -> Iterable[Any]:
+def _barred(batches: Batches, progress: bool) -> Iterable[Any]:
     if not progress:
         return batches
     from rich.console import Console
@@ -273,26 +264,8 @@ def _carried(first: Path, staging: Path, merged: nn.Module) -> list[str]:
     checkpoint = Checkpoint(first)
     _, left_out = carry(checkpoint, staging, next(merged.parameters()).dtype)
     checkpoint.close()
+    (staging / PICTURE).unlink(missing_ok=True)  # of an earlier zip
     return left_out
-
-
-# ---- manifest --------------------------------------------------------------------------------
-
-
-def _fitted(found: Match, merged: nn.Module) -> dict[str, Fitted]:
-    """The spaces of model order, with what the match says of them."""
-    fitted, trunk = {}, None
-    if isinstance(merged, PartialZip):
-        aliases = found.spaces.program.aliases
-        names = [n for n in merged.parts.trunk.names.values() if n in aliases]
-        trunk = {alias for name in names for alias in aliases[name]}
-    for name, space in found.spaces.movable.items():
-        made = {p.name for p in space.places if p.role in ("produces", "both")}
-        fit = found.correlations.get(name)
-        numbers = [None if x is None or math.isnan(x) else x for x in fit or (None, None, None)]
-        inside = trunk is None or not made.isdisjoint(trunk)
-        fitted[name] = Fitted(space.size, space.heads, inside, space.approximate, *numbers)
-    return fitted
 
 
 def _about(
@@ -303,31 +276,10 @@ def _about(
     batches: Batches,
     done: ZipManifest,
 ) -> dict[str, Any]:
-    """What zip.json says: how the result was made and from what, and what `load_zip` needs."""
+    """The manifest, with what `load_zip` needs to trace the model."""
     read = [p for path in weights for p in sorted(Checkpoint(path).weight_files)]
     read += [path for path in (network.file, zip.statistics) if path is not None]
-    data = hashlib.sha256("".join(map(_sha256, batches.files())).encode()).hexdigest()
-    versions = {
-        "mergekern": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
     arguments = asdict(source) | asdict(zip) | {"weights": list(weights)}
-    about = {
-        "versions": versions,
-        "arguments": arguments,
-        "sha256": {str(path): _sha256(path) for path in read},
-        "data": {"files": len(batches.files()), "sha256 of their sha256": data},
-        "inputs": describe_inputs(next(iter(batches))),
-        "outputs": source.outputs,
-        **asdict(done),
-    }
-    return json.loads(json.dumps(about, default=str))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    inputs = describe_inputs(next(iter(batches)))
+    about = done.about(arguments, read, batches.files())
+    return about | {"inputs": inputs, "outputs": source.outputs}

@@ -29,7 +29,7 @@ def write_zip(folder: Path, model: nn.Module, match: Match, about: Mapping[str, 
     _write(folder / WEIGHTS, {name: x.detach() for name, x in model.state_dict().items()})
     labels = {f"{s}/{i}": x for s, each in match.labels.items() for i, x in enumerate(each)}
     _write(folder / LABELS, labels)
-    text = json.dumps(about, indent=2, allow_nan=False)
+    text = json.dumps(about, indent=2, allow_nan=False, default=str)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

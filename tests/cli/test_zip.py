@@ -208,7 +208,7 @@ def test_weights_of_every_kind(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     job.weights[0].rename(folder / "model.safetensors")
-    for name in ("config.json", "README.md"):
+    for name in ("config.json", "README.md", "zip.png"):
         (folder / name).write_text('{"dtype": "float16"}')
     given = [*job.options, "--weights", folder, "--weights", tmp_path / "1.bin"]
     code, printed, _ = run("zip", *given, "--out", job.out)
@@ -217,6 +217,7 @@ def test_weights_of_every_kind(run: Run, tmp_path: Path) -> None:
     assert_same_state(job.state(), expected.state_dict())
     assert json.loads((job.out / "config.json").read_text())["dtype"] == "float32"
     assert "not used: label, README.md" in printed
+    assert not (job.out / "zip.png").exists()  # the one of the folder shows another zip
     assert run("zip", *given, "--out", tmp_path / "partial", "--until", "a")[0] == 0
     assert sorted(p.name for p in (tmp_path / "partial").iterdir()) == [
         "labels.safetensors",
@@ -358,6 +359,7 @@ def test_refusals_are_one_line(run: Run, tmp_path: Path) -> None:
         ({"--mask": "nowhere"}, "mask names no input"),
         ({"--mean": "a"}, "mean is no list"),
         ({"--size": "3"}, "size, mean and std are for images"),
+        ({"--statistics": tmp_path / "none" / "file"}, "no folder for statistics"),
         ({"--batch-size": "0"}, "batch_size is too small"),
         ({"--limit": "0"}, "limit is too small"),
         ({"--device": "cuda:77"}, "device"),
