@@ -93,6 +93,7 @@ def _by_depth(axes: Any, match: Match, names: list[str], until: str | None) -> N
     left.set_ylim(min(0, *(f.before for f in fits)) - 0.05, 1.05)
     right.bar(depth, [100 * f.merged_within for f in fits], color=_WITHIN)
     right.set_ylabel("merged within a model (%)")
+    right.set_ylim(0, max(1.0, *(110 * f.merged_within for f in fits)))
     step = -(-len(names) // _NAMES)
     for each in axes:
         each.set_xticks(depth[::step], [_short(n) for n in names[::step]], rotation=90, fontsize=8)
