@@ -17,7 +17,7 @@ from ..ops.zip_weights import zip_weights_all
 from .match import Match
 from .models import states_of
 from .partial import PartialZip
-from .program import Program
+from .program import Program, named_tensors
 from .relabel import Relabelling, is_permutation, normalized, read_labels
 from .spaces import Place, Spaces
 from .split import split
@@ -203,13 +203,9 @@ def _arguments(axes: Mapping[int, tuple[list[Tensor], bool]]) -> dict[str, Any]:
 def _with_tensors(model: nn.Module, tensors: State) -> nn.Module:
     """A copy of the model with these tensors in place of its own, which are not copied."""
     known: dict[int, Any] = {}
+    own = dict(named_tensors(model))
     for name in tensors:
-        x: Tensor = _attribute(model, name)
+        x = own[name]
         y = tensors[name] if x.is_contiguous() else torch.empty_like(x).copy_(tensors[name])
         known[id(x)] = type(x)(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
     return copy.deepcopy(model, known)
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)

@@ -121,10 +121,11 @@ def _read_outputs(graph: fx.Graph) -> None:
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, tied ones under each of their names."""
-    return {name: x.detach() for name, x in _named(model)}
+    return {name: x.detach() for name, x in named_tensors(model)}
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, tied ones under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
@@ -183,6 +184,6 @@ def _module_in(traceback: TracebackType | None, model: nn.Module) -> str:
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
     """Name -> all names of the same tensor (tied weights)."""
     names: dict[int, list[str]] = {}
-    for name, x in _named(model):
+    for name, x in named_tensors(model):
         names.setdefault(id(x), []).append(name)
     return {name: group for group in names.values() for name in group}
