@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -33,7 +33,7 @@ class Part:
 
     def run(self, tensors: Iterable[Tensor], values: Iterable[Any], call: Call | None) -> Any:
         """The values at its end; `call`, if given, makes its calls."""
-        run: Callable[..., Any] = self.module if call is None else Runner(self.module, call).run
+        run = self.module.forward if call is None else Runner(self.module, call).run
         return run(*tensors, *values)
 
     def on(self, device: torch.device) -> Part:
