@@ -13,8 +13,9 @@ from ..errors import ArgumentError
 from .apply import apply
 from .collect import collect_statistics
 from .discover import discover_spaces
+from .inputs import arguments_of
 from .match import METHODS, match
-from .repair import Batches, arguments_of, has_norms
+from .repair import Batches, has_norms
 from .repair import repair as repair_model
 from .spaces import Spaces
 from .split import split
