@@ -13,24 +13,25 @@ constexpr std::int64_t kZipBlock = 256;   // columns at a time, in the first-lev
 
 // ---- the rows of a group ---------------------------------------------------------------------
 
-// How a product enters a sum: as its first term, added to +0, or added to what is there.
-enum class Enter { first, to_zero, add };
+// How a product enters a sum: as its first term (what it is added to -0), or added to what is
+// there.
+enum class Enter { first, add };
 
 template <Enter kEnter, class T, class A>
 MK_CLONES void scale(const T* x, A factor, A* sum, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) {
     const A p = A(widen(x[i])) * factor;
-    sum[i] = kEnter == Enter::first ? p : kEnter == Enter::to_zero ? A(0) + p : sum[i] + p;
+    sum[i] = kEnter == Enter::first ? p : sum[i] + p;
   }
 }
 
-// Not std::fill: GCC makes a memset of it, whose `rep stos` waits for streaming stores before it
-// (rows took 2.3 times as long).
+// -0, which every number can be added to as it is. Not std::fill: GCC makes a memset of it, whose
+// `rep stos` waits for streaming stores before it (rows took 2.3 times as long).
 template <class A>
 MK_INLINE void clear(A* values, std::int64_t n) {
   typedef A Line __attribute__((vector_size(kLine)));
   for (std::int64_t i = 0; i < n; i += kLine / sizeof(A)) {
-    const Line zeros{};
+    const Line zeros = -Line{};
     std::memcpy(values + i, &zeros, sizeof(zeros));
     asm volatile("");
   }
@@ -117,7 +118,7 @@ MK_CLONES void average(const T* a, const T* b, const T* next_a, const T* next_b,
                        A factor_b, A inverse, T* __restrict out, std::int64_t n) {
   constexpr std::int64_t line = kLine / sizeof(T);
   const auto one = [=](std::int64_t i) {
-    const A first = A(0) + A(widen(a[i])) * factor_a;
+    const A first = A(widen(a[i])) * factor_a;
     narrow((first + A(widen(b[i])) * factor_b) * inverse, out + i);
   };
   std::int64_t at = 0;
@@ -173,7 +174,7 @@ void merge_piece(const ZipWeights& args, std::int64_t g, std::int64_t next, std:
     } else {
       const T* from = source(x, of, &pieces);
       if (empty)
-        scale<Enter::to_zero>(from, A(x.factor), acc, n);
+        scale<Enter::first>(from, A(x.factor), acc, n);
       else
         scale<Enter::add>(from, A(x.factor), acc, n);
       empty = false;
@@ -244,7 +245,7 @@ void merge_vector(const ZipWeights& args, std::int64_t begin, std::int64_t end) 
   for (std::int64_t at = begin; at < end; at += kZipBlock) {
     const std::int64_t n = std::min(kZipBlock, end - at);
     for (std::int64_t j = 0; j < n; ++j) {
-      A total = 0;
+      A total = A(-0.0);
       for (std::int64_t i = 0; i < args.n; ++i) {
         const ZipInput& x = args.xs[i];
         const Members of = members(x, at + j, end);
@@ -263,7 +264,7 @@ void merge_vector(const ZipWeights& args, std::int64_t begin, std::int64_t end) 
 // ---- columns move ----------------------------------------------------------------------------
 //
 // kRows rows of the result side by side: acc[h] holds column h of all of them in one register, so a
-// column of the inputs goes to any other with one addition. acc is all zeros between the rows.
+// column of the inputs goes to any other with one addition. acc is all -0 between the rows.
 
 template <class A>
 struct Lanes;

@@ -2,9 +2,9 @@
 // every model i.
 //
 // Arithmetic: accumulator sum_t. Every product is rounded. Products of one model and column are
-// added over the rows of g, ascending, the first as it is; these sums are added to +0, by model in
+// added over the rows of g, ascending, the first as it is; these sums are added to -0, by model in
 // input order, by column ascending. The total is divided by d and rounded once at the store. An
-// element without terms is +0 / d. NaN stays in its group.
+// element without terms is -0 / d. NaN stays in its group.
 #pragma once
 
 #include "common.h"

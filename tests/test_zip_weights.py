@@ -168,7 +168,7 @@ def in_order(
         shape = list(part.shape)
         if last is not None:
             shape[last] = int(named[last].max()) + 1
-        total = torch.zeros(shape, dtype=acc) if total is None else total
+        total = torch.full(shape, -0.0, dtype=acc) if total is None else total
         if last is None:
             total = total + part
             continue
@@ -187,7 +187,7 @@ def summed(x: Tensor, labels: list[int], axis: int, every: Tensor) -> Tensor:
     for r, g in enumerate(labels):
         before = slices[g]
         slices[g] = x.select(axis, r) if before is None else before + x.select(axis, r)
-    zeros = torch.zeros_like(x.select(axis, 0))
+    zeros = torch.full_like(x.select(axis, 0), -0.0)
     return torch.stack([zeros if s is None else s for s in slices], axis)
 
 
@@ -391,7 +391,7 @@ def test_elements_without_terms_are_zero(backend: str, device: str) -> None:
     """Group 0 of the rows is of the first model alone, group 1 of the columns of the second."""
     xs = [torch.tensor([[-1.0]], device=device), torch.tensor([[-2.0]], device=device)]
     got = mk.zip_weights(xs, rows=[0, 1], cols=[0, 1], backend=backend)
-    assert_bits_equal(got, torch.tensor([[-1.0, 0.0], [0.0, -2.0]]))
+    assert_bits_equal(got, torch.tensor([[-1.0, -0.0], [-0.0, -2.0]]))
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (3, 0), (0, 3)])
@@ -404,7 +404,7 @@ def test_models_without_features(sizes: tuple[int, int], backend: str, device: s
     assert_bits_equal(got, torch.ones(2, sum(sizes)) / 2)
     crossed = [torch.ones(3, 0, device=device), torch.ones(0, 2, device=device)]
     got = mk.zip_weights(crossed, rows=[0, 1, 2], cols=[0, 1], backend=backend)
-    assert_bits_equal(got, torch.zeros(3, 2))
+    assert_bits_equal(got, torch.full((3, 2), -0.0))
 
 
 # ---- grouped convolutions --------------------------------------------------------------------

@@ -103,7 +103,17 @@ def match(
     as many spaces as there are threads, 8 (N size)**2 bytes each and as much again.
     Raises: ArgumentError for an unknown method, alpha or beta outside 0 to 1, statistics of other
     models, statistics without the correlations that a method needs.
-    Source: ZipIt (2305.03053); Git Re-Basin (2209.04836); heads as MuDSC (2403.01753).
+    Source: ZipIt (2305.03053); Git Re-Basin (2209.04836); heads and blend as MuDSC (2403.01753).
+
+    >>> import torch
+    >>> from mergekern.align.discover import discover_spaces
+    >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+    >>> models = [make(), make()]
+    >>> spaces = discover_spaces(models[0], torch.zeros(2, 4))
+    >>> order = {name: torch.tensor([2, 0, 1]) for name in spaces.movable}
+    >>> _ = models[1].load_state_dict(spaces.permuted(order, models[0].state_dict()))
+    >>> match(spaces, "weights", models=models).labels["0"]
+    [tensor([0, 1, 2]), tensor([2, 0, 1])]
     """
     check.choice(_OP, "method", method, METHODS)
     check.choice(_OP, "start", start, STARTS)
@@ -164,9 +174,8 @@ def _blended(
         before = labels
         for spaces in stats.spaces.groups().values():
             blended = {
-                s.name: stats.correlation(s.name, eps)
-                .mul_(blend)
-                .add_(weights.of(s, labels), alpha=1 - blend)
+                s.name: stats.correlation(s.name, eps).cpu() * blend
+                + weights.of(s, labels).cpu() * (1 - blend)
                 for s in spaces
             }
             labels = labels | most_similar(_OP, stats, method, [spaces], blended, options)

@@ -55,7 +55,7 @@ def zip_weights(
     Result: the same bits on every backend and thread count, in float64 (float32 for 16-bit inputs)
     with one rounding at the end; csrc/zip_weights.h has the order. For an element of m terms
     |error| <= (m + 3) u sum |N w_i x_i| / d, u = 2**-53 (2**-24), plus half a unit of the result's
-    last place, where nothing under- or overflows. Elements without terms are 0. NaN stays in its
+    last place, where nothing under- or overflows. Elements without terms are -0. NaN stays in its
     groups.
 
     Cost: reads every input and writes the result once; no matrix of zeros and ones.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -229,7 +231,12 @@ def test_a_batch_of_one_counts() -> None:
     assert got.count("inner") == 18 * 16
 
 
-def test_several_passes_give_the_same_bits() -> None:
+def test_several_passes_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def folders() -> list[Path]:
+        return list(tmp_path.glob("mergekern-statistics-*"))
+
     expected, models = collected(Mlp), trained(Mlp)
     looked: list[int] = []
 
@@ -245,6 +252,48 @@ def test_several_passes_give_the_same_bits() -> None:
         for a, b in zip(moments, expected.outputs[node], strict=True):
             assert a.rows == b.rows == 41
             assert_bytes_equal(a.variance, b.variance)
+    assert list(got.covariances) == ["one", "two"]
+    assert len(folders()) == 2
+    got.save(tmp_path / "s.safetensors")
+    back = Statistics.load(tmp_path / "s.safetensors", mlp_spaces(), models)
+    assert_bytes_equal(back.correlation("two"), expected.correlation("two"))
+    del got
+    gc.collect()
+    assert not folders()
+
+
+def test_nothing_is_left_behind_by_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rounds: list[int] = []
+
+    def batches() -> Iterator[Tensor]:
+        rounds.append(len(list(tmp_path.iterdir())))
+        yield from inputs(Mlp) if len(rounds) == 1 else ()
+
+    with refused(OP, "there are no batches"):
+        collect_statistics(trained(Mlp), batches, mlp_spaces(), memory=8 * 16**2)
+    assert rounds == [0, 1]
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_accumulators_that_are_done_leave_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start of a pass there are none but its own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    alive: list[int] = []
+
+    def batches() -> Iterator[Tensor]:
+        gc.collect()
+        of_spaces = [o for o in gc.get_objects() if type(o) is mk.Covariance]
+        alive.append(sum(c._dims() in ([16], [12]) for c in of_spaces))
+        yield from inputs(Mlp)
+
+    collect_statistics(trained(Mlp), batches, mlp_spaces(), memory=8 * 16**2)
+    assert alive == [1, 1]
 
 
 def test_training_mode_and_gradients_are_left_as_they_were() -> None:

@@ -37,7 +37,7 @@ def zip_weights(
         if any(t.numel() for t in x):
             plans.append(_plan(out, x, r, c, f, d, by, prepared, stream))
         else:
-            out.zero_()
+            out.fill_(-0.0)
     sizes = [(p.height, p.width) for p in plans]
     tasks = runtime.tasks(sizes, runtime.CHUNK, runtime._cpu.ZIP_ROWS)
 
