@@ -13,6 +13,7 @@ from .align.spaces import Spaces
 from .align.statistics import Statistics
 from .align.zip_models import zip_models
 from .engine.run import Manifest, merge_checkpoints
+from .engine.zip_folder import load_zip
 from .errors import (
     ArgumentError,
     BackendError,
@@ -39,8 +40,7 @@ from .ops.weighted_rows import weighted_rows
 from .ops.weighted_sum import weighted_sum
 from .ops.zip_match import zip_match
 from .ops.zip_weights import zip_weights, zip_weights_all
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "ArgumentError",
@@ -74,6 +74,7 @@ __all__ = [
     "gram",
     "kth_magnitude",
     "load_masks",
+    "load_zip",
     "masked",
     "match",
     "merge_checkpoints",

@@ -24,7 +24,7 @@ SOURCES = sorted(p for p in PACKAGE.rglob("*.py"))
 
 # Low to high; a file may import from its own floor and from those below.
 FLOORS = (
-    ("errors", "keep", "check", "digits", "bits"),
+    ("errors", "keep", "check", "digits", "bits", "version"),
     ("_cpu", "_cuda"),
     ("backends",),
     ("dispatch", "reference"),

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from ..errors import MergekernError
-from . import bench, demo, doctor, hook, inspect, merge
+from . import bench, demo, doctor, hook, inspect, merge, zip
 
 app = typer.Typer(
     name="mergekern",
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("merge")(merge.merge)
+app.command("zip")(zip.zip)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

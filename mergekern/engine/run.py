@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,10 @@ from typing import Any
 import torch
 
 from ..check import parse_size
-from ..errors import ArgumentError, CheckpointError, ConfigWarning
+from ..errors import ArgumentError, ConfigWarning
 from .checkpoint import Checkpoint
 from .config import load_config
-from .folder import carry, write_card
+from .folder import carry, staged, write_card
 from .parameters import idle
 from .plan import make_plan
 from .progress import bar
@@ -81,7 +78,7 @@ def merge_checkpoints(
     parsed = load_config(config)
     parsed.method.check_host(host)
     target = Path(out)
-    _check_device(device)
+    check_device(device)
     limit, largest = parse_size("memory", memory), parse_size("shard_size", shard_size)
     with contextlib.ExitStack() as stack:
         checkpoints = []
@@ -92,7 +89,7 @@ def merge_checkpoints(
         if without_effect := idle(parsed, [t.key for t in plan.tasks if t.arguments is not None]):
             lines = "".join(f"\n  {what}" for what in without_effect)
             warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=2)
-        staging = stack.enter_context(_staged(target, plan.bytes_written))
+        staging = stack.enter_context(staged(target, plan.bytes_written))
         home = checkpoints[parsed.paths.index(parsed.home)]
         carried, left_out = carry(home, staging, parsed.out_dtype or parsed.dtype)
         write_card(parsed, staging)
@@ -115,7 +112,7 @@ def merge_checkpoints(
     )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -124,54 +121,3 @@ def _check_device(device: str) -> None:
         raise ArgumentError(f"device: not served; got {device!r}; expected cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device: torch sees no CUDA GPU; got {device!r}; expected cpu")
-
-
-@contextlib.contextmanager
-def _staged(target: Path, size: int) -> Iterator[Path]:
-    """A folder beside `target` that takes its name at the end, or vanishes on any error."""
-    if target.is_symlink() or target.name in ("", ".", ".."):
-        raise CheckpointError(f"{target}: output must be a new folder, by its own name")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: output exists already; remove it or choose another name")
-    parent = target.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if size > free:
-            raise CheckpointError(
-                f"{target}: the result needs {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB"
-            )
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror})") from None
-    try:
-        yield staging
-        staging.chmod(0o777 & ~_umask())
-        _sync_tree(staging)
-        staging.rename(target)
-        _sync(parent)
-    except OSError as error:
-        raise CheckpointError(f"{target}: writing failed ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_tree(root: Path) -> None:
-    for folder, _, files in os.walk(root):
-        for name in files:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -7,31 +7,17 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cli.calls import Run, one_line
 
 import mergekern as mk
-from mergekern import cli, dispatch
+from mergekern import dispatch
 
 from accuracy import assert_bits_equal
 from engine.models import linear, nothing_left, read_folder, tensors, ties, write_file, write_folder
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """The command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = cli.run([str(a) for a in arguments])
-        return code, *capfd.readouterr()
-
-    return call
 
 
 @pytest.fixture
@@ -152,15 +138,6 @@ def test_host_changes_the_result(run: Run, tmp_path: Path) -> None:
 
 
 # ---- errors ----------------------------------------------------------------------------------
-
-
-def one_line(code: int, printed: str, errors: str) -> str:
-    """The error of ours, which is all that is printed."""
-    assert code == 2
-    assert printed == ""
-    assert "Traceback" not in errors
-    assert errors.startswith("mergekern: ")
-    return errors
 
 
 def test_errors_are_one_line_and_exit_code_2(run: Run, config: Path, tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from mergekern import zip_models
 from mergekern.cli import demo
 from mergekern.errors import ArgumentError
+
+from accuracy import assert_bytes_equal, assert_within
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
@@ -30,7 +33,8 @@ def rows(printed: io.StringIO) -> dict[str, demo.Row]:
 
 
 def test_rows_and_names(rows: dict[str, demo.Row]) -> None:
-    assert list(rows) == ["model A", "model B", "average", "ensemble"]
+    merged = ["average", "permute", "zip", "partial zip"]
+    assert list(rows) == ["model A", "model B", *merged, "ensemble"]
     for row in rows.values():
         assert all(0 <= share <= 1 for share in (row.joint, row.task_a, row.task_b))
         assert row.seconds > 0
@@ -57,10 +61,16 @@ def test_average_is_below_ensemble(rows: dict[str, demo.Row]) -> None:
     assert rows["average"].joint < rows["ensemble"].joint - 0.1
 
 
+def test_what_is_aligned_is_above_average(rows: dict[str, demo.Row]) -> None:
+    average = rows["average"].joint
+    assert min(rows[name].joint for name in ("permute", "zip")) > average
+    assert rows["partial zip"].joint > max(average, rows["model A"].joint, rows["model B"].joint)
+
+
 def test_prints_every_row_in_percent(rows: dict[str, demo.Row], printed: io.StringIO) -> None:
     text = printed.getvalue()
     for row in rows.values():
-        line = next(line for line in text.splitlines() if row.name in line)
+        line = next(line for line in text.splitlines() if f"│ {row.name} " in line)
         assert f"{100 * row.joint:.1f}" in line
         assert demo.TIMED.get(row.name, "merging") in line
     assert "not aligned" in text
@@ -118,18 +128,29 @@ def test_accuracies_by_hand() -> None:
     assert demo.accuracies(scores, labels) == (0.5, 1.0, 0.5)
 
 
-def test_reset_statistics_are_those_of_the_images() -> None:
+def test_each_head_of_a_partial_zip_has_its_own_codes() -> None:
     with torch.random.fork_rng(devices=[]):
-        model = demo.Encoder(width=4).eval()
-    images = demo.load_data(0).train_images[:100]
-    demo.reset_statistics(model, images)
-    norm = model.features[1]
+        models = [demo.Encoder(width=4).eval() for _ in range(2)]
+    data, codes = demo.load_data(0), demo.class_codes(0)
+    images = data.train_images[:100]
+    partial = zip_models(models, [images], method="identity", until=demo.UNTIL, repair="none")
+    found = demo.cosines(partial, images, codes)
     with torch.no_grad():
-        x = model.features[0](images)
-    torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
-    torch.testing.assert_close(norm.running_var, x.var((0, 2, 3)))
-    assert norm.momentum == 0.1
-    assert not model.training
+        a, b = partial(images)
+    assert_bytes_equal(found, torch.cat([a @ codes[:5].T, b @ codes[5:].T], 1))
+    assert list(partial.heads[0].state_dict()) == ["head.weight", "head.bias"]
+
+
+def test_the_average_is_repaired() -> None:
+    with torch.random.fork_rng(devices=[]):
+        model = demo.Encoder(width=32).eval()
+    images = demo.load_data(0).train_images[:100]
+    norm = demo.average([model, model], images).features[1]
+    with torch.no_grad():
+        x = model.features[0](images).double()
+    largest, rounding = x.abs().amax(), 6400 * torch.finfo(torch.float32).eps  # sums of 6400
+    assert_within(norm.running_mean, x.mean((0, 2, 3)), rounding * largest)
+    assert_within(norm.running_var, x.var((0, 2, 3)), rounding * largest**2)
 
 
 def test_missing_scikit_learn_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
