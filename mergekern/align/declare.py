@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from .program import Program, module_of, state_of
-from .rules import name_of
 from .spaces import Place, Probe, Space, Spaces
+from .tracing.program import Program, module_of, state_of
+from .tracing.rules import name_of
 
 _OP = "declare_spaces"
 _ROLES = ("produces", "consumes", "rides")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .. import check
 from ..errors import ArgumentError
-from .program import Program, state_of
 from .spaces import Spaces
+from .tracing.program import Program, state_of
 
 _SHOWN = 12  # digits of a fingerprint that a sentence shows
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError
 from ..ops.permute import permute_all
-from .program import Program, evaluating, state_of
+from .tracing.program import Program, evaluating, state_of
 
 Permutations = Mapping[str, Tensor]
 # Call -> (space, axes, positions) of its result: with `axes` last and flattened, feature f of the

@@ -11,10 +11,10 @@ import torch
 from align.networks import CASES, Case, normal, planted, random_labels, unrelated
 from torch import Tensor, nn
 
-from mergekern.align.apply import apply
-from mergekern.align.collect import collect_statistics
-from mergekern.align.match import Match
-from mergekern.align.repair import repair
+from mergekern.align.matching.match import Match
+from mergekern.align.merging.apply import apply
+from mergekern.align.merging.repair import repair
+from mergekern.align.statistics.collect import collect_statistics
 
 from accuracy import assert_bytes_equal, assert_within
 from refusal import refused

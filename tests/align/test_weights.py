@@ -15,11 +15,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import mergekern as mk
-from mergekern.align import weights as implementation
-from mergekern.align.match import Match, match
-from mergekern.align.program import state_of
+from mergekern.align.matching import weights as implementation
+from mergekern.align.matching.match import Match, match
+from mergekern.align.matching.weights import STARTS
 from mergekern.align.spaces import Space, Spaces
-from mergekern.align.weights import STARTS
+from mergekern.align.tracing.program import state_of
 
 from accuracy import assert_bytes_equal
 from refusal import refused

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..errors import ArgumentError
+from ...errors import ArgumentError
 from .labels import Facts, Layer, Value, collapsed, distinct
 from .program import Program, module_of
 

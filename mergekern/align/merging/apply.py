@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import check
-from ..errors import ArgumentError
-from ..methods.compat import require_fit
-from ..ops.permute import permute_all
-from ..ops.zip_weights import zip_weights_all
-from .match import Match
-from .models import states_of
+from ... import check
+from ...errors import ArgumentError
+from ...methods.compat import require_fit
+from ...ops.permute import permute_all
+from ...ops.zip_weights import zip_weights_all
+from ..matching.match import Match
+from ..models import states_of
+from ..spaces import Place, Spaces
+from ..tracing.program import Program, named_tensors
 from .partial import PartialZip
-from .program import Program, named_tensors
 from .relabel import Relabelling, is_permutation, normalized, read_labels
-from .spaces import Place, Spaces
 from .split import split
 
 _OP = "apply"
@@ -61,8 +61,8 @@ def apply(
     2305.03053).
 
     >>> import torch
-    >>> from mergekern.align.match import Match
-    >>> from mergekern.align.program import Program
+    >>> from mergekern.align.matching.match import Match
+    >>> from mergekern.align.tracing.program import Program
     >>> from mergekern.align.spaces import Place, Space, Spaces
     >>> a, b = (torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 1)) for _ in "ab")
     >>> f = torch.arange(2)[:, None]

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from ..errors import ArgumentError
+from ...errors import ArgumentError
 from .inputs import Arguments, Inputs, arguments
 
 Call = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import check
-from ..errors import ArgumentError
+from ... import check
+from ...errors import ArgumentError
+from ..models import states_of
+from ..spaces import Space, Spaces
+from ..statistics.statistics import Statistics
 from .blend import WeightSimilarity
-from .merging import Labels, most_similar
-from .models import states_of
-from .spaces import Space, Spaces
-from .statistics import Statistics
+from .most_similar import Labels, most_similar
 from .weights import STARTS, Objective, match_weights
 
 METHODS = ("zip", "permute", "identity", "weights")

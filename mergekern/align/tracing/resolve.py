@@ -12,9 +12,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from ..spaces import Layout, Place, Probe, Space
 from .labels import Facts, Layer
 from .program import Program
-from .spaces import Layout, Place, Probe, Space
 
 
 @dataclass

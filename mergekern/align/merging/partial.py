@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_unflatten
 
-from .program import Call, Program, named_tensors
+from ..tracing.program import Call, Program, named_tensors
 from .relabel import Relabelling
 from .split import Part, Split, writes
 

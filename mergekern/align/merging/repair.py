@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import ArgumentError
-from .inputs import Arguments, Inputs, arguments_of
-from .match import Match
+from ...errors import ArgumentError
+from ..matching.match import Match
+from ..statistics.statistics import Statistics
+from ..tracing.inputs import Arguments, Inputs, arguments_of
+from ..tracing.program import evaluating
 from .partial import PartialZip, norms_of, train_norms
-from .program import evaluating
 from .rescale import rescale
-from .statistics import Statistics
 
 _OP = "repair"
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from ..errors import ArgumentError
+from ...errors import ArgumentError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

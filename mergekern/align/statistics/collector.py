@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import ArgumentError
-from ..ops.covariance import Covariance
+from ...errors import ArgumentError
+from ...ops.covariance import Covariance
+from ..spaces import Probe, Space, Spaces, distance
+from ..tracing.program import Program, evaluating, module_of
 from .capture import After, Before, features, row_mask, run_together
-from .program import Program, evaluating, module_of
-from .spaces import Probe, Space, Spaces, distance
 
 Mask = str | Callable[[Any], Tensor]
 

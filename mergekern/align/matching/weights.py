@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..check import FLOATS
-from ..ops.gram import gram
-from ..ops.permute import permute
+from ...check import FLOATS
+from ...ops.gram import gram
+from ...ops.permute import permute
+from ..spaces import Place, Space, Spaces
 from .heads import assign_groups
-from .spaces import Place, Space, Spaces
 
 Order = Mapping[str, Tensor]  # space -> index: feature f becomes what feature index[f] was
 

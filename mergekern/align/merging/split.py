@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import TreeSpec
 
-from ..errors import ArgumentError
-from .inputs import Inputs
-from .program import Call, Program, Runner, module_of
+from ...errors import ArgumentError
+from ..spaces import Spaces
+from ..tracing.inputs import Inputs
+from ..tracing.program import Call, Program, Runner, module_of
 from .relabel import Carried, carried, some_of
-from .spaces import Spaces
 
 
 @dataclass(frozen=True, eq=False)
