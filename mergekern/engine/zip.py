@@ -283,7 +283,7 @@ def _fitted(found: Match, merged: nn.Module) -> dict[str, Fitted]:
     """The spaces of model order, with what the match says of them."""
     fitted, trunk = {}, None
     if isinstance(merged, PartialZip):
-        aliases = found.spaces.program.aliases
+        aliases = found.spaces.program.architecture.aliases
         names = [n for n in merged.parts.trunk.names.values() if n in aliases]
         trunk = {alias for name in names for alias in aliases[name]}
     for name, space in found.spaces.movable.items():

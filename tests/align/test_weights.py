@@ -63,7 +63,7 @@ def objective(spaces: Spaces, a: nn.Module, b: nn.Module, labels: dict[str, Tens
     """Over the parameters that a movable space touches, each once, in float64."""
     moved = spaces.permuted({k: x.argsort() for k, x in labels.items()}, state_of(b))
     touched = {p.name for s in spaces.movable.values() for p in s.places}
-    aliases = {n for t in touched for n in spaces.program.aliases[t]}
+    aliases = {n for t in touched for n in spaces.architecture.aliases[t]}
     return math.fsum(
         float((x.detach().double() * moved[name].double()).sum())
         for name, x in a.named_parameters()

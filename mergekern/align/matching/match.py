@@ -147,7 +147,7 @@ def _weights(
     if models is None or len(models) < 2:
         got = "none" if models is None else len(models)
         raise ArgumentError.of(_OP, "there are no weights to match", got, "models, 2 or more")
-    states_of(_OP, models, spaces.program)
+    states_of(_OP, models, spaces.architecture)
     found = [match_weights(spaces, models[0], other, seed, start) for other in models[1:]]
     labels = {
         name: [torch.arange(space.size), *(order[name].argsort() for order, _ in found)]

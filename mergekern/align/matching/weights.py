@@ -219,7 +219,7 @@ def parameter_places(
     found: dict[str, list[tuple[Space, Place]]] = {}
     for space in spaces.movable.values():
         for place in space.places:
-            name = spaces.program.aliases[place.name][0]
+            name = spaces.architecture.aliases[place.name][0]
             if name in parameters and parameters[name].dtype in FLOATS:
                 found.setdefault(name, []).append((space, place))
     return found

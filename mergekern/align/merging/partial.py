@@ -37,7 +37,9 @@ class PartialZip(nn.Module):
     ) -> None:
         super().__init__()
         self.parts = parts
-        merged = {alias: x for name, x in trunk.items() for alias in program.aliases[name]}
+        merged = {
+            alias: x for name, x in trunk.items() for alias in program.architecture.aliases[name]
+        }
         states = [dict(named_tensors(model)) | program.constants for model in models]
         self.trunk = _tree(_own(states[0], parts.trunk.names.values(), merged))
         self.heads = nn.ModuleList(_tree(_own(s, parts.head.names.values(), {})) for s in states)

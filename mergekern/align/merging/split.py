@@ -149,7 +149,7 @@ class _Cut:
         roles = {
             place.role
             for place in self.spaces[space].places
-            if not taken.isdisjoint(self.program.aliases[place.name])
+            if not taken.isdisjoint(self.program.architecture.aliases[place.name])
         }
         if roles & {"consumes", "both"}:
             return any(c.space == space for c in self.layout.get(call.name, ()))

@@ -79,10 +79,11 @@ def collect_statistics(
     models = list(models)
     if len(models) < 2:
         raise ArgumentError.of(_OP, "there is nothing to compare", len(models), "2 models or more")
-    states = states_of(_OP, models, spaces.program)
+    program = spaces.program
+    states = states_of(_OP, models, spaces.architecture)
     options = {"nan": nan, "backend": backend, "device": next(iter(states[0].values())).device}
     passes = _passes(spaces, len(models), within, check.parse_size("memory", memory))
-    collector = Collector(models, states, spaces.program, within, mask, options)
+    collector = Collector(models, states, program, within, mask, options)
     stored = Stored(spaces, len(models), within)
     covariances: dict[str, Covariance] = {}
     outputs: dict[str, list[Covariance]] = {}

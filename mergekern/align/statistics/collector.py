@@ -169,7 +169,7 @@ def _layers(spaces: Spaces) -> dict[str, int]:
         for space in spaces.movable.values()
         for place in space.places
         if place.role in ("produces", "both")
-        for alias in spaces.program.aliases[place.name]
+        for alias in spaces.architecture.aliases[place.name]
     }
     found = {}
     for node in spaces.program.graph.nodes:
