@@ -350,8 +350,11 @@ def test_refusals() -> None:
         repair(merged, [xs[0] * float("inf")], match=match, statistics=stats)
     with refused("repair", "module is none", "str"):
         repair("model", xs)
+    partial = apply(models, match, until="a")
     with torch.no_grad():
-        before["b.bias"][0] = merged.b.bias[0] = float("nan")  # behind a layer that is finite
+        partial.heads[1].b.bias[0] = float("nan")  # behind a trunk that is finite
+    state = state_of(partial)
     with refused("repair", "'b'", "not finite"):
-        repair(merged, xs, match=match, statistics=stats)
+        repair(partial, xs, match=match, statistics=stats)
+    assert_same_state(partial.state_dict(), state)
     assert_same_state(merged.state_dict(), before)
