@@ -11,10 +11,10 @@ from bench_covariance import over_bound
 from torch import nn
 
 import mergekern as mk
-from mergekern.align import collector
-from mergekern.align.capture import features, run_together
-from mergekern.align.collect import collect_statistics
-from mergekern.align.statistics import Statistics
+from mergekern.align.statistics import collector
+from mergekern.align.statistics.capture import features, run_together
+from mergekern.align.statistics.collect import collect_statistics
+from mergekern.align.statistics.statistics import Statistics
 from mergekern.ops import covariance
 from mergekern.ops._cost import Cost
 

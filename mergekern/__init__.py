@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from .align.apply import apply
-from .align.collect import collect_statistics
 from .align.declare import declare_spaces
 from .align.discover import discover_spaces
-from .align.match import Match, match
-from .align.partial import PartialZip
-from .align.repair import repair
+from .align.matching.match import Match, match
+from .align.merging.apply import apply
+from .align.merging.partial import PartialZip
+from .align.merging.repair import repair
 from .align.spaces import Spaces
-from .align.statistics import Statistics
+from .align.statistics.collect import collect_statistics
+from .align.statistics.statistics import Statistics
 from .align.zip_models import zip_models
 from .engine.run import Manifest, merge_checkpoints
 from .engine.zip_folder import load_zip

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from .program import Program, module_of, state_of
-from .rules import name_of
 from .spaces import Place, Probe, Space, Spaces
+from .tracing.program import Architecture, Program, module_of, state_of
+from .tracing.rules import name_of
 
 _OP = "declare_spaces"
 _ROLES = ("produces", "consumes", "rides")
@@ -63,6 +63,7 @@ def declare_spaces(
                 space, role = _entry(name, axis, len(shape), entry)
                 positions = torch.arange(shape[axis])[:, None]
                 places.setdefault(space, []).append(Place(name, axis, positions, role))
+    kind = Architecture.of(model)
     program = None if example_inputs is None else Program(model, example_inputs, _OP)
     made = []
     for space, found in places.items():
@@ -70,7 +71,7 @@ def declare_spaces(
         group = (groups or {}).get(space, space if blocks > 1 else None)
         probes = () if program is None else tuple(_probes(program, found))
         made.append(Space(space, len(found[0].positions), tuple(found), probes, blocks, group))
-    return Spaces(made, program)
+    return Spaces(made, program or kind)
 
 
 def _entry(name: str, axis: int, ndim: int, entry: Any) -> tuple[str, str]:

@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from .. import check
 from ..errors import ArgumentError
-from .calls import RULES
-from .program import Program
-from .resolve import Resolver
-from .rules import Interpreter
 from .spaces import Spaces
+from .tracing.calls import RULES
+from .tracing.program import Program
+from .tracing.resolve import Resolver
+from .tracing.rules import Interpreter
 
 _OP = "discover_spaces"
 

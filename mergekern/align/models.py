@@ -11,26 +11,22 @@ from torch import Tensor, nn
 
 from .. import check
 from ..errors import ArgumentError
-from .program import Program, state_of
 from .spaces import Spaces
+from .tracing.program import Architecture, state_of
 
 _SHOWN = 12  # digits of a fingerprint that a sentence shows
 
 
-def states_of(op: str, models: Sequence[nn.Module], program: Program) -> list[dict[str, Tensor]]:
-    """The tensors of each model: those that the traced one has, of its shapes, on one device."""
-    shapes = {
-        program.names[n.name]: tuple(n.meta["val"].shape)
-        for n in program.placeholders()
-        if n.name in program.names
-    }
+def states_of(op: str, models: Sequence[nn.Module], kind: Architecture) -> list[dict[str, Tensor]]:
+    """The tensors of each model: those of its architecture, of its shapes, on one device."""
+    shapes = kind.shapes
     states = [state_of(model) for model in models]
     if not states[0]:
         raise ArgumentError.of(op, "models[0] has no tensors", "none", "parameters")
     first = next(iter(states[0].values())).device
     for i, (model, state) in enumerate(zip(models, states, strict=True)):
         own = {name: tuple(x.shape) for name, x in state.items() if name in shapes}
-        odd = sorted(set(model.state_dict()) ^ program.persistent)
+        odd = sorted(set(model.state_dict()) ^ kind.persistent)
         odd += [name for name, shape in shapes.items() if own.get(name) != shape]
         if odd:
             name = odd[0]

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .match import Match
-from .statistics import Statistics
+from .matching.match import Match
+from .statistics.statistics import Statistics
 
 _OP = "picture"
 _SHOWN = 64  # features of a heat map: with more of them the diagonal would be thinner than a pixel

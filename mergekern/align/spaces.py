@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError
 from ..ops.permute import permute_all
-from .program import Program, evaluating, state_of
+from .tracing.program import Architecture, Program, evaluating, state_of
 
 Permutations = Mapping[str, Tensor]
 # Call -> (space, axes, positions) of its result: with `axes` last and flattened, feature f of the
@@ -89,10 +89,14 @@ class Spaces(Mapping[str, Space]):
     """
 
     def __init__(
-        self, spaces: Sequence[Space], program: Program | None, layout: Layout | None = None
+        self,
+        spaces: Sequence[Space],
+        program: Program | Architecture,
+        layout: Layout | None = None,
     ) -> None:
         self._spaces = {space.name: space for space in spaces}
-        self._program = program
+        self._program = program if isinstance(program, Program) else None
+        self.architecture = program.architecture if isinstance(program, Program) else program
         self.layout = layout or {}
 
     @property

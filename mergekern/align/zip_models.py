@@ -10,14 +10,15 @@ from torch import nn
 
 from .. import check
 from ..errors import ArgumentError
-from .apply import apply
-from .collect import collect_statistics
 from .discover import discover_spaces
-from .match import METHODS, match
-from .repair import Batches, arguments_of, has_norms
-from .repair import repair as repair_model
+from .matching.match import METHODS, match
+from .merging.apply import apply
+from .merging.repair import Batches, has_norms
+from .merging.repair import repair as repair_model
+from .merging.split import split
 from .spaces import Spaces
-from .split import split
+from .statistics.collect import collect_statistics
+from .tracing.inputs import arguments_of
 
 _OP = "zip_models"
 REPAIRS = ("auto", "none")

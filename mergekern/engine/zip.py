@@ -16,16 +16,16 @@ import torch
 from torch import nn
 
 from .. import check
-from ..align.apply import apply
-from ..align.collect import collect_statistics
 from ..align.discover import discover_spaces
-from ..align.match import METHODS, Match, match
-from ..align.partial import PartialZip
+from ..align.matching.match import METHODS, Match, match
+from ..align.merging.apply import apply
+from ..align.merging.partial import PartialZip
+from ..align.merging.repair import has_norms, repair
+from ..align.merging.split import split
 from ..align.picture import draw, require_matplotlib
-from ..align.repair import has_norms, repair
 from ..align.spaces import Spaces
-from ..align.split import split
-from ..align.statistics import Statistics
+from ..align.statistics.collect import collect_statistics
+from ..align.statistics.statistics import Statistics
 from ..align.zip_models import REPAIRS
 from ..errors import ArgumentError
 from .checkpoint import Checkpoint

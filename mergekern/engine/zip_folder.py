@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..align.apply import apply
 from ..align.discover import discover_spaces
-from ..align.match import Match
+from ..align.matching.match import Match
+from ..align.merging.apply import apply
 from ..check import name_of
 from ..errors import ArgumentError, CheckpointError
 from ..methods.compat import Signature, agree

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..align.match import Match
-from ..align.partial import PartialZip
+from ..align.matching.match import Match
+from ..align.merging.partial import PartialZip
 from ..version import __version__
 
 
@@ -81,7 +81,7 @@ def fitted(found: Match, merged: nn.Module) -> dict[str, Fitted]:
 
 def _trunk(found: Match, merged: PartialZip) -> set[str]:
     """Tensors of the trunk, by all of their names."""
-    aliases = found.spaces.program.aliases
+    aliases = found.spaces.program.architecture.aliases
     return {x for name in merged.parts.trunk.names.values() for x in aliases.get(name, ())}
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergekern.align.program import Program
 from mergekern.align.spaces import Place, Probe, Space, Spaces
+from mergekern.align.tracing.program import Program
 
 
 def each(size: int, start: int = 0) -> Tensor:

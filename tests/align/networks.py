@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_map
 
 from mergekern.align.discover import discover_spaces
-from mergekern.align.match import Match
+from mergekern.align.matching.match import Match
 from mergekern.align.spaces import Spaces
 
 from accuracy import assert_bytes_equal, assert_within

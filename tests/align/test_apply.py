@@ -11,11 +11,11 @@ import torch
 from align.networks import CASES, one_to_one, planted, random_labels, run, unrelated
 from torch import Tensor, nn
 
-from mergekern.align.apply import apply
-from mergekern.align.match import Match
-from mergekern.align.program import Program
-from mergekern.align.relabel import Relabelling
+from mergekern.align.matching.match import Match
+from mergekern.align.merging.apply import apply
+from mergekern.align.merging.relabel import Relabelling
 from mergekern.align.spaces import Place, Space, Spaces
+from mergekern.align.tracing.program import Program
 
 from accuracy import assert_bytes_equal, assert_within
 from refusal import refused

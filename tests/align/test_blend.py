@@ -9,12 +9,12 @@ import torch
 from align.nets import Attention, Convs, Mlp, attention_spaces, convs_spaces, mlp_spaces, seeded
 from torch import Tensor, nn
 
-from mergekern.align.blend import WeightSimilarity
-from mergekern.align.collect import collect_statistics
-from mergekern.align.match import match
-from mergekern.align.program import state_of
+from mergekern.align.matching.blend import WeightSimilarity
+from mergekern.align.matching.match import match
 from mergekern.align.spaces import Place, Space, Spaces
-from mergekern.align.statistics import Statistics
+from mergekern.align.statistics.collect import collect_statistics
+from mergekern.align.statistics.statistics import Statistics
+from mergekern.align.tracing.program import state_of
 
 from accuracy import assert_bytes_equal, assert_within
 from refusal import refused
@@ -101,7 +101,7 @@ def test_labels_are_those_of_the_blend_they_lead_to(
         for x, y in zip(found.labels[name], plain.labels[name], strict=True)
     )
     again = match(stats, method, models=models, blend=blend)
-    from mergekern.align.merging import most_similar
+    from mergekern.align.matching.most_similar import most_similar
 
     options = {"alpha": 0.3, "beta": 0.125, "host": None, "backend": "auto"}
     for group in stats.spaces.groups().values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from torch import nn
 import mergekern as mk
 from mergekern.align.spaces import Space, Spaces
 
+from accuracy import assert_bytes_equal
 from refusal import refused
 
 EXACT = 1e-11  # of outputs in float64, whose unit is 1e-16; a wrong space changes them by 1e-3 on
@@ -210,8 +212,19 @@ def test_declared_spaces_are_those_that_are_discovered() -> None:
     blind = mk.declare_spaces(axes, model)
     permuted = blind.permuted(blind.random(), model.state_dict())
     assert not torch.equal(permuted["a.weight"], model.a.weight)
-    with refused("spaces", "example inputs are missing"):
-        blind.verify(model, inputs)
+    other = copy.deepcopy(model)
+    other.load_state_dict(blind.permuted(blind.random(), model.state_dict()))
+    found = mk.match(blind, "weights", models=[model, other])
+    merged = mk.apply([model, other], found)
+    for key, x in model.state_dict().items():
+        assert_bytes_equal(merged.state_dict()[key], x)
+    for needs in (
+        lambda: blind.verify(model, inputs),
+        lambda: mk.collect_statistics([model, other], [inputs], blind),
+        lambda: mk.apply([model, other], found, until="stem"),
+    ):
+        with refused("spaces", "example inputs are missing"):
+            needs()
 
 
 @pytest.mark.parametrize(

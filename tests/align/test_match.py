@@ -14,11 +14,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import mergekern as mk
-from mergekern.align.collect import collect_statistics
-from mergekern.align.match import match
-from mergekern.align.program import state_of
+from mergekern.align.matching.match import match
 from mergekern.align.spaces import Spaces
-from mergekern.align.statistics import Statistics
+from mergekern.align.statistics.collect import collect_statistics
+from mergekern.align.statistics.statistics import Statistics
+from mergekern.align.tracing.program import state_of
 
 import zipit
 from accuracy import assert_bytes_equal

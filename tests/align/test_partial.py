@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from mergekern.align.apply import apply
 from mergekern.align.declare import declare_spaces
 from mergekern.align.discover import discover_spaces
-from mergekern.align.match import Match
+from mergekern.align.matching.match import Match
+from mergekern.align.merging.apply import apply
 from mergekern.align.spaces import Place, Space, Spaces
 
 from accuracy import assert_bytes_equal

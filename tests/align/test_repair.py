@@ -11,10 +11,10 @@ import torch
 from align.networks import CASES, Case, normal, planted, random_labels, unrelated
 from torch import Tensor, nn
 
-from mergekern.align.apply import apply
-from mergekern.align.collect import collect_statistics
-from mergekern.align.match import Match
-from mergekern.align.repair import repair
+from mergekern.align.matching.match import Match
+from mergekern.align.merging.apply import apply
+from mergekern.align.merging.repair import repair
+from mergekern.align.statistics.collect import collect_statistics
 
 from accuracy import assert_bytes_equal, assert_within
 from refusal import refused
@@ -350,8 +350,11 @@ def test_refusals() -> None:
         repair(merged, [xs[0] * float("inf")], match=match, statistics=stats)
     with refused("repair", "module is none", "str"):
         repair("model", xs)
+    partial = apply(models, match, until="a")
     with torch.no_grad():
-        before["b.bias"][0] = merged.b.bias[0] = float("nan")  # behind a layer that is finite
+        partial.heads[1].b.bias[0] = float("nan")  # behind a trunk that is finite
+    state = state_of(partial)
     with refused("repair", "'b'", "not finite"):
-        repair(merged, xs, match=match, statistics=stats)
+        repair(partial, xs, match=match, statistics=stats)
+    assert_same_state(partial.state_dict(), state)
     assert_same_state(merged.state_dict(), before)

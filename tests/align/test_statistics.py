@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import mergekern as mk
 from mergekern import ArgumentError
-from mergekern.align.collect import collect_statistics
 from mergekern.align.spaces import Probe, Space, Spaces
-from mergekern.align.statistics import Statistics
+from mergekern.align.statistics.collect import collect_statistics
+from mergekern.align.statistics.statistics import Statistics
 
 from accuracy import assert_bytes_equal, assert_within
 from refusal import refused
@@ -349,7 +349,7 @@ class Transposed(nn.Module):
 
 def test_a_mask_follows_the_order_of_the_rows() -> None:
     """As many samples as tokens, so a mask in the wrong order would fit."""
-    from mergekern.align.program import Program
+    from mergekern.align.tracing.program import Program
 
     models = trained(Transposed)
     g = torch.Generator().manual_seed(0)

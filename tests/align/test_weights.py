@@ -15,11 +15,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import mergekern as mk
-from mergekern.align import weights as implementation
-from mergekern.align.match import Match, match
-from mergekern.align.program import state_of
+from mergekern.align.matching import weights as implementation
+from mergekern.align.matching.match import Match, match
+from mergekern.align.matching.weights import STARTS
 from mergekern.align.spaces import Space, Spaces
-from mergekern.align.weights import STARTS
+from mergekern.align.tracing.program import state_of
 
 from accuracy import assert_bytes_equal
 from refusal import refused
@@ -63,7 +63,7 @@ def objective(spaces: Spaces, a: nn.Module, b: nn.Module, labels: dict[str, Tens
     """Over the parameters that a movable space touches, each once, in float64."""
     moved = spaces.permuted({k: x.argsort() for k, x in labels.items()}, state_of(b))
     touched = {p.name for s in spaces.movable.values() for p in s.places}
-    aliases = {n for t in touched for n in spaces.program.aliases[t]}
+    aliases = {n for t in touched for n in spaces.architecture.aliases[t]}
     return math.fsum(
         float((x.detach().double() * moved[name].double()).sum())
         for name, x in a.named_parameters()

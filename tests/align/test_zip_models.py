@@ -12,11 +12,11 @@ from align.networks import CASES, assert_same_output, cast, planted, run, unrela
 from torch import Tensor, nn
 
 from mergekern.align import zip_models as module
-from mergekern.align.apply import apply
-from mergekern.align.collect import collect_statistics
-from mergekern.align.match import match
-from mergekern.align.partial import PartialZip
-from mergekern.align.repair import repair
+from mergekern.align.matching.match import match
+from mergekern.align.merging.apply import apply
+from mergekern.align.merging.partial import PartialZip
+from mergekern.align.merging.repair import repair
+from mergekern.align.statistics.collect import collect_statistics
 from mergekern.align.zip_models import zip_models
 
 from accuracy import assert_bytes_equal

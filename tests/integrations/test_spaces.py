@@ -21,8 +21,8 @@ from required import peer
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import mergekern as mk
-from mergekern.align.program import state_of
 from mergekern.align.spaces import Spaces
+from mergekern.align.tracing.program import state_of
 
 from accuracy import assert_bytes_equal
 

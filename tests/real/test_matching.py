@@ -6,9 +6,9 @@ import torch
 from test_cifar5 import RESET, Accuracy, accuracy, cosines, normalized
 
 import mergekern as mk
-from mergekern.align.collect import collect_statistics
-from mergekern.align.match import match
-from mergekern.align.program import state_of
+from mergekern.align.matching.match import match
+from mergekern.align.statistics.collect import collect_statistics
+from mergekern.align.tracing.program import state_of
 
 import rebasin
 from cifar import Cifar10, ResNet20, network, reset_statistics, weights

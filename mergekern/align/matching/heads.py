@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.assign import assign
-from .spaces import Space
+from ...ops.assign import assign
+from ..spaces import Space
 
 Scores = Sequence[tuple[Space, Tensor]]  # the spaces of one group, score [size, size] of each
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import check
-from ..errors import ArgumentError
-from ..methods.compat import require_fit
-from ..ops.permute import permute_all
-from ..ops.zip_weights import zip_weights_all
-from .match import Match
-from .models import states_of
+from ... import check
+from ...errors import ArgumentError
+from ...methods.compat import require_fit
+from ...ops.permute import permute_all
+from ...ops.zip_weights import zip_weights_all
+from ..matching.match import Match
+from ..models import states_of
+from ..spaces import Place, Spaces
+from ..tracing.program import Architecture, named_tensors
 from .partial import PartialZip
-from .program import Program
 from .relabel import Relabelling, is_permutation, normalized, read_labels
-from .spaces import Place, Spaces
 from .split import split
 
 _OP = "apply"
@@ -61,8 +61,8 @@ def apply(
     2305.03053).
 
     >>> import torch
-    >>> from mergekern.align.match import Match
-    >>> from mergekern.align.program import Program
+    >>> from mergekern.align.matching.match import Match
+    >>> from mergekern.align.tracing.program import Program
     >>> from mergekern.align.spaces import Place, Space, Spaces
     >>> a, b = (torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 1)) for _ in "ab")
     >>> f = torch.arange(2)[:, None]
@@ -77,34 +77,28 @@ def apply(
     True
     """
     spaces = match.spaces
-    states = _states(models, spaces.program)
+    states = _states(models, spaces.architecture)
     merging = _Merging(spaces, states, read_labels(_OP, match, len(states)), weights, backend)
     if until is None:
-        return _with_tensors(models[0], merging.merged(spaces.program.aliases))
+        return _with_tensors(models[0], merging.merged(spaces.architecture.aliases))
     parts = split(_OP, spaces, until)
     trunk = merging.merged(parts.trunk.names.values())
     return PartialZip(parts, spaces.program, merging.relabelling, models, trunk)
 
 
-def _states(models: Sequence[nn.Module], program: Program) -> list[dict[str, Tensor]]:
-    """The tensors of each model, which fit together and are those of the traced one."""
+def _states(models: Sequence[nn.Module], kind: Architecture) -> list[dict[str, Tensor]]:
+    """The tensors of each model, which fit together and are those of their architecture."""
     if not models or not all(isinstance(m, nn.Module) for m in models):
         got = ", ".join(type(m).__name__ for m in models) or "none"
         raise ArgumentError.of(_OP, "there are no models to merge", got, "modules, at least one")
-    states = states_of(_OP, models, program)
-    read = {
-        alias
-        for n in program.placeholders()
-        if n.users and n.name in program.names
-        for alias in program.aliases[program.names[n.name]]
-    }
+    states = states_of(_OP, models, kind)
     fitting = {}
     for i, state in enumerate(states):
-        held = {k: x for k, x in state.items() if k in program.persistent}
+        held = {k: x for k, x in state.items() if k in kind.persistent}
         for name in held:
             if _merges(held[name]):
                 check.same(_OP, f"{name} of models[{i}]", held[name], "models[0]", states[0][name])
-            elif name not in read:
+            elif name not in kind.read:
                 held[name] = states[0][name]
         fitting[f"models[{i}]"] = held
     require_fit(_OP, fitting)
@@ -127,7 +121,8 @@ class _Merging:
         backend: str,
     ) -> None:
         self.states, self.backend = states, backend
-        self.aliases, self.persistent = spaces.program.aliases, spaces.program.persistent
+        kind = spaces.architecture
+        self.aliases, self.persistent = kind.aliases, kind.persistent
         self.weights = None if weights is None else normalized(_OP, weights, len(states))
         self.relabelling = Relabelling(labels)
         self.places: dict[str, list[tuple[str, Place]]] = {}
@@ -203,13 +198,9 @@ def _arguments(axes: Mapping[int, tuple[list[Tensor], bool]]) -> dict[str, Any]:
 def _with_tensors(model: nn.Module, tensors: State) -> nn.Module:
     """A copy of the model with these tensors in place of its own, which are not copied."""
     known: dict[int, Any] = {}
+    own = dict(named_tensors(model))
     for name in tensors:
-        x: Tensor = _attribute(model, name)
+        x = own[name]
         y = tensors[name] if x.is_contiguous() else torch.empty_like(x).copy_(tensors[name])
         known[id(x)] = type(x)(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
     return copy.deepcopy(model, known)
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import check
-from ..errors import ArgumentError
-from ..ops.covariance import Covariance
-from .models import require, spaces_fingerprint
-from .spaces import Space, Spaces
+from ... import check
+from ...errors import ArgumentError
+from ...ops.covariance import Covariance
+from ..models import require, spaces_fingerprint
+from ..spaces import Space, Spaces
 
 _FORMAT = "mergekern statistics 1"
 

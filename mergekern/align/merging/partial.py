@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_unflatten
 
-from .program import Call, Program
+from ..tracing.program import Call, Program, named_tensors
 from .relabel import Relabelling
 from .split import Part, Split, writes
 
@@ -37,8 +37,10 @@ class PartialZip(nn.Module):
     ) -> None:
         super().__init__()
         self.parts = parts
-        merged = {alias: x for name, x in trunk.items() for alias in program.aliases[name]}
-        states = [_tensors(model) | program.constants for model in models]
+        merged = {
+            alias: x for name, x in trunk.items() for alias in program.architecture.aliases[name]
+        }
+        states = [dict(named_tensors(model)) | program.constants for model in models]
         self.trunk = _tree(_own(states[0], parts.trunk.names.values(), merged))
         self.heads = nn.ModuleList(_tree(_own(s, parts.head.names.values(), {})) for s in states)
         gathers = _gathers(parts, relabelling)
@@ -48,8 +50,8 @@ class PartialZip(nn.Module):
             for i in range(len(models))
         )
         self._shared = not any(map(writes, parts.head.module.graph.nodes))
-        self._move()
         self.train(models[0].training)
+        self.to(next(iter(states[0].values())).device)  # constants and indices were not there
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         flat = self.parts.inputs.flatten(type(self).__name__, args, kwargs)
@@ -91,14 +93,10 @@ class PartialZip(nn.Module):
         return [(trunk, trunk.tensors(self.trunk)), *((head, head.tensors(h)) for h in self.heads)]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PartialZip:
+        """As of every module; tensors that the calls make are made where those of heads are."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._move()
+        self.parts = self.parts.on(next(iter(self.heads.state_dict().values())).device)
         return self
-
-    def _move(self) -> None:
-        """Tensors that the calls make are made where those of the heads are."""
-        device = next(iter(self.parts.head.tensors(self.heads[0]).values())).device
-        self.parts = self.parts.on(device)
 
 
 def train_norms(counts: dict[int, int] | None = None) -> Call:
@@ -169,14 +167,6 @@ def _gather(x: Tensor, axes: tuple[int, ...], index: Tensor) -> Tensor:
     moved = x.movedim(axes, last)
     chosen = moved.flatten(-len(axes)).index_select(-1, index)
     return chosen.view(moved.shape).movedim(last, axes)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones under each."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
 
 
 def _own(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
-from ..ops.zip_match import zip_match
+from ...errors import ArgumentError
+from ...ops.zip_match import zip_match
+from ..spaces import Space
+from ..statistics.statistics import Statistics
 from .heads import assign_groups
-from .spaces import Space
-from .statistics import Statistics
 
 Labels = Mapping[str, list[Tensor]]  # space -> for each model, the merged feature of each feature
 

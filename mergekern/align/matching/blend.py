@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .merging import Labels
-from .spaces import Space, Spaces
+from ..spaces import Space, Spaces
+from .most_similar import Labels
 from .weights import accumulator_of, parameter_places, parameters_of, rows_of
 
 

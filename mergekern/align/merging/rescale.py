@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import ArgumentError
-from .match import Match
+from ...errors import ArgumentError
+from ..matching.match import Match
+from ..spaces import Spaces
+from ..statistics.statistics import Moments
+from ..tracing.program import module_of, state_of
 from .partial import PartialZip
-from .program import module_of, state_of
 from .relabel import Relabelling, normalized, read_labels
-from .spaces import Spaces
-from .statistics import Moments
 
 Outputs = Mapping[str, Sequence[Moments]]
 

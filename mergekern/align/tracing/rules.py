@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..errors import ArgumentError
+from ...errors import ArgumentError
 from .labels import Facts, Layer, Value, collapsed, distinct
 from .program import Program, module_of
 
@@ -62,9 +62,10 @@ class Interpreter:
         name = self.program.names.get(node.name)
         if name is None:
             return Value(_shape(given), data=True)
-        if name not in self.program.persistent or not given.is_floating_point():
-            return Value(_shape(given), const=self.program.buffers[name])
-        first = self.program.aliases[name][0]
+        kind = self.program.architecture
+        if name not in kind.persistent or not given.is_floating_point():
+            return Value(_shape(given), const=kind.buffers[name])
+        first = kind.aliases[name][0]
         if first not in self._tensors:
             self._tensors[first] = self.facts.parameter(first, _shape(given))
         return self._tensors[first]

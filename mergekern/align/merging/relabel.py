@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from .. import check
-from ..errors import ArgumentError
-from .match import Match
-from .spaces import Space, Spaces
+from ... import check
+from ...errors import ArgumentError
+from ..matching.match import Match
+from ..spaces import Space, Spaces
 
 Labels = dict[str, list[Tensor]]  # space -> for each model, the merged feature of each feature
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import TreeSpec
 
-from ..errors import ArgumentError
-from .inputs import Inputs
-from .program import Call, Program, Runner, module_of
+from ...errors import ArgumentError
+from ..spaces import Spaces
+from ..tracing.inputs import Inputs
+from ..tracing.program import Call, Program, Runner, module_of
 from .relabel import Carried, carried, some_of
-from .spaces import Spaces
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Part:
 
     def run(self, tensors: Iterable[Tensor], values: Iterable[Any], call: Call | None) -> Any:
         """The values at its end; `call`, if given, makes its calls."""
-        run: Callable[..., Any] = self.module if call is None else Runner(self.module, call).run
+        run = self.module.forward if call is None else Runner(self.module, call).run
         return run(*tensors, *values)
 
     def on(self, device: torch.device) -> Part:
@@ -149,7 +149,7 @@ class _Cut:
         roles = {
             place.role
             for place in self.spaces[space].places
-            if not taken.isdisjoint(self.program.aliases[place.name])
+            if not taken.isdisjoint(self.program.architecture.aliases[place.name])
         }
         if roles & {"consumes", "both"}:
             return any(c.space == space for c in self.layout.get(call.name, ()))

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..check import FLOATS
-from ..ops.gram import gram
-from ..ops.permute import permute
+from ...check import FLOATS
+from ...ops.gram import gram
+from ...ops.permute import permute
+from ..spaces import Place, Space, Spaces
 from .heads import assign_groups
-from .spaces import Place, Space, Spaces
 
 Order = Mapping[str, Tensor]  # space -> index: feature f becomes what feature index[f] was
 
@@ -219,7 +219,7 @@ def parameter_places(
     found: dict[str, list[tuple[Space, Place]]] = {}
     for space in spaces.movable.values():
         for place in space.places:
-            name = spaces.program.aliases[place.name][0]
+            name = spaces.architecture.aliases[place.name][0]
             if name in parameters and parameters[name].dtype in FLOATS:
                 found.setdefault(name, []).append((space, place))
     return found

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import check
-from ..errors import ArgumentError
+from ... import check
+from ...errors import ArgumentError
+from ..models import states_of
+from ..spaces import Space, Spaces
+from ..statistics.statistics import Statistics
 from .blend import WeightSimilarity
-from .merging import Labels, most_similar
-from .models import states_of
-from .spaces import Space, Spaces
-from .statistics import Statistics
+from .most_similar import Labels, most_similar
 from .weights import STARTS, Objective, match_weights
 
 METHODS = ("zip", "permute", "identity", "weights")
@@ -147,7 +147,7 @@ def _weights(
     if models is None or len(models) < 2:
         got = "none" if models is None else len(models)
         raise ArgumentError.of(_OP, "there are no weights to match", got, "models, 2 or more")
-    states_of(_OP, models, spaces.program)
+    states_of(_OP, models, spaces.architecture)
     found = [match_weights(spaces, models[0], other, seed, start) for other in models[1:]]
     labels = {
         name: [torch.arange(space.size), *(order[name].argsort() for order, _ in found)]

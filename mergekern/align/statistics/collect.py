@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from .. import check
-from ..errors import ArgumentError
-from ..ops.covariance import Covariance
+from ... import check
+from ...errors import ArgumentError
+from ...ops.covariance import Covariance
+from ..models import fingerprints, states_of
+from ..spaces import Spaces
 from .collector import Collector, Mask
-from .models import fingerprints, states_of
-from .spaces import Spaces
 from .statistics import Moments, Statistics, Stored, accumulator
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -63,7 +63,7 @@ def collect_statistics(
     Source: ZipIt (2305.03053); the outputs for REPAIR (2211.08403).
 
     >>> import torch
-    >>> from mergekern.align.program import Program
+    >>> from mergekern.align.tracing.program import Program
     >>> from mergekern.align.spaces import Place, Probe, Space, Spaces
     >>> models = [torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(2, 1))] * 2
     >>> features = torch.arange(2)[:, None]
@@ -79,10 +79,11 @@ def collect_statistics(
     models = list(models)
     if len(models) < 2:
         raise ArgumentError.of(_OP, "there is nothing to compare", len(models), "2 models or more")
-    states = states_of(_OP, models, spaces.program)
+    program = spaces.program
+    states = states_of(_OP, models, spaces.architecture)
     options = {"nan": nan, "backend": backend, "device": next(iter(states[0].values())).device}
     passes = _passes(spaces, len(models), within, check.parse_size("memory", memory))
-    collector = Collector(models, states, spaces.program, within, mask, options)
+    collector = Collector(models, states, program, within, mask, options)
     stored = Stored(spaces, len(models), within)
     covariances: dict[str, Covariance] = {}
     outputs: dict[str, list[Covariance]] = {}

@@ -9,9 +9,11 @@ shared trunk and heads.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -20,10 +22,32 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from ..errors import ArgumentError
+from ...errors import ArgumentError
 from .inputs import Arguments, Inputs, arguments
 
 Call = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What models of one kind have in common, by the names of their tensors.
+
+    persistent: those of the state dict. aliases: all names of a tensor, for each of them. read:
+    those that evaluation reads, as far as is known.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    persistent: frozenset[str]
+    buffers: Mapping[str, Tensor]
+    aliases: Mapping[str, list[str]]
+    read: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Architecture:
+        shapes = {name: tuple(x.shape) for name, x in state_of(model).items()}
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        persistent = frozenset(model.state_dict())
+        return cls(shapes, persistent, buffers, _aliases(model), frozenset(shapes))
 
 
 class Program:
@@ -50,11 +74,12 @@ class Program:
         known = {*self.names, *self.constants}
         nodes = [n for n in self.placeholders() if n.name not in known]
         self.inputs = Inputs(exported.call_spec.in_spec, nodes)
-        self.persistent = set(model.state_dict())
-        self.buffers = dict(model.named_buffers(remove_duplicate=False))
         self.out_spec: TreeSpec = exported.call_spec.out_spec
         self.example: Arguments = args, kwargs
-        self.aliases = _aliases(model)
+        kind = Architecture.of(model)
+        used = [self.names[n.name] for n in self.placeholders() if n.users and n.name in self.names]
+        read = frozenset(alias for name in used for alias in kind.aliases[name])
+        self.architecture = dataclasses.replace(kind, read=read)
 
     def flat_inputs(self, op: str, inputs: Any) -> list[Any]:
         """The values of the graph's inputs, in order."""
@@ -121,10 +146,11 @@ def _read_outputs(graph: fx.Graph) -> None:
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, tied ones under each of their names."""
-    return {name: x.detach() for name, x in _named(model)}
+    return {name: x.detach() for name, x in named_tensors(model)}
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, tied ones under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
@@ -183,6 +209,6 @@ def _module_in(traceback: TracebackType | None, model: nn.Module) -> str:
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
     """Name -> all names of the same tensor (tied weights)."""
     names: dict[int, list[str]] = {}
-    for name, x in _named(model):
+    for name, x in named_tensors(model):
         names.setdefault(id(x), []).append(name)
     return {name: group for group in names.values() for name in group}

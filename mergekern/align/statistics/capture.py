@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
-from ..errors import ArgumentError
-from .program import Program, module_of
-from .spaces import Probe
+from ...errors import ArgumentError
+from ..spaces import Probe
+from ..tracing.program import Program, module_of
 
 Before = Callable[[Sequence[tuple[Any, ...]]], None]  # the arguments of each model's call
 After = Callable[[Sequence[Any]], None]  # the results of each model's call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import ArgumentError
-from .inputs import Arguments, Inputs, arguments
-from .match import Match
+from ...errors import ArgumentError
+from ..matching.match import Match
+from ..statistics.statistics import Statistics
+from ..tracing.inputs import Arguments, Inputs, arguments_of
+from ..tracing.program import evaluating
 from .partial import PartialZip, norms_of, train_norms
-from .program import evaluating
 from .rescale import rescale
-from .statistics import Statistics
 
 _OP = "repair"
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -125,16 +124,6 @@ def _taken(module: nn.Module, match: Match | None, batches: Batches) -> Iterator
 
 def _flat(inputs: Inputs, batches: Batches) -> Iterator[list[Any]]:
     return (inputs.flatten(_OP, *inputs.of_batch(_OP, batch)) for batch in _all(batches))
-
-
-def arguments_of(op: str, module: nn.Module, batch: Any) -> Arguments:
-    """A batch without entries beyond the arguments that the module takes."""
-    args, kwargs = arguments(op, batch)
-    taken = list(inspect.signature(module.forward).parameters.values())
-    if any(p.kind is p.VAR_POSITIONAL for p in taken):
-        return args, kwargs
-    count = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in taken)
-    return args[:count], kwargs
 
 
 def _all(batches: Batches) -> Iterator[Any]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import ArgumentError
-from ..ops.covariance import Covariance
+from ...errors import ArgumentError
+from ...ops.covariance import Covariance
+from ..spaces import Probe, Space, Spaces, distance
+from ..tracing.program import Program, evaluating, module_of
 from .capture import After, Before, features, row_mask, run_together
-from .program import Program, evaluating, module_of
-from .spaces import Probe, Space, Spaces, distance
 
 Mask = str | Callable[[Any], Tensor]
 
@@ -169,7 +169,7 @@ def _layers(spaces: Spaces) -> dict[str, int]:
         for space in spaces.movable.values()
         for place in space.places
         if place.role in ("produces", "both")
-        for alias in spaces.program.aliases[place.name]
+        for alias in spaces.architecture.aliases[place.name]
     }
     found = {}
     for node in spaces.program.graph.nodes:

@@ -12,9 +12,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from ..spaces import Layout, Place, Probe, Space
 from .labels import Facts, Layer
 from .program import Program
-from .spaces import Layout, Place, Probe, Space
 
 
 @dataclass
@@ -263,7 +263,7 @@ class Resolver:
         for number in sorted(first.places):
             axis = self.facts.axes[number]
             rows = [self.features[c].places[number] for c in cell.members]
-            for name in self.program.aliases[axis.name]:
+            for name in self.program.architecture.aliases[axis.name]:
                 place = Place(name, axis.axis, torch.tensor(rows), role.get(number, "rides"))
                 places.append(place)
         return places

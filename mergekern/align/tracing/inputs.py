@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from ..errors import ArgumentError
+from ...errors import ArgumentError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -52,6 +53,16 @@ def arguments(op: str, inputs: Any) -> Arguments:
         return tuple(inputs), {}
     expected = "a tensor, a tuple of arguments or a mapping of named ones, as the model takes them"
     raise ArgumentError.of(op, "there are no inputs", type(inputs).__name__, expected)
+
+
+def arguments_of(op: str, module: nn.Module, batch: Any) -> Arguments:
+    """A batch without entries beyond the arguments that the module takes."""
+    args, kwargs = arguments(op, batch)
+    taken = list(inspect.signature(module.forward).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in taken):
+        return args, kwargs
+    count = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in taken)
+    return args[:count], kwargs
 
 
 def _check_shape(op: str, name: str, x: Any, traced: Any) -> None:

@@ -1,0 +1,1 @@
+"""Moments of activations of several models."""

@@ -1,0 +1,1 @@
+"""A model as calls, and labels that run through it."""

@@ -1,0 +1,78 @@
+"""Two real encoders zipped, wholly and in part, beside what ZipIt's own code gives."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from test_cifar5 import RESET, accuracy, normalized
+from torch import Tensor
+from torch.nn import functional
+
+import mergekern as mk
+
+from accuracy import assert_bytes_equal
+from cifar import Cifar10, Images, ResNet20, network, outputs, reset_statistics, weights
+
+# The README's row, and the space that ends its trunk: stages end where the next one's begins.
+PUBLISHED = {
+    "zip 20/20": (0.3, 0.125, None, (35.4, 70.4, 79.3)),
+    "zip 19/20": (1e-4, 0.075, "layer3.0.conv2", (39.7, 73.3, 82.5)),
+    "zip 13/20": (1e-4, 0.075, "layer2.0.conv2", (59.1, 82.2, 84.3)),
+    "zip 7/20": (1e-4, 0.075, "conv1", (63.9, 84.7, 88.2)),
+}
+
+
+@functools.cache
+def encoders() -> list[ResNet20]:
+    return [network(weights(f"cifar5/{name}.safetensors"), "fc") for name in "ab"]
+
+
+@functools.cache
+def images(split: str) -> Images:
+    cifar = Cifar10()
+    chosen = cifar.test_indices() if split == "test" else cifar.statistics_indices()
+    return normalized(cifar, chosen)
+
+
+@functools.cache
+def statistics() -> mk.Statistics:
+    spaces = mk.discover_spaces(encoders()[0], torch.zeros(2, 3, 32, 32))
+    return mk.collect_statistics(encoders(), images("statistics").x.split(500), spaces)
+
+
+def cosines(output: Tensor) -> Tensor:
+    return functional.normalize(output, dim=1) @ weights("cifar5/codes.safetensors")["codes"].T
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_zips_score_as_published(row: str) -> None:
+    alpha, beta, until, published = PUBLISHED[row]
+    found = mk.match(statistics(), "zip", alpha=alpha, beta=beta)
+    model = mk.apply(encoders(), found, until=until)
+    mk.repair(model, images("statistics").x.split(500), match=found)
+    test = images("test")
+    if until is None:
+        cosine = cosines(outputs(model, test))
+    else:  # each head for its own classes
+        with torch.inference_mode():
+            heads = [cosines(torch.cat(y)) for y in zip(*map(model, test.x.split(100)))]
+        cosine = torch.cat([heads[0][:, :5], heads[1][:, 5:]], 1)
+    accuracy(cosine, test.label).assert_near(published, RESET)
+
+
+def test_the_average_is_that_of_state_dicts() -> None:
+    """Weights and statistics to the bit, by ways that share no code."""
+    few = Images(images("statistics").x[:1000], images("statistics").label[:1000])
+    spaces = mk.discover_spaces(encoders()[0], torch.zeros(2, 3, 32, 32))
+    labels = {name: [torch.arange(s.size)] * 2 for name, s in spaces.movable.items()}
+    model = mk.apply(encoders(), mk.Match(spaces, labels, "identity"))
+    states = [encoder.state_dict() for encoder in encoders()]
+    expected = network(mk.merge_state_dicts(states, "linear", weight=0.5), "fc")
+    for key, x in expected.state_dict().items():
+        assert_bytes_equal(model.state_dict()[key], x)
+    mk.repair(model, [(x, None) for x in few.x.split(500)])
+    reset_statistics(expected, few)
+    for key, x in expected.state_dict().items():
+        assert_bytes_equal(model.state_dict()[key], x)
