@@ -39,8 +39,12 @@ def zip(
     until: Annotated[
         str | None, typer.Option(help="partial zip: the last space that is shared")
     ] = None,
-    alpha: Annotated[float, typer.Option(help="how gladly a merged feature merges again")] = 0.3,
-    beta: Annotated[float, typer.Option(help="share of features merged within a model")] = 0.125,
+    alpha: Annotated[
+        float, typer.Option(help="share of its similarity that a merged feature keeps")
+    ] = 0.3,
+    beta: Annotated[
+        float, typer.Option(help="share of merges that may fall within a model")
+    ] = 0.125,
     outputs: Annotated[
         list[str] | None,
         typer.Option(help="fixed; free where outputs may change order; or names of those fixed"),
@@ -48,7 +52,7 @@ def zip(
     repair: Annotated[
         str, typer.Option(help="auto: BatchNorm's statistics anew, else REPAIR; none")
     ] = "auto",
-    batch_size: Annotated[int, typer.Option(help="samples in a batch, about")] = 64,
+    batch_size: Annotated[int, typer.Option(help="samples in a batch, at most")] = 64,
     limit: Annotated[int | None, typer.Option(help="samples used, drawn at random")] = None,
     seed: Annotated[int, typer.Option(help="order of the samples, and of matching by weights")] = 0,
     mask: Annotated[
