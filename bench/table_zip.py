@@ -121,6 +121,9 @@ def _partial(until: dict[str, tuple[str, str | None]], theirs: str | None) -> It
         yield Method(f"zip {share}", "zip", theirs, PAPER, end)
 
 
+PAIRS = {"cifar5": cifar5, "vits": small_vits}
+
+
 # ---- the methods -----------------------------------------------------------------------------
 
 
@@ -236,8 +239,6 @@ def main(names: Sequence[str]) -> None:
         out = {"machine": describe(), "rows": [r._asdict() for r in found]}
         (RESULTS / f"zip-{name}.json").write_text(json.dumps(out, indent=1) + "\n")
 
-
-PAIRS = {"cifar5": cifar5, "vits": small_vits}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

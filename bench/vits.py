@@ -148,7 +148,7 @@ def train(images: Images, codes: Tensor, seed: int) -> ViT:
 def pair(cifar: Cifar10) -> list[ViT]:
     """Of the folder that MERGEKERN_BENCH_CACHE names, or of a temporary one; trained if not there.
 
-    Eleven minutes of one core each.
+    Twelve minutes of one core each.
     """
     folder = Path(os.environ.get("MERGEKERN_BENCH_CACHE", tempfile.gettempdir())) / "vits"
     folder.mkdir(parents=True, exist_ok=True)
