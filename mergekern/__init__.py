@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from .align.apply import apply
+from .align.collect import collect_statistics
+from .align.declare import declare_spaces
+from .align.discover import discover_spaces
+from .align.match import Match, match
+from .align.partial import PartialZip
+from .align.repair import repair
+from .align.spaces import Spaces
+from .align.statistics import Statistics
+from .align.zip_models import zip_models
 from .engine.run import Manifest, merge_checkpoints
 from .errors import (
     ArgumentError,
@@ -44,19 +54,28 @@ __all__ = [
     "MagPrune",
     "Manifest",
     "Mask",
+    "Match",
     "MergekernError",
+    "PartialZip",
+    "Spaces",
+    "Statistics",
     "Threshold",
+    "apply",
     "assign",
     "assign_heads",
+    "collect_statistics",
     "consensus_mask",
     "correlation",
     "covariance",
+    "declare_spaces",
+    "discover_spaces",
     "emr",
     "emr_state_dicts",
     "gram",
     "kth_magnitude",
     "load_masks",
     "masked",
+    "match",
     "merge_checkpoints",
     "merge_deltas",
     "merge_state_dicts",
@@ -65,12 +84,14 @@ __all__ = [
     "permute",
     "permute_all",
     "rank_mask",
+    "repair",
     "save_masks",
     "tall_masks",
     "variance_mask",
     "weighted_rows",
     "weighted_sum",
     "zip_match",
+    "zip_models",
     "zip_weights",
     "zip_weights_all",
 ]

@@ -7,6 +7,7 @@ import math
 import mmap
 import operator
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -141,6 +142,24 @@ def mask(op: str, bits: Any, numel: int, device: torch.device) -> None:
     got += ", contiguous" if bits.is_contiguous() else ""
     if got != expected:
         raise ArgumentError.of(op, "mask does not fit", got, expected)
+
+
+def parse_size(name: str, size: int | str) -> int:
+    """Bytes in a number or a text such as "4GiB", "500MB", "4G" (as 4GiB).
+
+    >>> parse_size("memory", "1.5GiB"), parse_size("memory", "2MB")
+    (1610612736, 2000000)
+    """
+    found = re.fullmatch(r"([0-9.]+)\s*([kKmMgGtT]?)(i?)([bB]?)", str(size).strip())
+    try:
+        number = float(found.group(1)) if found else -1.0
+    except ValueError:
+        number = -1.0
+    if not found or number <= 0:
+        raise ArgumentError(f"{name}: no size; got {size!r}; expected such as 4GiB or 500MB")
+    decimal = found.group(4) and not found.group(3)
+    power = " kmgt".index(found.group(2).lower() or " ")
+    return int(number * (1000 if decimal else 1024) ** power)
 
 
 def threads() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..check import parse_size
 from ..errors import ArgumentError, CheckpointError, ConfigWarning
 from .checkpoint import Checkpoint
 from .config import load_config
@@ -113,24 +113,6 @@ def merge_checkpoints(
         carried=tuple(carried),
         left_out=tuple(left_out),
     )
-
-
-def parse_size(name: str, size: int | str) -> int:
-    """Bytes in a number or a text such as "4GiB", "500MB", "4G" (as 4GiB).
-
-    >>> parse_size("memory", "1.5GiB"), parse_size("memory", "2MB")
-    (1610612736, 2000000)
-    """
-    found = re.fullmatch(r"([0-9.]+)\s*([kKmMgGtT]?)(i?)([bB]?)", str(size).strip())
-    try:
-        number = float(found.group(1)) if found else -1.0
-    except ValueError:
-        number = -1.0
-    if not found or number <= 0:
-        raise ArgumentError(f"{name}: no size; got {size!r}; expected such as 4GiB or 500MB")
-    decimal = found.group(4) and not found.group(3)
-    power = " kmgt".index(found.group(2).lower() or " ")
-    return int(number * (1000 if decimal else 1024) ** power)
 
 
 def _check_device(device: str) -> None:

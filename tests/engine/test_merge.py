@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import mergekern as mk
 from mergekern import ArgumentError, CheckpointError, ConfigError, merge_checkpoints
-from mergekern.engine.run import parse_size
+from mergekern.check import parse_size
 
 from accuracy import assert_bits_equal, assert_bytes_equal
 from engine.models import (

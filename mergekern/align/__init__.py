@@ -1,0 +1,1 @@
+"""Spaces of features, statistics, matching, merging and repair of whole networks."""

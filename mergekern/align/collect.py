@@ -1,0 +1,148 @@
+"""collect_statistics: batches through several models at once, into accumulators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from .. import check
+from ..errors import ArgumentError
+from ..ops.covariance import Covariance
+from .collector import Collector, Mask
+from .models import fingerprints, states_of
+from .spaces import Spaces
+from .statistics import Moments, Statistics, accumulator
+
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+
+_OP = "collect_statistics"
+
+
+def collect_statistics(
+    models: Sequence[nn.Module],
+    batches: Batches,
+    spaces: Spaces,
+    *,
+    within: bool = True,
+    probes: str = "last",
+    mask: Mask | None = None,
+    nan: str = "error",
+    memory: int | str = "4GiB",
+    progress: bool = False,
+    backend: str = "auto",
+) -> Statistics:
+    """C[i, j] of the features i, j of all models, for every movable space, over the same inputs.
+
+    Each batch goes through all models side by side, call by call; what a probe reads is added to
+    the space's `Covariance` at once, so activations are never stored. Beside these, the mean and
+    variance of what every convolution and linear layer of a movable space returns (for REPAIR).
+
+    Shapes: models of one architecture, that of `spaces`; they compute as in eval mode. batches: an
+    iterable of what the example inputs of `discover_spaces` are, or a callable that returns one:
+    tensors, tuples of arguments, mappings of named ones. Entries beyond those of the example
+    (labels, in a DataLoader's pairs) are left out.
+    within: also between features of one model, which method="zip" needs. Without it only those of
+    model 0 with all others: for two models a third of the FLOPs.
+    probes: "last", the last place where a space is read (of heads: all), or "all" of them, as more
+    rows.
+    mask: rows that do not count (padding): the name of an input, nonzero where tokens are, or a
+    callable from a batch to bool [batch, tokens].
+    nan: as in `covariance`; "zero" as ZipIt.
+    memory: bound on the accumulators, 8 (N size)**2 bytes for a space of N models. What does not
+    fit at once is done in several passes over `batches`.
+    Result: counts, means and covariances as `Covariance` of the activations, one after another.
+    Cost: for each pass a forward pass of each model; n d (d + 1) flops for n rows of d = N size.
+    Memory: the accumulators, and for each model the values of its forward pass that are still to be
+    used.
+    Raises: ArgumentError for no batches, an iterator where several passes are needed, models that
+    differ from the spaces' (in names or shapes, or in what they return for the first batch), inputs
+    on another device, NaN or infinities (naming model and module), a space that does not fit.
+    Source: ZipIt (2305.03053); the outputs for REPAIR (2211.08403).
+
+    >>> import torch
+    >>> from mergekern.align.program import Program
+    >>> from mergekern.align.spaces import Place, Probe, Space, Spaces
+    >>> models = [torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(2, 1))] * 2
+    >>> features = torch.arange(2)[:, None]
+    >>> places = [Place("0.weight", 0, features, "produces")]
+    >>> probe = Probe("linear_1", 0, (1,), features, "1")
+    >>> program = Program(models[0], torch.zeros(2, 4), "example")
+    >>> spaces = Spaces([Space("hidden", 2, tuple(places), (probe,))], program)
+    >>> found = collect_statistics(models, [torch.randn(8, 4)], spaces)
+    >>> found.count("hidden"), found.correlation("hidden").shape
+    (8, torch.Size([4, 4]))
+    """
+    check.choice(_OP, "probes", probes, ("last", "all"))
+    models = list(models)
+    if len(models) < 2:
+        raise ArgumentError.of(_OP, "there is nothing to compare", len(models), "2 models or more")
+    states = states_of(_OP, models, spaces.program)
+    options = {"nan": nan, "backend": backend, "device": next(iter(states[0].values())).device}
+    passes = _passes(spaces, len(models), within, check.parse_size("memory", memory))
+    collector = Collector(models, states, spaces.program, within, mask, options)
+    covariances: dict[str, Covariance] = {}
+    outputs: dict[str, list[Covariance]] = {}
+    for round_, names in enumerate(passes):
+        chosen = {name: accumulator(spaces[name], len(models), within, **options) for name in names}
+        before = collector.readings([spaces[name] for name in names], chosen, probes == "all")
+        after = {} if round_ else collector.glances(spaces, outputs)
+        for batch in _again(batches, round_, len(passes), progress):
+            collector.add(batch, before, after)
+        covariances |= chosen
+    return Statistics(
+        spaces,
+        fingerprints(models),
+        within,
+        covariances,
+        {
+            node: [Moments(c.count, c.mean_x, c.variance_x) for c in each]
+            for node, each in outputs.items()
+        },
+    )
+
+
+def _passes(spaces: Spaces, models: int, within: bool, limit: int) -> list[list[str]]:
+    """The movable spaces in order, as many in each pass as fit."""
+    passes: list[list[str]] = [[]]
+    left = limit
+    for name, space in spaces.movable.items():
+        if not space.probes:
+            what = f"space {name} is read nowhere"
+            raise ArgumentError.of(_OP, what, "no probe", "at least one, or method='weights'")
+        size = 8 * space.size**2 * (models**2 if within else models - 1)
+        if size > limit:
+            what = f"space {name} of {space.size} features in {models} models does not fit memory"
+            raise ArgumentError.of(_OP, what, limit, f"{size} bytes or more")
+        if size > left:
+            passes.append([])
+            left = limit
+        passes[-1].append(name)
+        left -= size
+    return passes
+
+
+def _again(batches: Batches, round_: int, rounds: int, progress: bool) -> Iterator[Any]:
+    """The batches once more; there has to be one."""
+    source = batches() if callable(batches) else batches
+    if iter(source) is source and not callable(batches) and rounds > 1:
+        what = f"batches can be read once only, and memory asks for {rounds} passes"
+        expected = "a list, a DataLoader or a callable that returns an iterator, or more memory"
+        raise ArgumentError.of(_OP, what, type(source).__name__, expected)
+    empty = True
+    for batch in _shown(source, f"statistics, pass {round_ + 1} of {rounds}", progress):
+        empty = False
+        yield batch
+    if empty:
+        expected = "at least one, and an iterator that was not read before"
+        raise ArgumentError.of(_OP, "there are no batches", "none", expected)
+
+
+def _shown(source: Iterable[Any], text: str, progress: bool) -> Iterable[Any]:
+    if not progress:
+        return source
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(source, text, console=Console(stderr=True))

@@ -1,0 +1,197 @@
+"""Collector: what the probes and layers of several models show, added up batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import ArgumentError
+from ..ops.covariance import Covariance
+from .capture import After, Before, features, row_mask, run_together
+from .program import Program, arguments, evaluating, module_of
+from .spaces import Probe, Space, Spaces, distance
+
+Mask = str | Callable[[Any], Tensor]
+
+_OP = "collect_statistics"
+_WEIGHT = {"linear": 1, "addmm": 2, "conv1d": 1, "conv2d": 1, "conv3d": 1}  # argument of the call
+
+
+class Collector:
+    """What all batches have in common."""
+
+    def __init__(
+        self,
+        models: list[nn.Module],
+        states: list[dict[str, Tensor]],
+        program: Program,
+        within: bool,
+        mask: Mask | None,
+        options: dict[str, Any],
+    ) -> None:
+        self.models, self.states, self.program = models, states, program
+        self.within, self.mask, self.options = within, mask, options
+        self.nodes = {n.name: n for n in program.graph.nodes}
+        self.marks: Tensor | None = None
+        self.compared = False
+
+    def readings(
+        self, spaces: Sequence[Space], found: Mapping[str, Covariance], every: bool
+    ) -> dict[str, list[Before]]:
+        """By node, what adds the activations that the probes there read."""
+        readings: dict[str, list[Before]] = {}
+        for space in spaces:
+            for probe in self._chosen(space, every):
+                read = partial(self._read, probe, found[space.name])
+                readings.setdefault(probe.node, []).append(read)
+        return readings
+
+    def _chosen(self, space: Space, every: bool) -> list[Probe]:
+        """The probes that are read: the last call's, of heads all (queries and keys).
+
+        A value that goes into several calls is read once.
+        """
+        chosen: dict[tuple[Any, ...], Probe] = {}
+        for probe in space.probes:
+            last = probe.node == space.probes[-1].node
+            if every or last or space.heads > 1 or space.group is not None:
+                value = self.nodes[probe.node].args[probe.arg]
+                chosen.setdefault(
+                    (value, probe.axes, tuple(probe.positions.flatten().tolist())), probe
+                )
+        return list(chosen.values())
+
+    def glances(self, spaces: Spaces, found: dict[str, list[Covariance]]) -> dict[str, list[After]]:
+        """By node, what adds the outputs of the layers that produce movable spaces."""
+        glances: dict[str, list[After]] = {}
+        for node, axis in _layers(spaces).items():
+            found[node] = []
+            glances[node] = [partial(self._glance, node, axis, found[node])]
+        return glances
+
+    def _read(self, probe: Probe, found: Covariance, each: Sequence[tuple[Any, ...]]) -> None:
+        xs = [features(args[probe.arg], probe) for args in each]
+        node = self.nodes[probe.node].args[probe.arg]
+        assert isinstance(node, fx.Node)
+        sides = [torch.cat(xs, -1)] if self.within else [xs[0], torch.cat(xs[1:], -1)]
+        self._add(found, sides, dict(enumerate(xs)), node, probe.module)
+
+    def _glance(
+        self, name: str, axis: int, found: list[Covariance], each: Sequence[Tensor]
+    ) -> None:
+        node = self.nodes[name]
+        for i, y in enumerate(each):
+            x = y.movedim(axis, -1)
+            if len(found) == i:
+                found.append(Covariance(x.shape[-1], 1, **self.options))
+            # The products with one channel are not used; variances of all are kept beside them.
+            self._add(found[i], [x, x[..., :1]], {i: x}, node, module_of(node))
+
+    def _add(
+        self,
+        found: Covariance,
+        sides: list[Tensor],
+        models: dict[int, Tensor],
+        node: fx.Node,
+        module: str,
+    ) -> None:
+        mask = None if self.marks is None else row_mask(_OP, self.marks, sides[0], node)
+        try:
+            found.update(*sides, mask=mask)
+        except ArgumentError as error:
+            for i, x in models.items():
+                bad = ~x.isfinite().all(-1).reshape(-1)
+                count = int((bad if mask is None else bad & mask).sum())
+                if count:
+                    what = f"models[{i}] has NaN or infinite activations at module {module!r}"
+                    expected = "finite values, or nan='zero'"
+                    raise ArgumentError.of(_OP, what, f"{count} such rows", expected) from error
+            raise
+
+    def add(
+        self, batch: Any, before: Mapping[str, list[Before]], after: Mapping[str, list[After]]
+    ) -> None:
+        """One batch through all models."""
+        inputs = _inputs(self.program, batch)
+        flat = self.program.flat_inputs(_OP, inputs)
+        for x in flat:
+            if isinstance(x, Tensor) and x.device != torch.device(self.options["device"]):
+                expected = f"{self.options['device']}, where the models are"
+                raise ArgumentError.of(_OP, "a batch is on another device", x.device, expected)
+        self.marks = self._marks(batch)
+        outputs = run_together(self.program, self.states, flat, before, after)
+        if not self.compared:
+            self._compare(inputs, outputs)
+            self.compared = True
+
+    def _marks(self, batch: Any) -> Tensor | None:
+        if self.mask is None:
+            return None
+        if callable(self.mask):
+            marks = self.mask(batch)
+        elif isinstance(batch, Mapping) and self.mask in batch:
+            marks = batch[self.mask] != 0
+        else:
+            expected = "the name of an input, or a callable from a batch to bool [batch, tokens]"
+            raise ArgumentError.of(_OP, "mask names no input", repr(self.mask), expected)
+        if not isinstance(marks, Tensor) or marks.dtype != torch.bool or marks.ndim != 2:
+            shown = isinstance(marks, Tensor)
+            got = f"{marks.dtype} {list(marks.shape)}" if shown else type(marks).__name__
+            raise ArgumentError.of(_OP, "mask is none of tokens", got, "bool [batch, tokens]")
+        return marks
+
+    def _compare(self, inputs: Any, outputs: list[Any]) -> None:
+        """What each model returns by itself with what the traced one returned with its tensors."""
+        args, kwargs = arguments(_OP, inputs)
+        for i, (model, output) in enumerate(zip(self.models, outputs, strict=True)):
+            with evaluating(model):
+                own = [y.nan_to_num() for y in _floating(model(*args, **kwargs))]
+            traced = [y.nan_to_num() for y in _floating(output)]
+            what = f"models[{i}] computes something else than the model of the spaces"
+            if [y.shape for y in own] != [y.shape for y in traced]:
+                shapes = [[list(y.shape) for y in ys] for ys in (own, traced)]
+                raise ArgumentError.of(_OP, what, f"outputs {shapes[0]}", shapes[1])
+            for a, b in zip(own, traced, strict=True):
+                error, bound = distance(a, b), torch.finfo(a.dtype).eps ** 0.5
+                if not error <= bound:
+                    expected = f"{bound:.1e} of the largest output at most"
+                    raise ArgumentError.of(_OP, what, f"outputs {error:.1e} apart", expected)
+
+
+def _layers(spaces: Spaces) -> dict[str, int]:
+    """The convolutions and linear layers that produce movable spaces: node -> axis of channels."""
+    produced = {
+        alias
+        for space in spaces.movable.values()
+        for place in space.places
+        if place.role in ("produces", "both")
+        for alias in spaces.program.aliases[place.name]
+    }
+    found = {}
+    for node in spaces.program.graph.nodes:
+        kind = getattr(node.target, "__name__", "").partition(".")[0]
+        if node.op != "call_function" or kind not in _WEIGHT:
+            continue
+        weight = node.args[_WEIGHT[kind]]
+        if isinstance(weight, fx.Node) and spaces.program.names.get(weight.name) in produced:
+            positions = weight.meta["val"].ndim - 2  # of the kernel of a convolution
+            found[node.name] = -1 - positions
+    return found
+
+
+def _inputs(program: Program, batch: Any) -> Any:
+    """A batch without entries beyond those of the example (labels)."""
+    args, kwargs = arguments(_OP, batch)
+    count, named = len(program.example[0]), program.example[1]
+    if args:
+        return args[:count] if count else args
+    return {name: x for name, x in kwargs.items() if name in named} if named else kwargs
+
+
+def _floating(output: Any) -> list[Tensor]:
+    return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]

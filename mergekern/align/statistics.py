@@ -1,0 +1,151 @@
+"""Statistics: how the features of several models move together, over the same inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import check
+from ..errors import ArgumentError
+from ..ops.covariance import Covariance
+from .models import require, spaces_fingerprint
+from .spaces import Space, Spaces
+
+_FORMAT = "mergekern statistics 1"
+
+
+class Moments(NamedTuple):
+    """Of every channel of an output: rows seen, mean and biased variance, float64."""
+
+    rows: int
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What `collect_statistics` saw of some models.
+
+    fingerprints: of the models, in their order. covariances: of the features of all models of a
+    space, those of model 0 first; without `within`, of model 0 with those of all others.
+    outputs: node of the traced model -> the moments of what it returns, for each model.
+    """
+
+    spaces: Spaces
+    fingerprints: tuple[str, ...]
+    within: bool
+    covariances: Mapping[str, Covariance]
+    outputs: Mapping[str, list[Moments]]
+
+    @property
+    def models(self) -> int:
+        """How many were seen."""
+        return len(self.fingerprints)
+
+    def correlation(self, space: str, eps: float = 0.0) -> Tensor:
+        """float64 [N size, N size], or [size, (N - 1) size] without `within`.
+
+        Numbers, eps and what a feature of variance 0 has, as in `mergekern.correlation`.
+        """
+        return self._covariance(space).correlation(eps)
+
+    def between(self, correlation: Tensor, model: int) -> Tensor:
+        """Of a result of `correlation`, the block of model 0 (rows) with `model` (columns)."""
+        size = len(correlation) // self.models if self.within else len(correlation)
+        start = (model if self.within else model - 1) * size
+        return correlation[:size, start : start + size]
+
+    def count(self, space: str) -> int:
+        """The rows that were seen of it."""
+        return self._covariance(space).count
+
+    def dead(self, space: str) -> list[int]:
+        """Of each model, how many features never change: these correlate with none."""
+        found = self._covariance(space)
+        variances = [found.variance_x] if self.within else [found.variance_x, found.variance_y]
+        each = torch.cat(variances).view(self.models, -1)
+        return (each == 0).sum(1).tolist()
+
+    def _covariance(self, space: str) -> Covariance:
+        check.choice("statistics", "space", space, list(self.covariances))
+        return self.covariances[space]
+
+    def require(self, op: str, models: Sequence[nn.Module]) -> None:
+        """Raises ArgumentError unless these are the models that were seen, in their order."""
+        require(op, models, self.fingerprints)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """As safetensors: the accumulators, and fingerprints of the models and of the spaces."""
+        tensors = {
+            f"{space}/{name}": x.contiguous()
+            for space, found in self.covariances.items()
+            for name, x in found.state_dict().items()
+        }
+        for node, each in self.outputs.items():
+            for i, (rows, mean, variance) in enumerate(each):
+                named = {"rows": torch.tensor(rows), "mean": mean, "variance": variance}
+                tensors |= {f"{node}/{i}/{name}": x.contiguous() for name, x in named.items()}
+        about = {
+            "format": _FORMAT,
+            "models": json.dumps(self.fingerprints),
+            "spaces": spaces_fingerprint(self.spaces),
+            "within": json.dumps(self.within),
+            "outputs": json.dumps(list(self.outputs)),
+        }
+        save_file(tensors, path, metadata=about)
+
+    @classmethod
+    def load(
+        cls, path: str | PathLike[str], spaces: Spaces, models: Sequence[nn.Module] | None = None
+    ) -> Statistics:
+        """What `save` wrote, on the CPU.
+
+        Raises: ArgumentError for another file, and for statistics of other spaces or models than
+        those given.
+        """
+        op = "Statistics.load"
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != _FORMAT:
+                got = f"{path} with format {about.get('format')!r}"
+                raise ArgumentError.of(op, "file holds no statistics", got, repr(_FORMAT))
+            if about["spaces"] != spaces_fingerprint(spaces):
+                got = f"spaces {about['spaces'][:12]}"
+                expected = f"{spaces_fingerprint(spaces)[:12]}, those given"
+                raise ArgumentError.of(op, "statistics are of other spaces", got, expected)
+            fingerprints, within = json.loads(about["models"]), json.loads(about["within"])
+            if models is not None:
+                require(op, models, fingerprints)
+            covariances = {}
+            for name, space in spaces.movable.items():
+                covariances[name] = accumulator(space, len(fingerprints), within)
+                state = covariances[name].state_dict()
+                covariances[name].load_state_dict(
+                    {key: file.get_tensor(f"{name}/{key}") for key in state}
+                )
+            outputs = {}
+            for node in json.loads(about["outputs"]):
+                outputs[node] = [
+                    Moments(
+                        int(file.get_tensor(f"{node}/{i}/rows")),
+                        file.get_tensor(f"{node}/{i}/mean"),
+                        file.get_tensor(f"{node}/{i}/variance"),
+                    )
+                    for i in range(len(fingerprints))
+                ]
+        return cls(spaces, tuple(fingerprints), within, covariances, outputs)
+
+
+def accumulator(space: Space, models: int, within: bool, **options: Any) -> Covariance:
+    """For the features of a space in all models; `options` of `Covariance`."""
+    if within:
+        return Covariance(models * space.size, **options)
+    return Covariance(space.size, (models - 1) * space.size, **options)
