@@ -21,7 +21,6 @@ from torch import Tensor
 
 import mergekern as mk
 from bench import paths  # noqa: F401
-from mergekern.align.spaces import Spaces
 
 import rebasin
 from measure import seconds
@@ -74,7 +73,7 @@ def theirs(a: State, b: State, max_iter: int) -> dict[str, float]:
     return {"seconds": taken, "sweeps": steps / len(spec.perm_to_axes), "objective": value}
 
 
-def ours(models: list[ViT], spaces: Spaces) -> dict[str, float]:
+def ours(models: list[ViT], spaces: mk.Spaces) -> dict[str, float]:
     """The objective is told by the mean M of A and P B: <A, P B> = 2 <A, M> - <A, A>."""
     made: list[Any] = []
     taken = seconds(lambda: made.append(mk.match(spaces, method="weights", models=models)))
@@ -98,7 +97,7 @@ def main() -> None:
         out["git re-basin"] = theirs(a, b, options.sweeps)
         print("git re-basin", out["git re-basin"], flush=True)
     every = mk.discover_spaces(models[0], torch.zeros(2, 3, 224, 224))
-    same = Spaces([s for s in every.values() if s.heads == 1], every.program, every.layout)
+    same = mk.Spaces([s for s in every.values() if s.heads == 1], every.program, every.layout)
     for name, spaces in (("mergekern", same), ("mergekern with heads", every)):
         out[name] = ours(models, spaces)
         print(name, out[name], flush=True)
