@@ -38,25 +38,24 @@ std::int64_t row_length(std::int64_t size) {
 template <class T>
 MK_CLONES std::int64_t first_maximum(const T* row, const T* limit, std::int64_t n, T* value) {
   using Lanes = typename Register<T>::Lanes;
+  using Places = decltype(Lanes{} < Lanes{});
   Lanes most = Lanes{} + kNever<T>;
-  for (std::int64_t i = 0; i < n; i += kLanes<T>) {
+  Places first{}, place{};  // of each lane's maximum; of what is read, but for the lane
+  for (std::int64_t i = 0; i < n; i += kLanes<T>, place += kLanes<T>) {
     Lanes v, l;
     std::memcpy(&v, row + i, kRegister);
     std::memcpy(&l, limit + i, kRegister);
     v = v < l ? v : l;
-    most = v > most ? v : most;
+    const Places more = v > most;
+    most = more ? v : most;
+    first = more ? place : first;
   }
-  T top = most[0];
-  for (int l = 1; l < kLanes<T>; ++l) top = std::max(top, T(most[l]));
-  *value = top;
-  for (std::int64_t i = 0; i < n; i += kLanes<T>) {
-    int found = 0;
-    for (int l = 0; l < kLanes<T>; ++l) found |= std::min(row[i + l], limit[i + l]) == top;
-    if (found)
-      for (int l = 0; l < kLanes<T>; ++l)
-        if (std::min(row[i + l], limit[i + l]) == top) return i + l;
-  }
-  return 0;
+  std::int64_t best = 0;
+  for (int l = 1; l < kLanes<T>; ++l)
+    if (most[l] > most[best] || (most[l] == most[best] && first[l] + l < first[best] + best))
+      best = l;
+  *value = most[best];
+  return first[best] + best;
 }
 
 template <class T>
@@ -64,12 +63,15 @@ MK_CLONES void merge_rows(T* row, const T* other, T factor, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) row[i] = factor * std::min(row[i], other[i]);
 }
 
+// Elements of x are `down` and `right` apart; rows of the tile `length`.
 template <class Stored, class T>
-MK_CLONES void widen_row(const Stored* x, std::int64_t step, T* row, std::int64_t n) {
-  if (step == 1)
-    for (std::int64_t i = 0; i < n; ++i) row[i] = widen(x[i]);
-  else
-    for (std::int64_t i = 0; i < n; ++i) row[i] = widen(x[i * step]);
+MK_CLONES void widen_tile(const Stored* x, std::int64_t down, std::int64_t right, T* tile,
+                          std::int64_t length, std::int64_t rows, std::int64_t columns) {
+  for (std::int64_t i = 0; i < rows; ++i, x += down, tile += length)
+    if (right == 1)
+      for (std::int64_t j = 0; j < columns; ++j) tile[j] = widen(x[j]);
+    else
+      for (std::int64_t j = 0; j < columns; ++j) tile[j] = widen(x[j * right]);
 }
 
 // Whether the rows of one tile are the columns of the other; rows are `length` apart.
@@ -150,16 +152,15 @@ class Matching {
   template <class Stored>
   void load_from(const Stored* x) {
     const std::int64_t down = args_.correlation.strides[0], right = args_.correlation.strides[1];
-    const auto load_tile = [&](std::int64_t i, std::int64_t j, std::int64_t n) {
-      for (const std::int64_t end = std::min(size_, i + kTile); i < end; ++i)
-        widen_row(x + i * down + j * right, right, row(i) + j, n);
+    const auto load_tile = [&](std::int64_t i, std::int64_t j, std::int64_t m, std::int64_t n) {
+      widen_tile(x + i * down + j * right, down, right, row(i) + j, length_, m, n);
     };
     symmetric_ = !(args_.zipit && args_.alpha == 0);
     for (std::int64_t i = 0; i < size_; i += kTile)
       for (std::int64_t j = 0; j <= i; j += kTile) {
         const std::int64_t rows = std::min(kTile, size_ - i), columns = std::min(kTile, size_ - j);
-        load_tile(i, j, columns);
-        if (j < i) load_tile(j, i, rows);
+        load_tile(i, j, rows, columns);
+        if (j < i) load_tile(j, i, columns, rows);
         symmetric_ = symmetric_ && mirrored(row(i) + j, row(j) + i, length_, rows, columns);
       }
     for (std::int64_t i = 0; i < size_; ++i) {

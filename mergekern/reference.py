@@ -388,14 +388,14 @@ def zip_weights(
     acc: torch.dtype = torch.float64,
 ) -> None:
     for z, out in enumerate(outs):
-        total = torch.zeros(out.shape, dtype=acc)
+        total = torch.full(out.shape, -0.0, dtype=acc)
         for i, x in enumerate(xs[z]):
             given = rows[z], cols[z]
             groups, columns = (
                 range(x.shape[axis]) if labels is None else labels[i].tolist()
                 for axis, labels in enumerate(given)
             )
-            part = torch.zeros(len(out), *x.shape[1:], dtype=acc)
+            part = torch.full((len(out), *x.shape[1:]), -0.0, dtype=acc)
             for r, g in enumerate(groups):
                 part[g] = part[g] + x[r].to(acc) * torch.tensor(factors[z][i], dtype=acc)
             for c, h in enumerate(columns):

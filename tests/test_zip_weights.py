@@ -107,6 +107,7 @@ SHAPES = [
     Layer((20, 30), "zip", "heap", (1, 0)),
     Layer((20, 12, 2, 2), "zip", "permutation", (1, 0)),
 ]
+PLACES = (1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257, 300)  # columns that trade places
 CATALOGUE = tuple(
     dict.fromkeys(
         [
@@ -120,6 +121,14 @@ CATALOGUE = tuple(
             *(Layer((3, c), "zip", None) for c in (255, 256, 257, 513)),
             *(Layer((r,), "heap", None, n=3, dtype=d) for r in (255, 257) for d in cases.DTYPES),
             *(Layer((21,), "zip", None, dtype=d, values="mixed") for d in cases.DTYPES),
+            *(Layer((r, c), "permutation", "permutation") for r in (1, 5, 8) for c in PLACES),
+            *(Layer((9, c), None, "permutation", n=3) for c in PLACES),
+            *(Layer((40, 70), "zip", "permutation", dtype=d) for d in cases.DTYPES),
+            *(
+                Layer((17, 70), "permutation", "permutation", n=n, dtype=d, values=v)
+                for d in cases.DTYPES
+                for n, v in ((1, "normal"), (2, "mixed"), (2, "zeros"), (3, "mixed"))
+            ),
         ]
     )
 )
@@ -159,7 +168,7 @@ def in_order(
         shape = list(part.shape)
         if last is not None:
             shape[last] = int(named[last].max()) + 1
-        total = torch.zeros(shape, dtype=acc) if total is None else total
+        total = torch.full(shape, -0.0, dtype=acc) if total is None else total
         if last is None:
             total = total + part
             continue
@@ -178,7 +187,7 @@ def summed(x: Tensor, labels: list[int], axis: int, every: Tensor) -> Tensor:
     for r, g in enumerate(labels):
         before = slices[g]
         slices[g] = x.select(axis, r) if before is None else before + x.select(axis, r)
-    zeros = torch.zeros_like(x.select(axis, 0))
+    zeros = torch.full_like(x.select(axis, 0), -0.0)
     return torch.stack([zeros if s is None else s for s in slices], axis)
 
 
@@ -330,6 +339,23 @@ def test_one_model_with_a_permutation_is_permute(backend: str, device: str) -> N
     assert_bits_equal(got, x.cpu()[torch.argsort(rows)][:, torch.argsort(cols)])
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name_of)
+@pytest.mark.parametrize("alone", ["rows of one model", "columns of one model"])
+def test_columns_trade_places_beside_features_without_a_partner(
+    alone: str, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """Some groups of rows lack a model; or one model has fewer columns, so that none may."""
+    g = torch.Generator().manual_seed(3)
+    a, b = values((21, 70), dtype, "normal", 0), values((19, 70), dtype, "normal", 1)
+    rows = torch.arange(40) % 30
+    cols = torch.cat([torch.arange(70), torch.randperm(70, generator=g)])
+    if alone != "rows of one model":
+        b, cols = b[:, :60], cols[:130] % 70
+    layer = {"rows": rows, "cols": cols}
+    got = mk.zip_weights([a.to(device), b.to(device)], **layer, backend=backend)
+    assert_bits_equal(got, in_order([a, b], **layer))
+
+
 def test_without_labels_it_is_the_average(backend: str, device: str) -> None:
     """Four models: the sum and its division by a power of two are those of weighted_sum."""
     xs = [values((31, 17), torch.float32, seed=i).to(device) for i in range(4)]
@@ -365,7 +391,7 @@ def test_elements_without_terms_are_zero(backend: str, device: str) -> None:
     """Group 0 of the rows is of the first model alone, group 1 of the columns of the second."""
     xs = [torch.tensor([[-1.0]], device=device), torch.tensor([[-2.0]], device=device)]
     got = mk.zip_weights(xs, rows=[0, 1], cols=[0, 1], backend=backend)
-    assert_bits_equal(got, torch.tensor([[-1.0, 0.0], [0.0, -2.0]]))
+    assert_bits_equal(got, torch.tensor([[-1.0, -0.0], [-0.0, -2.0]]))
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (3, 0), (0, 3)])
@@ -378,7 +404,7 @@ def test_models_without_features(sizes: tuple[int, int], backend: str, device: s
     assert_bits_equal(got, torch.ones(2, sum(sizes)) / 2)
     crossed = [torch.ones(3, 0, device=device), torch.ones(0, 2, device=device)]
     got = mk.zip_weights(crossed, rows=[0, 1, 2], cols=[0, 1], backend=backend)
-    assert_bits_equal(got, torch.zeros(3, 2))
+    assert_bits_equal(got, torch.full((3, 2), -0.0))
 
 
 # ---- grouped convolutions --------------------------------------------------------------------
@@ -629,7 +655,7 @@ REFUSALS_OF_ALL: dict[str, tuple[tuple, dict[str, Any], str]] = {
     "weights": (({"w": PAIR}, {}), {"weights": [1]}, "w: weights has the wrong length"),
     "eps": (({"w": PAIR}, {}), {"eps": -1}, "eps is negative"),
     "names of out": (({"w": PAIR}, {}), {"out": {}}, "out and xs differ in names; got 'w'"),
-    "out is xs": (({"w": PAIR}, {}), {"out": {"w": X}}, "w: out overlaps an input"),
+    "out is xs": (({"w": PAIR}, {}), {"out": {"w": X}}, "overlaps another tensor"),
     "out is another of xs": (
         ({"v": PAIR, "w": [X + 1]}, {}),
         {"out": {"v": X.clone(), "w": X}},

@@ -91,7 +91,7 @@ def row_mask(op: str, mask: Tensor, x: Tensor, node: fx.Node) -> Tensor | None:
 
 
 def _outermost(node: fx.Node) -> tuple[str, bool]:
-    """Which of batch and tokens the rows of a value run over last, "" if that cannot be told.
+    """What the rows of a value run over first, batch or tokens; "" if that cannot be told.
 
     Only the batch has a size that the trace left open, so an axis of just that size is the batch. A
     value whose rows were flattened has the order of what was flattened; the second result says so.

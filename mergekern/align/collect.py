@@ -13,7 +13,7 @@ from ..ops.covariance import Covariance
 from .collector import Collector, Mask
 from .models import fingerprints, states_of
 from .spaces import Spaces
-from .statistics import Moments, Statistics, accumulator
+from .statistics import Moments, Statistics, Stored, accumulator
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -51,7 +51,8 @@ def collect_statistics(
     callable from a batch to bool [batch, tokens].
     nan: as in `covariance`; "zero" as ZipIt.
     memory: bound on the accumulators, 8 (N size)**2 bytes for a space of N models. What does not
-    fit at once is done in several passes over `batches`.
+    fit at once is done in several passes over `batches`; those that are done go to a temporary
+    folder (TMPDIR), from which they are read as they are needed.
     Result: counts, means and covariances as `Covariance` of the activations, one after another.
     Cost: for each pass a forward pass of each model; n d (d + 1) flops for n rows of d = N size.
     Memory: the accumulators, and for each model the values of its forward pass that are still to be
@@ -82,20 +83,24 @@ def collect_statistics(
     options = {"nan": nan, "backend": backend, "device": next(iter(states[0].values())).device}
     passes = _passes(spaces, len(models), within, check.parse_size("memory", memory))
     collector = Collector(models, states, spaces.program, within, mask, options)
+    stored = Stored(spaces, len(models), within)
     covariances: dict[str, Covariance] = {}
     outputs: dict[str, list[Covariance]] = {}
     for round_, names in enumerate(passes):
-        chosen = {name: accumulator(spaces[name], len(models), within, **options) for name in names}
-        before = collector.readings([spaces[name] for name in names], chosen, probes == "all")
+        covariances = {n: accumulator(spaces[n], len(models), within, **options) for n in names}
+        before = collector.readings([spaces[n] for n in names], covariances, probes == "all")
         after = {} if round_ else collector.glances(spaces, outputs)
         for batch in _again(batches, round_, len(passes), progress):
             collector.add(batch, before, after)
-        covariances |= chosen
+        if len(passes) > 1:
+            stored.put(covariances)
+            before.clear()  # it refers to the accumulators, which give way to the next ones
+            covariances.clear()
     return Statistics(
         spaces,
         fingerprints(models),
         within,
-        covariances,
+        covariances or stored,
         {
             node: [Moments(c.count, c.mean_x, c.variance_x) for c in each]
             for node, each in outputs.items()

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import ArgumentError
 from ..ops.covariance import Covariance
 from .capture import After, Before, features, row_mask, run_together
-from .program import Program, arguments, evaluating, module_of
+from .program import Program, evaluating, module_of
 from .spaces import Probe, Space, Spaces, distance
 
 Mask = str | Callable[[Any], Tensor]
@@ -117,8 +117,8 @@ class Collector:
         self, batch: Any, before: Mapping[str, list[Before]], after: Mapping[str, list[After]]
     ) -> None:
         """One batch through all models."""
-        inputs = _inputs(self.program, batch)
-        flat = self.program.flat_inputs(_OP, inputs)
+        args, kwargs = self.program.inputs.of_batch(_OP, batch)
+        flat = self.program.inputs.flatten(_OP, args, kwargs)
         for x in flat:
             if isinstance(x, Tensor) and x.device != torch.device(self.options["device"]):
                 expected = f"{self.options['device']}, where the models are"
@@ -126,7 +126,7 @@ class Collector:
         self.marks = self._marks(batch)
         outputs = run_together(self.program, self.states, flat, before, after)
         if not self.compared:
-            self._compare(inputs, outputs)
+            self._compare(args, kwargs, outputs)
             self.compared = True
 
     def _marks(self, batch: Any) -> Tensor | None:
@@ -145,9 +145,8 @@ class Collector:
             raise ArgumentError.of(_OP, "mask is none of tokens", got, "bool [batch, tokens]")
         return marks
 
-    def _compare(self, inputs: Any, outputs: list[Any]) -> None:
+    def _compare(self, args: Any, kwargs: Any, outputs: list[Any]) -> None:
         """What each model returns by itself with what the traced one returned with its tensors."""
-        args, kwargs = arguments(_OP, inputs)
         for i, (model, output) in enumerate(zip(self.models, outputs, strict=True)):
             with evaluating(model):
                 own = [y.nan_to_num() for y in _floating(model(*args, **kwargs))]
@@ -182,15 +181,6 @@ def _layers(spaces: Spaces) -> dict[str, int]:
             positions = weight.meta["val"].ndim - 2  # of the kernel of a convolution
             found[node.name] = -1 - positions
     return found
-
-
-def _inputs(program: Program, batch: Any) -> Any:
-    """A batch without entries beyond those of the example (labels)."""
-    args, kwargs = arguments(_OP, batch)
-    count, named = len(program.example[0]), program.example[1]
-    if args:
-        return args[:count] if count else args
-    return {name: x for name, x in kwargs.items() if name in named} if named else kwargs
 
 
 def _floating(output: Any) -> list[Tensor]:

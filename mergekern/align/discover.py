@@ -60,9 +60,15 @@ def discover_spaces(
     program = Program(model, example_inputs, _OP)
     run = Interpreter(program, RULES, _OP)
     run.run()
-    for value in run.values([program.outputs()[i] for i in _fixed(program, outputs)]):
-        for layer in value.layers:
-            run.facts.pin(layer.ids, "is an output of the model")
+    fixed = _fixed(program, outputs)
+    for i, node in enumerate(program.outputs()):
+        for value in run.values(node):
+            if i not in fixed:
+                run.node = node
+                run.read(value, 0, value.layers)
+                continue
+            for layer in value.layers:
+                run.facts.pin(layer.ids, "is an output of the model")
     spaces, layout = Resolver(program, run.facts).spaces(run.layout)
     return Spaces(spaces, program, layout)
 

@@ -16,7 +16,7 @@ from .merging import Labels, most_similar
 from .models import states_of
 from .spaces import Space, Spaces
 from .statistics import Statistics
-from .weights import Objective, match_weights
+from .weights import STARTS, Objective, match_weights
 
 METHODS = ("zip", "permute", "identity", "weights")
 BLEND_ROUNDS = 10
@@ -75,6 +75,7 @@ def match(
     eps: float = 0.0,
     host: str | None = None,
     seed: int = 0,
+    start: str = "best",
     backend: str = "auto",
 ) -> Match:
     """labels[space][i][f] = the merged feature that feature f of model i becomes.
@@ -94,15 +95,28 @@ def match(
     point. Spaces are matched again, one group after another, until no label changes, 10 times at
     most.
     alpha, beta, host: of `zip_match`, for method="zip". eps: clamp of `correlation`. seed: of the
-    order in which method="weights" goes through the spaces.
+    order in which method="weights" goes through the spaces. start: where it starts from, "identity"
+    as Git Re-Basin, "anchored" with features matched from the inputs on by what is known so far, or
+    the "best" of both.
     Result: exact for the correlations at hand; zip takes them in float32.
     Cost: an assignment or a zip of each space, side by side in threads. Memory: the correlations of
     as many spaces as there are threads, 8 (N size)**2 bytes each and as much again.
     Raises: ArgumentError for an unknown method, alpha or beta outside 0 to 1, statistics of other
     models, statistics without the correlations that a method needs.
-    Source: ZipIt (2305.03053); Git Re-Basin (2209.04836); heads as MuDSC (2403.01753).
+    Source: ZipIt (2305.03053); Git Re-Basin (2209.04836); heads and blend as MuDSC (2403.01753).
+
+    >>> import torch
+    >>> from mergekern.align.discover import discover_spaces
+    >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+    >>> models = [make(), make()]
+    >>> spaces = discover_spaces(models[0], torch.zeros(2, 4))
+    >>> order = {name: torch.tensor([2, 0, 1]) for name in spaces.movable}
+    >>> _ = models[1].load_state_dict(spaces.permuted(order, models[0].state_dict()))
+    >>> match(spaces, "weights", models=models).labels["0"]
+    [tensor([0, 1, 2]), tensor([2, 0, 1])]
     """
     check.choice(_OP, "method", method, METHODS)
+    check.choice(_OP, "start", start, STARTS)
     spaces = stats if isinstance(stats, Spaces) else stats.spaces
     if isinstance(stats, Spaces) and method != "weights":
         expected = "statistics of collect_statistics, or method='weights'"
@@ -119,7 +133,7 @@ def match(
     labels: dict[str, list[Tensor]] = {}
     fits: dict[str, Fit] = {}
     if method == "weights":
-        labels, objectives = _weights(spaces, models, seed)
+        labels, objectives = _weights(spaces, models, seed, start)
     if isinstance(stats, Statistics):
         if method in ("zip", "permute") and blend < 1:
             labels = _blended(stats, method, models, blend, eps, options)
@@ -128,13 +142,13 @@ def match(
 
 
 def _weights(
-    spaces: Spaces, models: Sequence[nn.Module] | None, seed: int
+    spaces: Spaces, models: Sequence[nn.Module] | None, seed: int, start: str
 ) -> tuple[dict[str, list[Tensor]], list[Objective]]:
     if models is None or len(models) < 2:
         got = "none" if models is None else len(models)
         raise ArgumentError.of(_OP, "there are no weights to match", got, "models, 2 or more")
     states_of(_OP, models, spaces.program)
-    found = [match_weights(spaces, models[0], other, seed) for other in models[1:]]
+    found = [match_weights(spaces, models[0], other, seed, start) for other in models[1:]]
     labels = {
         name: [torch.arange(space.size), *(order[name].argsort() for order, _ in found)]
         for name, space in spaces.movable.items()
@@ -160,9 +174,8 @@ def _blended(
         before = labels
         for spaces in stats.spaces.groups().values():
             blended = {
-                s.name: stats.correlation(s.name, eps)
-                .mul_(blend)
-                .add_(weights.of(s, labels), alpha=1 - blend)
+                s.name: stats.correlation(s.name, eps).cpu() * blend
+                + weights.of(s, labels).cpu() * (1 - blend)
                 for s in spaces
             }
             labels = labels | most_similar(_OP, stats, method, [spaces], blended, options)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_unflatten
 
-from .program import Call, Program, flatten
+from .program import Call, Program
 from .relabel import Relabelling
 from .split import Part, Split, writes
 
@@ -52,7 +52,7 @@ class PartialZip(nn.Module):
         self.train(models[0].training)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        flat = flatten(type(self).__name__, self.parts.in_spec, args, kwargs)
+        flat = self.parts.inputs.flatten(type(self).__name__, args, kwargs)
         return self.run(flat, [train_norms()] * (1 + len(self.heads)) if self.training else None)
 
     def run(

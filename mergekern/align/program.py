@@ -21,8 +21,8 @@ from torch.export import Dim
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..errors import ArgumentError
+from .inputs import Arguments, Inputs, arguments
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Call = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -38,6 +38,7 @@ class Program:
             exported = _export(model, args, kwargs, op)
         signature = exported.graph_signature
         self.module, self.graph = exported.graph_module, exported.graph_module.graph
+        _read_outputs(self.graph)
         self.names: dict[str, str] = {
             **signature.inputs_to_parameters,
             **signature.inputs_to_buffers,
@@ -47,20 +48,17 @@ class Program:
             for placeholder, name in signature.inputs_to_lifted_tensor_constants.items()
         }
         known = {*self.names, *self.constants}
-        self.inputs = [n for n in self.placeholders() if n.name not in known]
+        nodes = [n for n in self.placeholders() if n.name not in known]
+        self.inputs = Inputs(exported.call_spec.in_spec, nodes)
         self.persistent = set(model.state_dict())
         self.buffers = dict(model.named_buffers(remove_duplicate=False))
-        self.in_spec: TreeSpec = exported.call_spec.in_spec
         self.out_spec: TreeSpec = exported.call_spec.out_spec
         self.example: Arguments = args, kwargs
         self.aliases = _aliases(model)
 
     def flat_inputs(self, op: str, inputs: Any) -> list[Any]:
         """The values of the graph's inputs, in order."""
-        flat = flatten(op, self.in_spec, *arguments(op, inputs))
-        for node, x in zip(self.inputs, flat, strict=True):
-            _check_shape(op, node.name, x, node.meta["val"])
-        return flat
+        return self.inputs.flatten(op, *arguments(op, inputs))
 
     def run(
         self, state: Mapping[str, Tensor], flat: Sequence[Any], call: Call | None = None
@@ -107,20 +105,18 @@ def module_of(node: fx.Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
-def _check_shape(op: str, name: str, x: Any, traced: Any) -> None:
-    """A tensor of the traced shape; sizes that the trace left open may differ."""
-    if not isinstance(traced, Tensor):
-        return
-    fixed = [s if isinstance(s, int) else s.node.maybe_as_int() for s in traced.shape]
-    expected = ["any" if size is None else size for size in fixed]
-    if not isinstance(x, Tensor):
-        raise ArgumentError.of(op, f"{name} is no tensor", type(x).__name__, expected)
-    fits = x.ndim == traced.ndim and all(
-        e in ("any", size) for e, size in zip(expected, x.shape, strict=True)
-    )
-    if not fits:
-        what = f"{name} differs from the example in shape (the model fixes the sizes named)"
-        raise ArgumentError.of(op, what, list(x.shape), expected)
+def _read_outputs(graph: fx.Graph) -> None:
+    """Makes every output the result of a call of its own, which reads it like any other value."""
+    output = next(n for n in graph.nodes if n.op == "output")
+    with graph.inserting_before(output):
+        read = []
+        for value in output.args[0]:
+            if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
+                alias = graph.call_function(torch.ops.aten.alias.default, (value,))
+                alias.meta = {"val": value.meta["val"]}
+                value = alias
+            read.append(value)
+    output.args = (tuple(read),)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -131,40 +127,6 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-
-
-def arguments(op: str, inputs: Any) -> Arguments:
-    """One tensor, a tuple of arguments or a mapping of named ones, as args and kwargs."""
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, tuple | list) and inputs:
-        return tuple(inputs), {}
-    expected = "a tensor, a tuple of arguments or a mapping of named ones, as the model takes them"
-    raise ArgumentError.of(op, "there are no inputs", type(inputs).__name__, expected)
-
-
-def given(op: str, spec: TreeSpec, batch: Any) -> Arguments:
-    """A batch as arguments of a model that takes `spec`, without entries beyond these (labels)."""
-    args, kwargs = arguments(op, batch)
-    count, named = spec.child(0).num_children, spec.child(1).context or []
-    if args:
-        return args[:count] if count else args, {}
-    return (), {name: x for name, x in kwargs.items() if name in named} if named else kwargs
-
-
-def flatten(op: str, spec: TreeSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The values of a call model(*args, **kwargs), whose structure is to be `spec`, in order."""
-    order = spec.child(1).context or []
-    if sorted(kwargs) != sorted(order):
-        got, expected = sorted(kwargs), f"{sorted(order)} as in the example"
-        raise ArgumentError.of(op, "inputs have other names", got, expected)
-    flat, found = tree_flatten((args, {name: kwargs[name] for name in order}))
-    if found != spec:
-        expected = f"{spec.num_leaves} as in the example"
-        raise ArgumentError.of(op, "inputs have another structure", len(flat), expected)
-    return flat
 
 
 @contextmanager

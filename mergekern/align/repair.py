@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import TreeSpec
 
 from ..errors import ArgumentError
+from .inputs import Arguments, Inputs, arguments
 from .match import Match
 from .partial import PartialZip, norms_of, train_norms
-from .program import Arguments, arguments, evaluating, flatten, given
+from .program import evaluating
 from .rescale import rescale
 from .statistics import Statistics
 
@@ -64,14 +64,14 @@ def repair(
     if not isinstance(module, nn.Module):
         raise ArgumentError.of(_OP, "module is none", type(module).__name__, "a torch.nn.Module")
     if isinstance(module, PartialZip) and norms_of(module):
-        _reset_partial(module, _inputs(module.parts.in_spec, batches))
+        _reset_partial(module, _flat(module.parts.inputs, batches))
     elif has_norms(module):
         _reset(module, _taken(module, match, batches))
     elif match is None or statistics is None:
         what = "a network without BatchNorm needs what it was made by"
         raise ArgumentError.of(_OP, what, "none", "match and statistics")
     else:
-        inputs = _inputs(match.spaces.program.in_spec, batches)
+        inputs = _flat(match.spaces.program.inputs, batches)
         rescale(_OP, module, inputs, match, statistics.outputs, weights)
 
 
@@ -120,11 +120,11 @@ def _taken(module: nn.Module, match: Match | None, batches: Batches) -> Iterator
         if match is None:
             yield arguments_of(_OP, module, batch)
         else:
-            yield given(_OP, match.spaces.program.in_spec, batch)
+            yield match.spaces.program.inputs.of_batch(_OP, batch)
 
 
-def _inputs(spec: TreeSpec, batches: Batches) -> Iterator[list[Any]]:
-    return (flatten(_OP, spec, *given(_OP, spec, batch)) for batch in _all(batches))
+def _flat(inputs: Inputs, batches: Batches) -> Iterator[list[Any]]:
+    return (inputs.flatten(_OP, *inputs.of_batch(_OP, batch)) for batch in _all(batches))
 
 
 def arguments_of(op: str, module: nn.Module, batch: Any) -> Arguments:

@@ -87,9 +87,7 @@ def _layers(spaces: Spaces, outputs: Outputs) -> Iterable[_Layer]:
     program = spaces.program
 
     def alone(x: Any) -> bool:
-        if not isinstance(x, fx.Node) or x.name not in program.names or len(x.users) != 1:
-            return False
-        return len(program.aliases[program.names[x.name]]) == 1
+        return isinstance(x, fx.Node) and x.name in program.names and len(x.users) == 1
 
     for node in program.graph.nodes:
         kind = getattr(node.target, "__name__", "").partition(".")[0]

@@ -13,7 +13,8 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import TreeSpec
 
 from ..errors import ArgumentError
-from .program import Call, Program, Runner
+from .inputs import Inputs
+from .program import Call, Program, Runner, module_of
 from .relabel import Carried, carried, some_of
 from .spaces import Spaces
 
@@ -55,7 +56,7 @@ class Split:
     head: Part
     crossing: tuple[fx.Node, ...]
     layout: Mapping[str, Sequence[Carried]]
-    in_spec: TreeSpec
+    inputs: Inputs
     out_spec: TreeSpec
 
     def on(self, device: torch.device) -> Split:
@@ -75,7 +76,7 @@ def split(op: str, spaces: Spaces, until: str) -> Split:
         got = f"{until!r}, which is fixed" if until in spaces else repr(until)
         raise ArgumentError.of(op, "until is no space that moves", got, some_of(spaces))
     program = spaces.program
-    cut = _Cut(spaces)
+    cut = _Cut(op, spaces)
     trunk, head = cut.sides(until)
     if not any(cut.state & {*n.all_input_nodes} for n in head):
         what = f"no layer lies behind {until!r}"
@@ -83,14 +84,20 @@ def split(op: str, spaces: Spaces, until: str) -> Split:
     outputs = program.outputs()
     read = [n for call in head for n in call.all_input_nodes]
     read += [y for y in outputs if isinstance(y, fx.Node)]
-    made = trunk.keys() - head.keys() | {*cut.inputs}
+    made = trunk.keys() - head.keys() | {*program.inputs.nodes}
     crossing = tuple(n for n in dict.fromkeys(read) if n in made)
+    for value in crossing:
+        if value in cut.data and value.name not in cut.layout:
+            what = f"until={until!r} cuts a value whose features the spaces do not tell"
+            got = f"{value.name} of module {module_of(value)!r}"
+            expected = "a cut where layers read what crosses it, or spaces of discover_spaces"
+            raise ArgumentError.of(op, what, got, expected)
     return Split(
-        _part(program, cut.inputs, trunk, crossing),
+        _part(program, program.inputs.nodes, trunk, crossing),
         _part(program, crossing, head, outputs),
         crossing,
         cut.layout,
-        program.in_spec,
+        program.inputs,
         program.out_spec,
     )
 
@@ -101,19 +108,22 @@ Nodes = dict[fx.Node, None]  # a set that keeps its order
 class _Cut:
     """Which calls of a program are the trunk's and which the head's."""
 
-    def __init__(self, spaces: Spaces) -> None:
-        self.spaces, self.program, self.layout = spaces, spaces.program, carried(spaces)
-        given = self.program.placeholders()
+    def __init__(self, op: str, spaces: Spaces) -> None:
+        self.op, self.spaces, self.program = op, spaces, spaces.program
+        self.layout = carried(spaces)
         self.calls = [n for n in self.program.graph.nodes if n.op == "call_function"]
-        self.state = {n for n in given if n.name in self.program.names}
-        constants = self.program.constants
-        self.inputs = [n for n in given if n not in self.state and n.name not in constants]
+        self.state = {n for n in self.program.placeholders() if n.name in self.program.names}
+        self.data, self.weights = self._sources()
 
     def sides(self, until: str) -> tuple[Nodes, Nodes]:
-        last = max(i for i, call in enumerate(self.calls) if self._adds(call, until))
-        trunk, head = dict.fromkeys(self.calls[: last + 1]), Nodes()
+        adding = [i for i, call in enumerate(self.calls) if self._adds(call, until)]
+        if not adding:
+            what = f"{until!r} lies within weights, and no activations have it"
+            raise ArgumentError.of(self.op, what, f"until={until!r}", some_of(self.spaces))
+        split = adding[-1] + 1
+        trunk, head = dict.fromkeys(self.calls[:split]), Nodes()
         written = False
-        for call in self.calls[last + 1 :]:
+        for call in self.calls[split:]:
             # A call that writes in place keeps its order among those that may read what it writes.
             movable = not written and not (head and writes(call))
             ready = all(n in trunk or n.op != "call_function" for n in call.all_input_nodes)
@@ -123,7 +133,7 @@ class _Cut:
                 head[call] = None
                 written |= writes(call)
         # What a head makes of weights alone it makes of its own.
-        for call in reversed(self._of_weights()):
+        for call in reversed([call for call in self.calls if call in self.weights]):
             if call in trunk and any(n in head or n.op == "output" for n in call.users):
                 head[call] = None
                 if not any(n in trunk for n in call.users):
@@ -133,28 +143,32 @@ class _Cut:
     def _adds(self, call: fx.Node, space: str) -> bool:
         """Whether a call adds to a space: it takes a tensor that makes its features.
 
-        Where the same tensor reads features too (tied weights), its value must carry the space.
+        Where such a tensor reads features too (tied weights), its value must carry the space.
         """
-        taken = {self.program.names[n.name] for n in call.all_input_nodes if n in self.state}
-        roles = [
+        taken = {name for n in call.all_input_nodes for name in self.weights.get(n, ())}
+        roles = {
             place.role
             for place in self.spaces[space].places
-            if taken & {*self.program.aliases[place.name]}
-        ]
-        if {"consumes", "both"} & {*roles}:
+            if not taken.isdisjoint(self.program.aliases[place.name])
+        }
+        if roles & {"consumes", "both"}:
             return any(c.space == space for c in self.layout.get(call.name, ()))
         return bool(roles)
 
-    def _of_weights(self) -> list[fx.Node]:
-        """The calls whose values come of the state, and of inputs by their sizes alone."""
-        of_state, of_inputs = set(self.state), set(self.inputs)
+    def _sources(self) -> tuple[set[fx.Node], dict[fx.Node, set[str]]]:
+        """What comes of the numbers of inputs, and what comes of tensors of the state and of
+        nothing else but sizes, with the names of these tensors."""
+        inputs, state = set(self.program.inputs.nodes), {}
+        for n in self.state:
+            state[n] = {self.program.names[n.name]}
         for call in self.calls:
-            if of_inputs & {*call.all_input_nodes}:
+            given = call.all_input_nodes
+            if not inputs.isdisjoint(given):
                 if not isinstance(call.meta.get("val"), int | torch.SymInt):
-                    of_inputs.add(call)
-            elif of_state & {*call.all_input_nodes}:
-                of_state.add(call)
-        return [call for call in self.calls if call in of_state]
+                    inputs.add(call)
+            elif any(n in state for n in given):
+                state[call] = {name for n in given for name in state.get(n, ())}
+        return inputs.difference(self.program.inputs.nodes), state
 
 
 def writes(call: fx.Node) -> bool:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -83,12 +87,11 @@ class Statistics:
         require(op, models, self.fingerprints)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """As safetensors: the accumulators, and fingerprints of the models and of the spaces."""
-        tensors = {
-            f"{space}/{name}": x.contiguous()
-            for space, found in self.covariances.items()
-            for name, x in found.state_dict().items()
-        }
+        """As safetensors: the accumulators, and fingerprints of the models and of the spaces.
+
+        All accumulators are in memory at that point.
+        """
+        tensors = _state_of(self.covariances)
         for node, each in self.outputs.items():
             for i, (rows, mean, variance) in enumerate(each):
                 named = {"rows": torch.tensor(rows), "mean": mean, "variance": variance}
@@ -106,7 +109,7 @@ class Statistics:
     def load(
         cls, path: str | PathLike[str], spaces: Spaces, models: Sequence[nn.Module] | None = None
     ) -> Statistics:
-        """What `save` wrote, on the CPU.
+        """What `save` wrote, on the CPU; accumulators are read from the file as they are needed.
 
         Raises: ArgumentError for another file, and for statistics of other spaces or models than
         those given.
@@ -124,13 +127,6 @@ class Statistics:
             fingerprints, within = json.loads(about["models"]), json.loads(about["within"])
             if models is not None:
                 require(op, models, fingerprints)
-            covariances = {}
-            for name, space in spaces.movable.items():
-                covariances[name] = accumulator(space, len(fingerprints), within)
-                state = covariances[name].state_dict()
-                covariances[name].load_state_dict(
-                    {key: file.get_tensor(f"{name}/{key}") for key in state}
-                )
             outputs = {}
             for node in json.loads(about["outputs"]):
                 outputs[node] = [
@@ -141,7 +137,51 @@ class Statistics:
                     )
                     for i in range(len(fingerprints))
                 ]
+        covariances = Stored(spaces, len(fingerprints), within, dict.fromkeys(spaces.movable, path))
         return cls(spaces, tuple(fingerprints), within, covariances, outputs)
+
+
+class Stored(Mapping[str, Covariance]):
+    """Accumulators that lie in files, each read when it is asked for, onto the CPU."""
+
+    def __init__(
+        self,
+        spaces: Spaces,
+        models: int,
+        within: bool,
+        files: Mapping[str, str | PathLike[str]] | None = None,
+    ) -> None:
+        self._spaces, self._models, self._within = spaces, models, within
+        self._files = dict(files or {})
+
+    def put(self, covariances: Mapping[str, Covariance]) -> None:
+        """Writes them into a temporary folder, which goes with this object."""
+        folder = tempfile.mkdtemp(prefix="mergekern-statistics-")
+        weakref.finalize(self, shutil.rmtree, folder)
+        path = Path(folder) / "accumulators.safetensors"
+        save_file(_state_of(covariances), path)
+        self._files |= dict.fromkeys(covariances, path)
+
+    def __getitem__(self, name: str) -> Covariance:
+        found = accumulator(self._spaces[name], self._models, self._within)
+        with safe_open(self._files[name], framework="pt") as file:
+            found.load_state_dict({k: file.get_tensor(f"{name}/{k}") for k in found.state_dict()})
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _state_of(covariances: Mapping[str, Covariance]) -> dict[str, Tensor]:
+    """As `Stored` reads them."""
+    return {
+        f"{space}/{name}": x.contiguous()
+        for space, found in covariances.items()
+        for name, x in found.state_dict().items()
+    }
 
 
 def accumulator(space: Space, models: int, within: bool, **options: Any) -> Covariance:

@@ -17,7 +17,10 @@ from .spaces import Place, Space, Spaces
 
 Order = Mapping[str, Tensor]  # space -> index: feature f becomes what feature index[f] was
 
+STARTS = ("best", "anchored", "identity")
+
 _WAVE = 2**29  # bytes of scores, as float64, that are worked on side by side
+_ROUNDING = 1e-9
 _GAIN = 1e-12  # of sum |a||b|: steps that gain less are rounding
 
 
@@ -30,7 +33,7 @@ class Objective(NamedTuple):
 
 
 def match_weights(
-    spaces: Spaces, first: nn.Module, other: nn.Module, seed: int
+    spaces: Spaces, first: nn.Module, other: nn.Module, seed: int, start: str = "best"
 ) -> tuple[dict[str, Tensor], Objective]:
     """The orders of the features of `other` that bring its parameters closest to those of `first`.
 
@@ -38,6 +41,9 @@ def match_weights(
     all others fixed: the score of two features is the dot product of what they have in all
     parameters. A group is skipped while no space that it shares a tensor with has moved. Those in
     line that share none are solved side by side, with the same result.
+    start: "identity", as Git Re-Basin; "anchored", where each group is matched first by those of
+    its tensors alone whose other axes are fixed or matched already, from the inputs on, so that
+    features still in disorder add no noise; "best" descends from both and keeps what is better.
 
     Result: index of each space. The objective never decreases: it is computed in float64 after each
     step, and a step that does not gain is not made. Scores are float32 (float64 for float64
@@ -47,21 +53,17 @@ def match_weights(
     skipped, and a permuted copy of its tensors, twice.
     """
     pair = _Pair(spaces, first, other)
-    groups = spaces.groups()
-    neighbours = _neighbours(pair, groups)
-    generator = torch.Generator().manual_seed(seed)
-    waiting, sweeps = set(groups), 0
     before = pair.objective()
-    while waiting:
-        sweeps += 1
-        names = list(groups)
-        line = [names[i] for i in torch.randperm(len(names), generator=generator)]
-        while line:
-            wave = _take(line, waiting, neighbours, groups)
-            waiting -= set(wave)
-            for name in pair.step({name: groups[name] for name in wave}):
-                waiting |= neighbours[name]
-    return dict(pair.order), Objective(before, pair.objective(), sweeps)
+    found = []
+    for way in STARTS[1:] if start == "best" else [start]:
+        pair.reset()
+        if way == "anchored":
+            pair.anchor()
+        sweeps = pair.descend(seed)
+        found.append((dict(pair.order), Objective(before, pair.objective(), sweeps)))
+        if pair.objective() >= (1 - _ROUNDING) * pair.scale:  # Cauchy-Schwarz: none is better
+            break
+    return max(found, key=lambda result: result[1].after)
 
 
 def _take(
@@ -83,14 +85,16 @@ def _take(
     return wave
 
 
-def _neighbours(pair: _Pair, groups: Mapping[str, list[Space]]) -> dict[str, set[str]]:
+def _neighbours(
+    places: Mapping[str, list[tuple[Space, Place]]], groups: Mapping[str, list[Space]]
+) -> dict[str, set[str]]:
     """Groups with spaces on other axes of the same tensors."""
     group_of = {space.name: name for name, spaces in groups.items() for space in spaces}
     found: dict[str, set[str]] = {name: set() for name in groups}
-    for places in pair.places.values():
-        for space, place in places:
+    for here in places.values():
+        for space, place in here:
             found[group_of[space.name]] |= {
-                group_of[s.name] for s, p in places if p.axis != place.axis
+                group_of[s.name] for s, p in here if p.axis != place.axis
             }
     return found
 
@@ -102,13 +106,60 @@ class _Pair:
         self.a, self.b = parameters_of(first), parameters_of(other)
         self.dtype = accumulator_of(self.a | self.b)
         self.places = parameter_places(spaces, self.a)
-        self.order = {s.name: torch.arange(s.size) for s in spaces.movable.values()}
+        self.spaces, self.groups = spaces, spaces.groups()
+        self.neighbours = _neighbours(self.places, self.groups)
         grams = {name: gram([self.a[name], self.b[name]]) for name in self.places}
         self.scale = math.fsum(float((g[0, 0] * g[1, 1]).sqrt()) for g in grams.values())
-        self.dots = {name: float(g[0, 1]) for name, g in grams.items()}
+        self._unmoved = {name: float(g[0, 1]) for name, g in grams.items()}
+        self.reset()
+
+    def reset(self) -> None:
+        """All features as they were."""
+        self.order = {s.name: torch.arange(s.size) for s in self.spaces.movable.values()}
+        self.dots = dict(self._unmoved)
 
     def objective(self) -> float:
         return math.fsum(self.dots.values())
+
+    def anchor(self) -> None:
+        """Matches each group once, the one with most known about it first."""
+        left, known = dict(self.groups), set[str]()
+        while left:
+            entries = {name: self._entries(spaces, known) for name, spaces in left.items()}
+            name = max(entries, key=lambda n: entries[n])
+            spaces = left.pop(name)
+            if entries[name]:
+                found = assign_groups([[(s, self._score(s, known)) for s in spaces]])
+                self.order = self.order | found
+            known |= {s.name for s in spaces}
+        self.dots = {name: self._dot(name, self.order) for name in self.places}
+
+    def _entries(self, spaces: Sequence[Space], known: set[str]) -> float:
+        """The share of the numbers about features that lie among known ones."""
+        mine = {s.name for s in spaces}
+        sizes = {True: 0, False: 0}
+        for name, places in self.places.items():
+            if any(s.name in mine for s, _ in places):
+                sizes[self._is_known(name, known | mine)] += self.a[name].numel()
+        return sizes[True] / sum(sizes.values())
+
+    def _is_known(self, name: str, known: set[str]) -> bool:
+        return all(s.name in known for s, _ in self.places[name])
+
+    def descend(self, seed: int) -> int:
+        """Steps until none gains; the number of rounds."""
+        generator = torch.Generator().manual_seed(seed)
+        waiting, sweeps = set(self.groups), 0
+        while waiting:
+            sweeps += 1
+            names = list(self.groups)
+            line = [names[i] for i in torch.randperm(len(names), generator=generator)]
+            while line:
+                wave = _take(line, waiting, self.neighbours, self.groups)
+                waiting -= set(wave)
+                for name in self.step({name: self.groups[name] for name in wave}):
+                    waiting |= self.neighbours[name]
+        return sweeps
 
     def step(self, groups: Mapping[str, Sequence[Space]]) -> list[str]:
         """Takes the best order of each group if it gains; returns the names of those that moved."""
@@ -126,11 +177,16 @@ class _Pair:
                 moved.append(name)
         return moved
 
-    def _score(self, space: Space) -> Tensor:
-        """[size, size]: dot products of the features of both models, all other spaces in order."""
+    def _score(self, space: Space, known: set[str] | None = None) -> Tensor:
+        """[size, size]: dot products of the features of both models, all other spaces in order.
+
+        known: of tensors alone whose other spaces are among these.
+        """
         device = next(iter(self.a.values())).device
         total = torch.zeros(space.size, space.size, dtype=self.dtype, device=device)
         for name, places in self.places.items():
+            if known is not None and not self._is_known(name, known | {space.name}):
+                continue
             for place in (place for own, place in places if own is space):
                 y = self._permuted(name, self.order, place.axis)
                 x, y = (rows_of(v, place).to(self.dtype) for v in (self.a[name], y))

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def zip_weights(
     Result: the same bits on every backend and thread count, in float64 (float32 for 16-bit inputs)
     with one rounding at the end; csrc/zip_weights.h has the order. For an element of m terms
     |error| <= (m + 3) u sum |N w_i x_i| / d, u = 2**-53 (2**-24), plus half a unit of the result's
-    last place, where nothing under- or overflows. Elements without terms are 0. NaN stays in its
+    last place, where nothing under- or overflows. Elements without terms are -0. NaN stays in its
     groups.
 
     Cost: reads every input and writes the result once; no matrix of zeros and ones.
@@ -129,6 +130,7 @@ class _Zips:
         self.dense: dict[str, Tensor] = {}
         self.calls: list[tuple[Any, ...]] = []
         self._labels: dict[tuple[Any, ...], tuple[Any, Labels]] = {}
+        self._made: dict[tuple[Any, ...], tuple[np.ndarray | None, Tensor]] = {}
 
     def add(
         self,
@@ -161,12 +163,13 @@ class _Zips:
         shape = list(tensors[0].shape)
         for axis, of in labels.items():
             shape[axis] = len(of.counts) // (groups if axis == 1 else 1)
-        out = check.output(op, out, tensors[0], shape=shape, inputs=tensors, in_place=False)
+        alone = tensors if self.op == OP else ()  # of several, `apart` compares all with all
+        out = check.output(op, out, tensors[0], shape=shape, inputs=alone, in_place=False)
         dense = out
         if not out.is_contiguous():
             dense = torch.empty(shape, dtype=out.dtype, device=out.device)
         for target, part in zip(dense.chunk(groups) if groups > 1 else [dense], parts, strict=True):
-            self.calls.append(_arranged(target, part, merged, n, self.eps))
+            self.calls.append(self._arranged(target, part, merged, n))
         self.inputs |= {f"{name}[{i}]": x for i, x in enumerate(tensors)}
         self.results[name], self.dense[name] = out, dense
 
@@ -179,6 +182,42 @@ class _Zips:
         if key not in self._labels:
             self._labels[key] = given, read_labels(op, name, given, sizes, device)
         return self._labels[key][1]
+
+    def _arranged(self, out: Tensor, part: Part, merged: int | None, n: int) -> tuple[Any, ...]:
+        """What a backend takes: tensors as [rows, columns, inner], labels of rows and of columns.
+
+        Where one axis has labels, it is that of the rows, or of the columns if others come before
+        it.
+        """
+        axes = sorted(part.labels)
+        first = axes[0] if axes else 0
+        before, last = math.prod(out.shape[:first]), first + max(1, len(axes))
+        inner = math.prod(out.shape[last:])
+
+        def arranged(x: Tensor) -> Tensor:
+            sizes: tuple[int, ...] = x.shape[first:last] or (1,)
+            if len(sizes) == 1:
+                sizes = (*sizes, 1) if before == 1 else (before, *sizes)
+            return x.reshape(*sizes, inner)
+
+        in_rows = before == 1 and bool(axes)
+        rows = part.labels[first].parts if in_rows else None
+        cols = part.labels[axes[-1]].parts if len(axes) == 2 or (axes and not in_rows) else None
+        target = arranged(out)
+        counts = None if merged is None else part.labels[merged].counts
+        divisors = self._divisors(counts, n, target.shape[0], out.device)
+        by_row = merged is None or (in_rows and merged == first)
+        return target, [*map(arranged, part.xs)], rows, cols, part.factors, divisors, by_row
+
+    def _divisors(
+        self, counts: np.ndarray | None, n: int, height: int, device: torch.device
+    ) -> Tensor:
+        """The features of each group and eps, or n for every row; made once for several tensors."""
+        key = (id(counts), n, height, device)
+        if key not in self._made:
+            made = np.full(height, float(n)) if counts is None else counts + self.eps
+            self._made[key] = counts, torch.from_numpy(made).to(device)
+        return self._made[key][1]
 
     def run(self, backend: str) -> dict[str, Tensor]:
         if not self.results:
@@ -237,33 +276,6 @@ def _check_groups(
         if groups > 1 and x.shape[0] % groups:
             what = f"xs[{i}] does not have groups of one size"
             raise ArgumentError.of(op, what, f"{x.shape[0]} rows", f"a multiple of {groups}")
-
-
-def _arranged(out: Tensor, part: Part, merged: int | None, n: int, eps: float) -> tuple[Any, ...]:
-    """What a backend takes: tensors as [rows, columns, inner], labels of rows and of columns.
-
-    Where one axis has labels, it is that of the rows, or of the columns if others come before it.
-    """
-    axes = sorted(part.labels)
-    first = axes[0] if axes else 0
-    before, last = math.prod(out.shape[:first]), first + max(1, len(axes))
-
-    def arranged(x: Tensor) -> Tensor:
-        sizes = list(x.shape[first:last]) or [1]
-        if len(sizes) == 1:
-            sizes = [*sizes, 1] if before == 1 else [before, *sizes]
-        return x.reshape(*sizes, math.prod(x.shape[last:]))
-
-    in_rows = before == 1 and bool(axes)
-    rows = part.labels[first].parts if in_rows else None
-    cols = part.labels[axes[-1]].parts if len(axes) == 2 or (axes and not in_rows) else None
-    target = arranged(out)
-    divisors = torch.full((len(target),), float(n), dtype=torch.float64)
-    if merged is not None:
-        divisors = torch.from_numpy(part.labels[merged].counts + eps)
-    by_row = merged is None or (in_rows and merged == first)
-    inputs = [arranged(x) for x in part.xs]
-    return target, inputs, rows, cols, part.factors, divisors.to(out.device), by_row
 
 
 def cost(n: int, numel: int, itemsize: int, out_numel: int | None = None) -> Cost:

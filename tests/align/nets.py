@@ -142,6 +142,7 @@ def attention_spaces(*, inside: str | None = None, masked: bool = False) -> Spac
     program = Program(Attention(), {"x": example, **marks}, "spaces")
     nodes = [n.name for n in program.graph.nodes if n.op == "call_function"]
     first, second = [n for n in nodes if n.startswith("matmul")]
+    turned = next(n for n in nodes if n.startswith("transpose"))  # of the keys
     stream = [
         Place("embed.weight", 0, each(6), "produces"),
         Place("embed.bias", 0, each(6), "rides"),
@@ -157,8 +158,8 @@ def attention_spaces(*, inside: str | None = None, masked: bool = False) -> Spac
             12,
             (*rows(0), *rows(12)),
             (
+                Probe(turned, 0, (1, 3), each(12), ""),
                 Probe(first, 0, (1, 3), each(12), ""),
-                Probe(first, 1, (1, 2), torch.arange(12)[:, None], ""),
             ),
             heads=3,
             group="attention",

@@ -135,8 +135,12 @@ CASES = {
 
 def planted(case: Case, n: int, dtype: torch.dtype = torch.float64) -> tuple[list, Match, Any]:
     """A model and n - 1 reorderings of it, the match that undoes them, and inputs."""
-    first, inputs = case.model(0).to(dtype), cast(case.inputs(0), dtype)
-    spaces = case.traced(dtype)
+    models, match = reordered(case.model(0).to(dtype), case.traced(dtype), n)
+    return models, match, cast(case.inputs(0), dtype)
+
+
+def reordered(first: nn.Module, spaces: Spaces, n: int) -> tuple[list, Match]:
+    """`first` and n - 1 models with its features in another order, and what undoes that."""
     models = [first]
     labels = {name: [torch.arange(s.size)] for name, s in spaces.movable.items()}
     for seed in range(1, n):
@@ -146,7 +150,7 @@ def planted(case: Case, n: int, dtype: torch.dtype = torch.float64) -> tuple[lis
         models.append(other)
         for name, vectors in labels.items():
             vectors.append(moved[name])
-    return models, Match(spaces, labels, "permute", {}), inputs
+    return models, Match(spaces, labels, "permute")
 
 
 def unrelated(case: Case, n: int) -> tuple[list[nn.Module], Spaces, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from align import constructs
 from align.networks import (
     CASES,
     Case,
@@ -15,6 +16,7 @@ from align.networks import (
     one_to_one,
     planted,
     random_labels,
+    reordered,
     run,
     unrelated,
 )
@@ -23,6 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from mergekern.align.apply import apply
+from mergekern.align.declare import declare_spaces
+from mergekern.align.discover import discover_spaces
 from mergekern.align.match import Match
 from mergekern.align.spaces import Place, Space, Spaces
 
@@ -49,6 +53,23 @@ def test_each_head_is_its_own_model(name: str, until: str, n: int) -> None:
     assert len(outputs) == n
     for model, output in zip(models, outputs, strict=True):
         assert_same_output(output, run(model, inputs))
+
+
+@pytest.mark.parametrize("name", constructs.CASES)
+def test_constructs_are_merged_back_and_cut_anywhere(name: str) -> None:
+    """All that discovery understands: weights to the bit, and each head its own model."""
+    model, inputs, movable = constructs.case(name)
+    models, match = reordered(model, discover_spaces(model, inputs), 2)
+    for key, x in apply(models, match).state_dict().items():
+        assert_bytes_equal(x, model.state_dict()[key])
+    with torch.no_grad():
+        expected = [each(*inputs) for each in models]
+        for until in movable:
+            if (name, until) == ("factored", "a"):
+                continue  # lies within weights
+            outputs = apply(models, match, until=until)(*inputs)
+            for output, y in zip(outputs, expected, strict=True):
+                assert_same_output(output, y)
 
 
 @pytest.mark.parametrize(("name", "until"), CUTS)
@@ -115,7 +136,7 @@ def test_outputs_of_the_trunk_are_each_models_own() -> None:
     for model, output in zip(models, outputs, strict=True):
         expected = run(model, inputs)
         assert output["rest"][1] == 4
-        assert output["rest"][2] is inputs["scale"]
+        assert_bytes_equal(output["rest"][2], inputs["scale"])
         assert output["rest"][3] is None
         for key in ("hidden", "heads"):
             assert_same_output(output[key], expected[key])
@@ -184,6 +205,8 @@ def test_inputs_are_checked_as_those_of_the_model() -> None:
         partial(tokens=inputs["tokens"])
     with refused("PartialZip", "other names"):
         partial(inputs["tokens"], inputs["mask"])
+    with refused("PartialZip", "mask differs from the example in shape"):
+        partial(tokens=inputs["tokens"], mask=inputs["mask"][:, :5])
 
 
 # ---- as a module -----------------------------------------------------------------------------
@@ -324,6 +347,65 @@ def test_until_has_something_behind_it() -> None:
     spaces = Spaces([*match.spaces.values(), last], match.spaces.program)
     with refused("apply", "no layer lies behind 'last'", "'a', 'b'"):
         apply(models, Match(spaces, match.labels, "", {}), until="last")
+
+
+def test_until_is_a_space_that_activations_have() -> None:
+    model, inputs, _ = constructs.case("factored")
+    models, match = reordered(model, discover_spaces(model, inputs), 2)
+    with refused("apply", "'a' lies within weights"):
+        apply(models, match, until="a")
+
+
+def declared(first: nn.Module, x: Tensor) -> Spaces:
+    """A stream of two layers with a norm before the second, and what lies between."""
+    stream, inner = "stream", "inner"
+    axes = {
+        "0.weight": (stream, None),
+        "0.bias": (stream,),
+        "1.weight": (stream,),
+        "1.bias": (stream,),
+        "2.weight": (inner, stream),
+        "2.bias": (inner,),
+        "4.weight": (None, inner),
+    }
+    return declare_spaces(axes, first, x)
+
+
+def test_declared_spaces_are_cut_where_layers_read_them() -> None:
+    torch.manual_seed(1)
+    layers = [nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3)]
+    first, x = nn.Sequential(*layers).double(), torch.randn(7, 5).double()
+    models, match = reordered(first, declared(first, x), 3)
+    for until in ("stream", "inner"):
+        for model, output in zip(models, run(apply(models, match, until=until), x), strict=True):
+            assert_same_output(output, run(model, x))
+
+
+class Between(nn.Module):
+    """Adds to a stream before and after it is read, through a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(8, 3)
+        self.norm, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.d = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = x + self.d(torch.relu(self.b(self.norm(x))))
+        return self.c(self.norm2(x))
+
+
+def test_what_declared_spaces_do_not_tell_is_not_cut() -> None:
+    first, x = Between(), torch.randn(7, 5)
+    axes = {"a.weight": ("s", None), "a.bias": ("s",), "norm.weight": ("s",), "norm.bias": ("s",)}
+    axes |= {"b.weight": ("i", "s"), "b.bias": ("i",), "d.weight": ("s", "i"), "d.bias": ("s",)}
+    axes |= {"norm2.weight": ("s",), "norm2.bias": ("s",), "c.weight": (None, "s")}
+    models, match = reordered(first, declare_spaces(axes, first, x), 2)
+    for output, model in zip(run(apply(models, match, until="s"), x), models, strict=True):
+        assert_same_output(output, run(model, x))
+    with refused("apply", "until='i' cuts", "linear of module 'a'"):
+        apply(models, match, until="i")
 
 
 def test_a_few_names_of_many() -> None:

@@ -78,6 +78,9 @@ def counted(model: nn.Module, xs: list[Tensor]) -> nn.Module:
 def test_statistics_are_those_that_torch_counts(case: Case, training: bool) -> None:
     model, xs = case.model(0).double(), batches(case)
     model.train(training)
+    for key, x in model.state_dict().items():
+        if "tracked" in key:
+            x.fill_(5)
     expected = counted(model, xs).state_dict()
     momenta = [getattr(m, "momentum", 0) for m in model.modules()]
     modes = [m.training for m in model.modules()]
@@ -300,6 +303,20 @@ def test_layers_that_cannot_be_scaled_stay() -> None:
     assert changed == {"last.weight", "last.bias"}
 
 
+def test_features_of_no_weight_stay() -> None:
+    """A merged feature of models that do not count has nothing to vary as."""
+    xs = [normal(64, 5)(1).double()]
+    models, match, stats = zipped(2, xs)
+    labels = torch.cat(match.labels["a"][:1])
+    unused = [g for g in range(8) if g not in labels]
+    assert unused
+    merged = apply(models, match, weights=[1, 0])
+    repair(merged, xs, match=match, statistics=stats, weights=[1, 0])
+    assert all(x.isfinite().all() for x in merged.state_dict().values())
+    for g in unused:
+        assert_bytes_equal(merged.a.bias[g].detach(), torch.zeros(()).double())
+
+
 def test_convolutions() -> None:
     """Channels come first there; moments are those of all positions."""
 
@@ -333,4 +350,8 @@ def test_refusals() -> None:
         repair(merged, [xs[0] * float("inf")], match=match, statistics=stats)
     with refused("repair", "module is none", "str"):
         repair("model", xs)
+    with torch.no_grad():
+        before["b.bias"][0] = merged.b.bias[0] = float("nan")  # behind a layer that is finite
+    with refused("repair", "'b'", "not finite"):
+        repair(merged, xs, match=match, statistics=stats)
     assert_same_state(merged.state_dict(), before)

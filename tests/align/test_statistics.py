@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from align.nets import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import mergekern as mk
 from mergekern import ArgumentError
 from mergekern.align.collect import collect_statistics
 from mergekern.align.spaces import Probe, Space, Spaces
@@ -142,6 +145,29 @@ def test_all_probes_are_more_rows() -> None:
     assert last.count("inner") == every.count("inner") == 41 * 16
 
 
+class Twice(nn.Module):
+    """One value goes into two layers, the sum of their results into a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(x + torch.relu(self.a(x)) * torch.sigmoid(self.b(x)))
+
+
+def test_a_value_that_several_layers_read_counts_once() -> None:
+    models = trained(Twice)
+    spaces = mk.discover_spaces(models[0], torch.zeros(2, 5))
+    (stream,) = spaces.movable.values()
+    assert [p.module for p in stream.probes] == ["a", "b", "head"]
+    for probes, rows in (("all", 2 * 41), ("last", 41)):
+        got = collect_statistics(models, inputs(Mlp), spaces, probes=probes)
+        assert got.count(stream.name) == rows
+
+
 def test_queries_and_keys_both_count() -> None:
     assert collected(Attention).count("keys") == 2 * 41 * 7
     assert collected(Attention).count("values") == 41 * 7
@@ -205,7 +231,12 @@ def test_a_batch_of_one_counts() -> None:
     assert got.count("inner") == 18 * 16
 
 
-def test_several_passes_give_the_same_bits() -> None:
+def test_several_passes_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def folders() -> list[Path]:
+        return list(tmp_path.glob("mergekern-statistics-*"))
+
     expected, models = collected(Mlp), trained(Mlp)
     looked: list[int] = []
 
@@ -221,6 +252,48 @@ def test_several_passes_give_the_same_bits() -> None:
         for a, b in zip(moments, expected.outputs[node], strict=True):
             assert a.rows == b.rows == 41
             assert_bytes_equal(a.variance, b.variance)
+    assert list(got.covariances) == ["one", "two"]
+    assert len(folders()) == 2
+    got.save(tmp_path / "s.safetensors")
+    back = Statistics.load(tmp_path / "s.safetensors", mlp_spaces(), models)
+    assert_bytes_equal(back.correlation("two"), expected.correlation("two"))
+    del got
+    gc.collect()
+    assert not folders()
+
+
+def test_nothing_is_left_behind_by_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rounds: list[int] = []
+
+    def batches() -> Iterator[Tensor]:
+        rounds.append(len(list(tmp_path.iterdir())))
+        yield from inputs(Mlp) if len(rounds) == 1 else ()
+
+    with refused(OP, "there are no batches"):
+        collect_statistics(trained(Mlp), batches, mlp_spaces(), memory=8 * 16**2)
+    assert rounds == [0, 1]
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_accumulators_that_are_done_leave_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start of a pass there are none but its own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    alive: list[int] = []
+
+    def batches() -> Iterator[Tensor]:
+        gc.collect()
+        of_spaces = [o for o in gc.get_objects() if type(o) is mk.Covariance]
+        alive.append(sum(c._dims() in ([16], [12]) for c in of_spaces))
+        yield from inputs(Mlp)
+
+    collect_statistics(trained(Mlp), batches, mlp_spaces(), memory=8 * 16**2)
+    assert alive == [1, 1]
 
 
 def test_training_mode_and_gradients_are_left_as_they_were() -> None:

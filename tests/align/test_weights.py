@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from mergekern.align import weights as implementation
 from mergekern.align.match import Match, match
 from mergekern.align.program import state_of
 from mergekern.align.spaces import Space, Spaces
+from mergekern.align.weights import STARTS
 
 from accuracy import assert_bytes_equal
 from refusal import refused
@@ -210,11 +212,60 @@ def test_side_by_side_is_as_one_after_the_other(
                 assert_bytes_equal(x, y)
 
 
+def test_what_bears_on_nothing_that_moved_is_not_scored_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scored: list[str] = []
+    score = implementation._Pair._score
+
+    def spy(pair: implementation._Pair, space: Space, known: set[str] | None = None) -> Tensor:
+        scored.append(space.name)
+        return score(pair, space, known)
+
+    monkeypatch.setattr(implementation._Pair, "_score", spy)
+    models, spaces = [seeded(Mlp, s) for s in (0, 1)], mlp_spaces()
+    alone = Spaces([spaces["one"]], spaces.program)
+    (told,) = match(alone, "weights", models=models, start="identity").objectives
+    assert (scored, told.sweeps) == (["one"], 1)
+    scored.clear()
+    (told,) = match(spaces, "weights", models=models, start="identity").objectives
+    assert len(scored) < told.sweeps * len(spaces)
+
+
 def test_the_seed_is_the_order() -> None:
     spaces, models = attention_spaces(), [seeded(Attention, s) for s in range(2)]
     found = [match(spaces, "weights", models=models, seed=s).objectives for s in (0, 0, *range(9))]
     assert found[0] == found[1]
     assert len(set(found)) > 1
+
+
+def test_an_anchored_start_finds_orders_that_the_identity_misses() -> None:
+    """Every layer reordered, so that a feature has little in common with itself at first."""
+    torch.manual_seed(0)
+    width = [8, *[96] * 6, 4]
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in zip(width, width[1:])))
+    spaces = mk.discover_spaces(model, torch.randn(2, 8))
+    orders = spaces.random(1)
+    other = copy.deepcopy(model)
+    other.load_state_dict(spaces.permuted(orders, model.state_dict()))
+    found = {s: match(spaces, "weights", models=[model, other], start=s) for s in STARTS}
+    for name, order in orders.items():
+        for start in ("best", "anchored"):
+            assert found[start].labels[name][1].tolist() == order.tolist()
+    after = {start: m.objectives[0].after for start, m in found.items()}
+    assert after["identity"] < 0.9 * after["anchored"] == 0.9 * after["best"]
+
+
+def test_the_best_start_is_the_better_of_both() -> None:
+    spaces, better = attention_spaces(), set()
+    for seed in range(8):
+        models = [seeded(Attention, s) for s in (seed, seed + 50)]
+        after = {
+            s: match(spaces, "weights", models=models, start=s).objectives[0].after for s in STARTS
+        }
+        assert after["best"] == max(after["identity"], after["anchored"])
+        better.add(after["identity"] > after["anchored"])
+    assert better == {True, False}
 
 
 # ---- refusals ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from align.networks import assert_same_output, reordered
 from torch import nn
 
 from required import peer
@@ -22,6 +23,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 import mergekern as mk
 from mergekern.align.program import state_of
 from mergekern.align.spaces import Spaces
+
+from accuracy import assert_bytes_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -203,3 +206,20 @@ def test_rotary_pairs_stay_in_their_heads() -> None:
     turned = [s for s in spaces_of("dinov3").movable.values() if s.inside]
     assert [(s.size, s.heads) for s in turned] == [(16, 4), (16, 4)]
     assert all(p.positions.shape == (16, 2) for s in turned for p in s.places)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_reordered_encoder_is_merged_back(name: str) -> None:
+    """Weights to the bit; behind a cut each head is its own model."""
+    model, inputs = encoder(name)
+    models, match = reordered(model, mk.discover_spaces(model, inputs), 2)
+    for key, x in mk.apply(models, match).state_dict().items():
+        assert_bytes_equal(x, model.state_dict()[key])
+    cuts = [c for c in match.spaces.movable if "relative" not in c]  # biases lie within weights
+    with torch.no_grad():
+        expected = [each(inputs) for each in models]
+        for until in cuts[::3]:
+            outputs = mk.apply(models, match, until=until)(inputs)
+            for output, y in zip(outputs, expected, strict=True):
+                assert type(output) is type(y)
+                assert_same_output(output, y)

@@ -118,9 +118,12 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """Width 16. head "fc": 64-d encoder of cifar5; "linear": classifier of resnet_cifar10."""
+    """Width 16. head "fc": 64-d encoder of cifar5; "linear": classifier of resnet_cifar10.
 
-    def __init__(self, head: str) -> None:
+    depth: blocks of a stage, 3 of a ResNet-20 and 5 of a ResNet-32.
+    """
+
+    def __init__(self, head: str, depth: int = 3) -> None:
         super().__init__()
         padded = head == "linear"
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
@@ -128,7 +131,7 @@ class ResNet20(nn.Module):
         channels = 16
         for stage, out in enumerate((16, 32, 64), start=1):
             blocks = []
-            for i in range(3):
+            for i in range(depth):
                 stride = 2 if stage > 1 and i == 0 else 1
                 blocks.append(Block(channels, out, stride, padded=padded))
                 channels = out
@@ -144,7 +147,7 @@ class ResNet20(nn.Module):
 
 def network(state: Mapping[str, Tensor], head: str) -> ResNet20:
     """The network with these weights, every one of which must be there and be used."""
-    model = ResNet20(head)
+    model = ResNet20(head, len({key.split(".")[1] for key in state if key.startswith("layer1.")}))
     own = set(model.state_dict())
     # Published classifiers are without the counters of BatchNorm, which evaluation ignores.
     counters = {k for k in own - set(state) if k.endswith("num_batches_tracked")}

@@ -11,7 +11,7 @@ from . import runtime
 
 
 class _Plan(NamedTuple):
-    """One result for the kernel; `held` is what the addresses in `arguments` point to."""
+    """One result for the kernel; `held` and what is prepared is what its addresses point to."""
 
     arguments: dict[str, object]
     height: int
@@ -37,7 +37,7 @@ def zip_weights(
         if any(t.numel() for t in x):
             plans.append(_plan(out, x, r, c, f, d, by, prepared, stream))
         else:
-            out.zero_()
+            out.fill_(-0.0)
     sizes = [(p.height, p.width) for p in plans]
     tasks = runtime.tasks(sizes, runtime.CHUNK, runtime._cpu.ZIP_ROWS)
 
@@ -50,38 +50,75 @@ def zip_weights(
     runtime.parallel(run, len(tasks))
 
 
+class _Groups(NamedTuple):
+    """Where the members of each group start, and the members of all groups."""
+
+    starts: Tensor
+    members: Tensor
+    largest: int  # members of a group
+
+
 class _Prepared:
     """Labels as the kernel takes them; a model's tensors share most of them."""
 
     def __init__(self) -> None:
-        self._members: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._groups: dict[tuple[int, int], tuple[Tensor, _Groups]] = {}
         self._targets: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._positions: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
 
-    def members(self, labels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        """(where each group starts, the members of all groups)"""
-        key = (id(labels), groups)
-        if key not in self._members:
-            starts = torch.empty(groups + 1, dtype=torch.int64)
+    def groups(self, labels: Tensor, count: int) -> _Groups:
+        key = (id(labels), count)
+        if key not in self._groups:
+            starts = torch.empty(count + 1, dtype=torch.int64)
             members = torch.empty(len(labels), dtype=torch.int64)
-            runtime._cpu.group_members(
+            largest = runtime._cpu.group_members(
                 labels=labels.data_ptr(),
                 n=len(labels),
-                groups=groups,
+                groups=count,
                 starts=starts.data_ptr(),
                 members=members.data_ptr(),
             )
-            self._members[key] = labels, starts, members
-        return self._members[key][1:]
+            self._groups[key] = labels, _Groups(starts, members, largest)
+        return self._groups[key][1]
 
     def targets(self, labels: Tensor, inner: int) -> Tensor:
         """The labels of columns of one element, from those of columns of `inner`."""
         key = (id(labels), inner)
         if key not in self._targets:
-            spread = labels
-            if inner > 1:
-                spread = (labels[:, None] * inner + torch.arange(inner)).view(-1)
-            self._targets[key] = labels, spread
+            self._targets[key] = labels, _spread(labels, inner)
         return self._targets[key][1]
+
+    def positions(self, labels: Tensor, inner: int) -> Tensor | None:
+        """Where each column of the result comes from; None where all stay.
+
+        labels have each group once.
+        """
+        key = (id(labels), inner)
+        if key not in self._positions:
+            members = self.groups(labels, len(labels)).members
+            stay = torch.equal(members, torch.arange(len(members)))
+            made = None if stay else _spread(members, inner).to(torch.int32)
+            self._positions[key] = labels, made
+        return self._positions[key][1]
+
+
+def _spread(columns: Tensor, inner: int) -> Tensor:
+    if inner == 1:
+        return columns
+    return (columns[:, None] * inner + torch.arange(inner)).view(-1)
+
+
+def _trade_places(
+    cols: list[Tensor],
+    columns: int,
+    width: int,
+    groups: list[_Groups] | None,
+    prepared: _Prepared,
+) -> bool:
+    """Whether each model has every column of the result once, and at most one row in a group."""
+    if width >= 2**31 or (groups is not None and any(g.largest > 1 for g in groups)):
+        return False
+    return all(len(c) == columns and prepared.groups(c, columns).largest <= 1 for c in cols)
 
 
 def _plan(
@@ -95,30 +132,33 @@ def _plan(
     prepared: _Prepared,
     stream: bool,
 ) -> _Plan:
-    height, inner = len(out), out.shape[2]
-    width, together = out.shape[1] * inner, runtime._cpu.ZIP_ROWS
+    height, columns, inner = out.shape
+    width, together = columns * inner, runtime._cpu.ZIP_ROWS
     divisors = divisors if by_row else divisors.repeat_interleave(inner)
-    held, inputs = [divisors], []
+    groups = None if rows is None else [prepared.groups(r, height) for r in rows]
+    trade = cols is not None and _trade_places(cols, columns, width, groups, prepared)
+    held, inputs, moved = [divisors], [], 0
     for i, x in enumerate(xs):
         if not x.numel():
             continue
-        x = x if x[:1].is_contiguous() else x.contiguous()
-        starts = members = targets = None
-        if rows is not None:
-            starts, members = prepared.members(rows[i], height)
-        if cols is not None:
+        if not x.is_contiguous() and not x[:1].is_contiguous():
+            x = x.contiguous()
+        held.append(x)
+        targets = positions = None
+        if cols is not None and trade:
+            positions = prepared.positions(cols[i], inner)
+            moved += positions is not None
+        elif cols is not None:
             targets = prepared.targets(cols[i], inner)
-        pointers = [x, starts, members, targets]
-        held += [t for t in pointers if t is not None]
-        data, first, second, third = (0 if t is None else t.data_ptr() for t in pointers)
         inputs.append(
             runtime._cpu.ZipInput(
-                data=data,
+                data=x.data_ptr(),
                 width=x.shape[1] * inner,
                 row_stride=x.stride(0),
-                starts=first,
-                members=second,
-                targets=third,
+                starts=0 if groups is None else groups[i].starts.data_ptr(),
+                members=0 if groups is None else groups[i].members.data_ptr(),
+                targets=0 if targets is None else targets.data_ptr(),
+                positions=0 if positions is None else positions.data_ptr(),
                 factor=factors[i],
             )
         )
@@ -129,5 +169,8 @@ def _plan(
         "row_divisors": divisors.data_ptr() if by_row else 0,
         "column_divisors": 0 if by_row else divisors.data_ptr(),
     }
-    scratch = 0 if cols is None else -(-width // together) * together * 32
+    if cols is None or trade:
+        scratch = moved * (width * 16 + runtime._cpu.ZIP_PIECES)
+    else:
+        scratch = -(-width // together) * together * 32
     return _Plan(arguments, height, width, scratch, held)

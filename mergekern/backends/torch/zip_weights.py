@@ -40,7 +40,7 @@ def _zip(
     divisors = divisors.to(acc).view(-1, *[1] * (2 if by_row else 1))
     for begin in range(0, height, step):
         end = min(height, begin + step)
-        total = torch.zeros(end - begin, width, inner, dtype=acc, device=out.device)
+        total = _zeros(out, acc, end - begin, width, inner)
         for i, x in enumerate(xs):
             labels = None if rows is None else rows[i]
             part = _sum_rows(x, labels, begin, end, factors[i], acc)
@@ -58,10 +58,15 @@ def _sum_rows(
         part = x[begin:end].to(acc)
         return part * chunks.scalar(factor, part)
     members = torch.nonzero((labels >= begin) & (labels < end)).view(-1)
-    part = torch.zeros(end - begin, *x.shape[1:], dtype=acc, device=x.device)
+    part = _zeros(x, acc, end - begin, *x.shape[1:])
     for to, of in _rounds(labels[members] - begin):
         part[to] += x[members[of]].to(acc) * chunks.scalar(factor, part)
     return part
+
+
+def _zeros(like: Tensor, acc: torch.dtype, *shape: int) -> Tensor:
+    """-0, which every number can be added to as it is."""
+    return torch.full(shape, -0.0, dtype=acc, device=like.device)
 
 
 def _rounds(labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

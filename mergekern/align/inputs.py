@@ -1,0 +1,70 @@
+"""What a traced model takes: calls and batches as a list of values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from ..errors import ArgumentError
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Inputs(NamedTuple):
+    """The structure of arguments and keyword arguments, and a placeholder for each value."""
+
+    spec: TreeSpec
+    nodes: Sequence[fx.Node]
+
+    def flatten(self, op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The values of a call model(*args, **kwargs), in order."""
+        order = self.spec.child(1).context or []
+        if sorted(kwargs) != sorted(order):
+            got, expected = sorted(kwargs), f"{sorted(order)} as in the example"
+            raise ArgumentError.of(op, "inputs have other names", got, expected)
+        flat, found = tree_flatten((args, {name: kwargs[name] for name in order}))
+        if found != self.spec:
+            expected = f"{self.spec.num_leaves} as in the example"
+            raise ArgumentError.of(op, "inputs have another structure", len(flat), expected)
+        for node, x in zip(self.nodes, flat, strict=True):
+            _check_shape(op, node.name, x, node.meta["val"])
+        return flat
+
+    def of_batch(self, op: str, batch: Any) -> Arguments:
+        """A batch as arguments, without entries beyond those that are taken (labels)."""
+        args, kwargs = arguments(op, batch)
+        count, named = self.spec.child(0).num_children, self.spec.child(1).context or []
+        if args:
+            return args[:count] if count else args, {}
+        return (), {name: x for name, x in kwargs.items() if name in named} if named else kwargs
+
+
+def arguments(op: str, inputs: Any) -> Arguments:
+    """One tensor, a tuple of arguments or a mapping of named ones, as args and kwargs."""
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list) and inputs:
+        return tuple(inputs), {}
+    expected = "a tensor, a tuple of arguments or a mapping of named ones, as the model takes them"
+    raise ArgumentError.of(op, "there are no inputs", type(inputs).__name__, expected)
+
+
+def _check_shape(op: str, name: str, x: Any, traced: Any) -> None:
+    """A tensor of the traced shape; sizes that the trace left open may differ."""
+    if not isinstance(traced, Tensor):
+        return
+    fixed = [s if isinstance(s, int) else s.node.maybe_as_int() for s in traced.shape]
+    expected = ["any" if size is None else size for size in fixed]
+    if not isinstance(x, Tensor):
+        raise ArgumentError.of(op, f"{name} is no tensor", type(x).__name__, expected)
+    fits = x.ndim == traced.ndim and all(
+        e in ("any", size) for e, size in zip(expected, x.shape, strict=True)
+    )
+    if not fits:
+        what = f"{name} differs from the example in shape (the model fixes the sizes named)"
+        raise ArgumentError.of(op, what, list(x.shape), expected)
