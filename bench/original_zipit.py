@@ -67,8 +67,8 @@ def zip_pair(
 
     until: the layer from which each model goes on alone; None zips all. largest: places of more
     features are averaged, and the time of their zip is told by its first steps. Seconds are of the
-    forward passes, with the copies that hooks make; of statistics; of matching; and of applying, up
-    to the merged state dict.
+    forward passes, with the copies that hooks make; of statistics, batch by batch; of finishing
+    them; of matching; and of applying, up to the merged state dict.
     """
     graphs = importlib.import_module("graphs.resnet_graph")
     covariance = importlib.import_module("metric_calculators").CovarianceMetric
@@ -78,7 +78,7 @@ def zip_pair(
 
     class Covariance(covariance):
         update = clock.timed("statistics", covariance.update)
-        finalize = clock.timed("statistics", covariance.finalize)
+        finalize = clock.timed("finishing", covariance.finalize)
 
     def recorded(metric: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         size = len(metric["covariance"]) // len(models)
