@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+AT_HAND = "MERGEKERN_REBASIN" in os.environ
+
 
 def port() -> ModuleType:
     """Its `utils.weight_matching`; skips the test where there is no checkout."""

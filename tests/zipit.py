@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +33,23 @@ class Anything(ModuleType):
 def checkout() -> str:
     """The folder; for tests marked `needed`."""
     return os.environ["MERGEKERN_ZIPIT"]
+
+
+@contextlib.contextmanager
+def original() -> Iterator[ModuleType]:
+    """Its model_merger, imported afresh; packages that it does not use here stand in.
+
+    Its other modules are importable inside as well.
+    """
+    stand_ins = ("clip", "einops", "fvcore", "fvcore.nn", "fvcore.nn.flop_count")
+    own = ("matching_functions", "metric_calculators", "model_merger", "utils", "graphs")
+    with (
+        mock.patch.dict(sys.modules, {n: Anything(n) for n in stand_ins}),
+        mock.patch.object(sys, "path", [checkout(), *sys.path]),
+    ):
+        for name in [n for n in sys.modules if n.split(".")[0] in own]:
+            del sys.modules[name]
+        yield importlib.import_module("model_merger")
 
 
 def match_tensors_zipit() -> Callable[..., tuple[Tensor, Tensor]]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -68,12 +69,19 @@ class Cifar10:
             x.contiguous(memory_format=torch.channels_last), self.label[torch.from_numpy(indices)]
         )
 
+    def normalized(self, indices: np.ndarray) -> Images:
+        """As the encoders of cifar5 take them."""
+        return self.images(indices, mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.243, 0.261])
+
     def _decode(self, i: int) -> np.ndarray:
         data = self._bytes[self._offsets[i] : self._offsets[i + 1]].tobytes()
         return np.asarray(self._pillow.open(io.BytesIO(data)).convert("RGB"))
 
     def test_indices(self) -> np.ndarray:
         return np.flatnonzero(self.split == 1)
+
+    def training_indices(self, classes: Sequence[int]) -> np.ndarray:
+        return np.flatnonzero((self.split == 0) & np.isin(self.label.numpy(), classes))
 
     def statistics_indices(self) -> np.ndarray:
         """The 5,000 training images that the README of cifar5 names."""
@@ -176,3 +184,27 @@ def reset_statistics(model: nn.Module, images: Images) -> None:
 
 def percent(right: Tensor) -> float:
     return 100 * right.double().mean().item()
+
+
+class Accuracy(NamedTuple):
+    """Percent of the right classes in the 5+5 setting."""
+
+    joint: float  # over all ten classes
+    a: float  # over a task's five classes, the images of those
+    b: float
+
+
+def accuracy(cosine: Tensor, label: Tensor) -> Accuracy:
+    first = label < 5
+    return Accuracy(
+        percent(cosine.argmax(1) == label),
+        percent(cosine[first, :5].argmax(1) == label[first]),
+        percent(cosine[~first, 5:].argmax(1) + 5 == label[~first]),
+    )
+
+
+def cosines(output: Tensor | Sequence[Tensor], codes: Tensor) -> Tensor:
+    """Of embeddings with the codes of all ten classes; of two heads, each with those of its own."""
+    if isinstance(output, Tensor):
+        return functional.normalize(output, dim=1) @ codes.T
+    return torch.cat([cosines(y, own) for y, own in zip(output, codes.split(5))], 1)
