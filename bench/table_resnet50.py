@@ -114,7 +114,7 @@ def beside(parts: Parts, passes: float) -> float:
 
 def after(parts: Parts) -> float:
     """From the last batch of the statistics on."""
-    return sum(seconds for part, seconds in parts.items() if part not in ("forward", "statistics"))
+    return sum(parts.get(part, 0.0) for part in ("finishing", "matching", "applying"))
 
 
 def theirs(models: Sequence[nn.Module], batches: Sequence[Tensor]) -> tuple[Parts, Parts]:

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mergekern as mk
@@ -48,7 +49,7 @@ class Method(NamedTuple):
     title: str
     ours: str
     theirs: str | None
-    parameters: dict[str, float]
+    parameters: dict[str, Any]
     until: tuple[str | None, str | None] = (None, None)
 
 
@@ -109,11 +110,18 @@ def cifar5(cifar: Cifar10) -> Pair:
 
 
 def small_vits(cifar: Cifar10) -> Pair:
-    """Zipped until the hidden features of a block. ZipIt has no graph of a ViT."""
+    """Zipped until the hidden features of a block; ZipIt has no graph of a ViT.
+
+    Without BatchNorm, what zip_models does last is REPAIR; whole zips are shown without it too.
+    """
     images = cifar.normalized(cifar.statistics_indices())
     until = {f"{i + 1}/4 blocks": (f"blocks.{i}.fc1", None) for i in (2, 1, 0)}
     methods = [m._replace(theirs=None) for m in WHOLE]
-    return Pair("vits", vits.pair(cifar), images, [*methods, *_partial(until, None)])
+    bare = [
+        m._replace(title=f"{m.title}, bare", parameters={**m.parameters, "repair": "none"})
+        for m in methods
+    ]
+    return Pair("vits", vits.pair(cifar), images, [*bare, *methods, *_partial(until, None)])
 
 
 def _partial(until: dict[str, tuple[str, str | None]], theirs: str | None) -> Iterator[Method]:
@@ -211,7 +219,8 @@ def flops(run: Run, x: Tensor) -> int:
     """
     counted = []
     for images in (x[:1], x[:2]):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)  # counts attention by its products alone
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             run(images)
         counted.append(counter.get_total_flops())
     return counted[1] - counted[0]
