@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from align.networks import CASES, one_to_one, planted, random_labels, run, unrelated
 from torch import Tensor, nn
 
 from mergekern.align.matching.match import Match
@@ -18,6 +17,7 @@ from mergekern.align.spaces import Place, Space, Spaces
 from mergekern.align.tracing.program import Program
 
 from accuracy import assert_bytes_equal, assert_within
+from align.networks import CASES, one_to_one, planted, random_labels, run, unrelated
 from refusal import refused
 
 NAMES = list(CASES)

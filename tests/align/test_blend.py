@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from align.nets import Attention, Convs, Mlp, attention_spaces, convs_spaces, mlp_spaces, seeded
 from torch import Tensor, nn
 
 from mergekern.align.matching.blend import WeightSimilarity
@@ -17,6 +16,7 @@ from mergekern.align.statistics.statistics import Statistics
 from mergekern.align.tracing.program import state_of
 
 from accuracy import assert_bytes_equal, assert_within
+from align.nets import Attention, Convs, Mlp, attention_spaces, convs_spaces, mlp_spaces, seeded
 from refusal import refused
 
 KINDS: dict[type[nn.Module], tuple[Callable[..., Spaces], tuple[int, ...]]] = {

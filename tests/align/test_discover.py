@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from align.constructs import CASES, Net, case, image
 from torch import nn
 
 import mergekern as mk
 from mergekern.align.spaces import Space, Spaces
 
 from accuracy import assert_bytes_equal
+from align.constructs import CASES, Net, case, image
 from refusal import refused
 
 EXACT = 1e-11  # of outputs in float64, whose unit is 1e-16; a wrong space changes them by 1e-3 on

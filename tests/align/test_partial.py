@@ -7,6 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from mergekern.align.declare import declare_spaces
+from mergekern.align.discover import discover_spaces
+from mergekern.align.matching.match import Match
+from mergekern.align.merging.apply import apply
+from mergekern.align.spaces import Place, Space, Spaces
+
+from accuracy import assert_bytes_equal
 from align import constructs
 from align.networks import (
     CASES,
@@ -20,17 +31,6 @@ from align.networks import (
     run,
     unrelated,
 )
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
-
-from mergekern.align.declare import declare_spaces
-from mergekern.align.discover import discover_spaces
-from mergekern.align.matching.match import Match
-from mergekern.align.merging.apply import apply
-from mergekern.align.spaces import Place, Space, Spaces
-
-from accuracy import assert_bytes_equal
 from refusal import refused
 
 # Every space that a layer lies behind.

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from align.networks import CASES, Case, normal, planted, random_labels, unrelated
 from torch import Tensor, nn
 
 from mergekern.align.matching.match import Match
@@ -17,6 +16,7 @@ from mergekern.align.merging.repair import repair
 from mergekern.align.statistics.collect import collect_statistics
 
 from accuracy import assert_bytes_equal, assert_within
+from align.networks import CASES, Case, normal, planted, random_labels, unrelated
 from refusal import refused
 
 

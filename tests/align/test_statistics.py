@@ -11,16 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from align.nets import (
-    Attention,
-    Convs,
-    Mlp,
-    attention_spaces,
-    convs_spaces,
-    each,
-    mlp_spaces,
-    seeded,
-)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,6 +21,16 @@ from mergekern.align.statistics.collect import collect_statistics
 from mergekern.align.statistics.statistics import Statistics
 
 from accuracy import assert_bytes_equal, assert_within
+from align.nets import (
+    Attention,
+    Convs,
+    Mlp,
+    attention_spaces,
+    convs_spaces,
+    each,
+    mlp_spaces,
+    seeded,
+)
 from refusal import refused
 
 OP = "collect_statistics"

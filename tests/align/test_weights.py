@@ -10,7 +10,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from align.nets import Attention, Convs, Mlp, attention_spaces, convs_spaces, mlp_spaces, seeded
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from mergekern.align.spaces import Space, Spaces
 from mergekern.align.tracing.program import state_of
 
 from accuracy import assert_bytes_equal
+from align.nets import Attention, Convs, Mlp, attention_spaces, convs_spaces, mlp_spaces, seeded
 from refusal import refused
 
 OP = "match"

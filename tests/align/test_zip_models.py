@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from align.networks import CASES, assert_same_output, cast, planted, run, unrelated
 from torch import Tensor, nn
 
 from mergekern.align import zip_models as module
@@ -20,6 +19,7 @@ from mergekern.align.statistics.collect import collect_statistics
 from mergekern.align.zip_models import zip_models
 
 from accuracy import assert_bytes_equal
+from align.networks import CASES, assert_same_output, cast, planted, run, unrelated
 from refusal import refused
 
 

@@ -11,9 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from align.nets import Attention
-from align.networks import CASES, Case, assert_same_output, cast, normal, planted
-from align.networks import run as outputs_of
 from cli.calls import Run, one_line
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,6 +21,9 @@ from mergekern.engine import zip as engine
 from mergekern.engine.samples import Batches, Pixels, open_samples
 
 from accuracy import assert_bytes_equal
+from align.nets import Attention
+from align.networks import CASES, Case, assert_same_output, cast, normal, planted
+from align.networks import run as outputs_of
 from engine.models import nothing_left
 
 FACTORY = """

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from align.networks import assert_same_output, reordered
 from torch import nn
 
+from align.networks import assert_same_output, reordered
 from required import peer
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
