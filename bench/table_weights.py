@@ -73,10 +73,11 @@ def theirs(a: State, b: State, max_iter: int) -> dict[str, float]:
     return {"seconds": taken, "sweeps": steps / len(spec.perm_to_axes), "objective": value}
 
 
-def ours(models: list[ViT], spaces: mk.Spaces) -> dict[str, float]:
+def ours(models: list[ViT], spaces: mk.Spaces, start: str) -> dict[str, float]:
     """The objective is told by the mean M of A and P B: <A, P B> = 2 <A, M> - <A, A>."""
     made: list[Any] = []
-    taken = seconds(lambda: made.append(mk.match(spaces, method="weights", models=models)))
+    options = {"method": "weights", "models": models, "start": start}
+    taken = seconds(lambda: made.append(mk.match(spaces, **options)))
     (found,) = made
     a, m = models[0].state_dict(), mk.apply(models, found).state_dict()
     value = 2 * objective(a, m) - objective(a, a)
@@ -98,8 +99,12 @@ def main() -> None:
         print("git re-basin", out["git re-basin"], flush=True)
     every = mk.discover_spaces(models[0], torch.zeros(2, 3, 224, 224))
     same = mk.Spaces([s for s in every.values() if s.heads == 1], every.program, every.layout)
-    for name, spaces in (("mergekern", same), ("mergekern with heads", every)):
-        out[name] = ours(models, spaces)
+    for name, spaces, start in (
+        ("mergekern", same, "identity"),
+        ("mergekern with heads", every, "identity"),
+        ("mergekern with heads, best start", every, "best"),
+    ):
+        out[name] = ours(models, spaces, start)
         print(name, out[name], flush=True)
     (RESULTS / "weights-vit-b.json").write_text(json.dumps(out, indent=1) + "\n")
 

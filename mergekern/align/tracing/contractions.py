@@ -87,6 +87,13 @@ def convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Value:
+    return _convolved(run, x, weight, bias, "OC", groups)
+
+
+def _convolved(
+    run: Interpreter, x: Value, weight: Value, bias: Value | None, names: str, groups: int
+) -> Value:
+    """`names`: the axes of the kernel, outputs O and inputs C. Positions are no features."""
     ndim = len(weight.shape)
     if len(x.shape) != ndim:
         raise run.refused("convolves a tensor without a batch axis")
@@ -94,7 +101,7 @@ def convolution(
     kernel = Value(weight.shape[:2], _first_two(weight), data=weight.data)
     if groups == 1:
         space = _lead(ndim - 2)
-        y = run.contract(x, kernel, "NC" + space, "OC", "NO" + space, (0, 1))
+        y = run.contract(x, kernel, "NC" + space, names, "NO" + space, (0, 1))
     else:
         y = _grouped(run, x, kernel, groups)
     y = Value(run.shape, y.layers, data=True)
@@ -141,15 +148,9 @@ def conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Value:
-    ndim = len(weight.shape)
-    if groups != 1 or len(x.shape) != ndim:
-        raise run.refused("makes a transposed convolution in groups or without a batch axis")
-    x = run.drop(x, set(range(2, ndim)), "lies along axes of a convolution")
-    kernel = Value(weight.shape[:2], _first_two(weight), data=weight.data)
-    space = _lead(ndim - 2)
-    y = run.contract(x, kernel, "NC" + space, "CO", "NO" + space, (0, 1))
-    y = Value(run.shape, y.layers, data=True)
-    return y if bias is None else run.elementwise(y, along(bias, 1, ndim))
+    if groups != 1:
+        raise run.refused("makes a transposed convolution in groups")
+    return _convolved(run, x, weight, bias, "CO", groups)
 
 
 def _first_two(weight: Value) -> list[Layer]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..spaces import Layout, Place, Probe, Space
 from .labels import Facts, Layer
+from .names import titles
 from .program import Program
 
 
@@ -233,10 +234,11 @@ class Resolver:
                 probes[i].append(Probe(node, arg, axes, positions, module))
         roles, notes = self._roles(), self._notes()
         places = [self._places(cell, roles) for cell in cells]
-        titles, groups = _titles(cells, places)
+        fixed, heads = [c.fixed is not None for c in cells], [c.group for c in cells]
+        named, groups = titles(places, fixed, heads)
         spaces = [
             Space(
-                titles[i],
+                named[i],
                 len(cell.members),
                 tuple(places[i]),
                 tuple(_distinct(probes[i])),
@@ -251,7 +253,7 @@ class Resolver:
         found: Layout = {}
         for node, layers in layout.items():
             found[node] = [
-                (titles[i], axes, positions)
+                (named[i], axes, positions)
                 for layer in layers
                 for i, axes, positions in self._found(layer, owner, cells)
             ]
@@ -311,63 +313,10 @@ class Resolver:
         return {c: "; ".join(texts) for c, texts in found.items()}
 
 
-def _titles(cells: list[_Cell], places: list[list[Place]]) -> tuple[list[str], dict[Hashable, str]]:
-    """A name for each cell, plain ones for what may move, and for each group of heads."""
-    names, group_names = _Names(), _Names()
-    titles = [""] * len(cells)
-    groups: dict[Hashable, str] = {}
-    for i in sorted(range(len(cells)), key=lambda i: cells[i].fixed is not None):
-        titles[i] = names.of(places[i])
-        group = cells[i].group
-        if group is not None and group not in groups:
-            groups[group] = group_names.unlike(_parent(titles[i]))
-    return titles, groups
-
-
-class _Names:
-    """Names of spaces, after the modules that produce them."""
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-
-    def of(self, places: list[Place]) -> str:
-        sources = [p for p in places if p.role in ("produces", "both")]
-        if not sources:
-            read = places[0].role == "consumes"
-            return self.unlike(f"input of {_module(places[0].name)}" if read else places[0].name)
-        modules = [*dict.fromkeys(_module(p.name) for p in sources)]
-        parents = {m.rpartition(".")[0] for m in modules}
-        if 1 < len(modules) <= 3 and len(parents) == 1 and parents != {""}:
-            name = f"{parents.pop()}.{'+'.join(m.rpartition('.')[2] for m in modules)}"
-        else:
-            name = modules[0]
-        first = sources[0]
-        if name in self._taken:
-            low, high = int(first.positions.min()), int(first.positions.max())
-            name = f"{name}[{low}:{high + 1}]"
-        return self.unlike(name)
-
-    def unlike(self, name: str) -> str:
-        """The name, or one with a number that nothing has yet."""
-        title, number = name, 2
-        while title in self._taken:
-            title, number = f"{name}#{number}", number + 1
-        self._taken.add(title)
-        return title
-
-
 def _numbered(keys: Mapping[int, Hashable]) -> dict[int, int]:
     """Equal keys get one number."""
     numbers: dict[Hashable, int] = {}
     return {c: numbers.setdefault(key, len(numbers)) for c, key in keys.items()}
-
-
-def _module(tensor: str) -> str:
-    return tensor.rpartition(".")[0] or tensor
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0] or name
 
 
 def _distinct(probes: list[Probe]) -> list[Probe]:
