@@ -58,7 +58,7 @@ def collect_statistics(
     Memory: the accumulators, and for each model the values of its forward pass that are still to be
     used.
     Raises: ArgumentError for no batches, an iterator where several passes are needed, models that
-    differ from the spaces' (in names or shapes, or in what they return for the first batch), inputs
+    differ from the spaces' (in names or shapes, or in what they return for two rows), inputs
     on another device, NaN or infinities (naming model and module), a space that does not fit.
     Source: ZipIt (2305.03053); the outputs for REPAIR (2211.08403).
 

@@ -19,6 +19,7 @@ from .capture import After, Before, features, row_mask, run_together
 Mask = str | Callable[[Any], Tensor]
 
 _OP = "collect_statistics"
+_COMPARED = 2  # rows of the first batch that each model computes by itself as well
 _WEIGHT = {"linear": 1, "addmm": 2, "conv1d": 1, "conv2d": 1, "conv3d": 1}  # argument of the call
 
 
@@ -124,10 +125,10 @@ class Collector:
                 expected = f"{self.options['device']}, where the models are"
                 raise ArgumentError.of(_OP, "a batch is on another device", x.device, expected)
         self.marks = self._marks(batch)
-        outputs = run_together(self.program, self.states, flat, before, after)
         if not self.compared:
-            self._compare(args, kwargs, outputs)
+            self._compare(self.program.inputs.first_rows(flat, _COMPARED))
             self.compared = True
+        run_together(self.program, self.states, flat, before, after)
 
     def _marks(self, batch: Any) -> Tensor | None:
         if self.mask is None:
@@ -145,11 +146,13 @@ class Collector:
             raise ArgumentError.of(_OP, "mask is none of tokens", got, "bool [batch, tokens]")
         return marks
 
-    def _compare(self, args: Any, kwargs: Any, outputs: list[Any]) -> None:
-        """What each model returns by itself with what the traced one returned with its tensors."""
-        for i, (model, output) in enumerate(zip(self.models, outputs, strict=True)):
+    def _compare(self, flat: list[Any]) -> None:
+        """What each model returns by itself with what the traced one returns with its tensors."""
+        args, kwargs = self.program.inputs.call(flat)
+        for i, (model, state) in enumerate(zip(self.models, self.states, strict=True)):
             with evaluating(model):
                 own = [y.nan_to_num() for y in _floating(model(*args, **kwargs))]
+                output = self.program.run(state, flat)
             traced = [y.nan_to_num() for y in _floating(output)]
             what = f"models[{i}] computes something else than the model of the spaces"
             if [y.shape for y in own] != [y.shape for y in traced]:

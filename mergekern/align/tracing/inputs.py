@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...errors import ArgumentError
 
@@ -31,8 +31,20 @@ class Inputs(NamedTuple):
             expected = f"{self.spec.num_leaves} as in the example"
             raise ArgumentError.of(op, "inputs have another structure", len(flat), expected)
         for node, x in zip(self.nodes, flat, strict=True):
-            _check_shape(op, node.name, x, node.meta["val"])
+            _check_shape(op, node, x)
         return flat
+
+    def first_rows(self, flat: Sequence[Any], rows: int) -> list[Any]:
+        """The values of a smaller batch: the first rows of those whose number of rows is open."""
+        return [
+            x[:rows] if isinstance(x, Tensor) and _sizes(node)[:1] == [None] else x
+            for node, x in zip(self.nodes, flat, strict=True)
+        ]
+
+    def call(self, flat: Sequence[Any]) -> Arguments:
+        """Values in order as args and kwargs: what `flatten` takes apart."""
+        args, kwargs = tree_unflatten(list(flat), self.spec)
+        return args, kwargs
 
     def of_batch(self, op: str, batch: Any) -> Arguments:
         """A batch as arguments, without entries beyond those that are taken (labels)."""
@@ -65,12 +77,19 @@ def arguments_of(op: str, module: nn.Module, batch: Any) -> Arguments:
     return args[:count], kwargs
 
 
-def _check_shape(op: str, name: str, x: Any, traced: Any) -> None:
+def _sizes(node: fx.Node) -> list[int | None]:
+    """Of a placeholder of a tensor; None where the trace left a size open."""
+    traced = node.meta["val"]
+    sizes = traced.shape if isinstance(traced, Tensor) else ()
+    return [s if isinstance(s, int) else s.node.maybe_as_int() for s in sizes]
+
+
+def _check_shape(op: str, node: fx.Node, x: Any) -> None:
     """A tensor of the traced shape; sizes that the trace left open may differ."""
+    name, traced = node.name, node.meta["val"]
     if not isinstance(traced, Tensor):
         return
-    fixed = [s if isinstance(s, int) else s.node.maybe_as_int() for s in traced.shape]
-    expected = ["any" if size is None else size for size in fixed]
+    expected = ["any" if size is None else size for size in _sizes(node)]
     if not isinstance(x, Tensor):
         raise ArgumentError.of(op, f"{name} is no tensor", type(x).__name__, expected)
     fits = x.ndim == traced.ndim and all(
