@@ -1,35 +1,14 @@
-"""match on two real encoders, beside ZipIt's code and the port of Git Re-Basin."""
+"""match on two real encoders, beside the port of Git Re-Basin."""
 
 from __future__ import annotations
 
 import torch
-from test_cifar5 import RESET, Accuracy, accuracy, cosines, normalized
 
 import mergekern as mk
 from mergekern.align.matching.match import match
-from mergekern.align.statistics.collect import collect_statistics
-from mergekern.align.tracing.program import state_of
 
 import rebasin
-from cifar import Cifar10, ResNet20, network, reset_statistics, weights
-
-
-def test_permuted_encoders_average_as_published() -> None:
-    """What ZipIt's own code gives: statistics of 5,000 images, one permutation of each space."""
-    cifar = Cifar10()
-    few, images = (normalized(cifar, c) for c in (cifar.statistics_indices(), cifar.test_indices()))
-    codes = weights("cifar5/codes.safetensors")["codes"]
-    a, b = (network(weights(f"cifar5/{name}.safetensors"), "fc") for name in "ab")
-    spaces = mk.discover_spaces(a, torch.zeros(2, 3, 32, 32))
-    stats = collect_statistics([a, b], [(x, None) for x in few.x.split(500)], spaces, within=False)
-    found = match(stats, "permute", models=[a, b])
-    permutations = {name: labels[1].argsort() for name, labels in found.labels.items()}
-    states = [state_of(a), spaces.permuted(permutations, state_of(b))]
-    model = ResNet20("fc")
-    model.load_state_dict(mk.merge_state_dicts(states, "linear", weight=0.5))
-    reset_statistics(model, few)
-    got: Accuracy = accuracy(cosines(model.state_dict(), images, codes), images.label)
-    got.assert_near((33.9, 67.2, 79.6), RESET)
+from cifar import network, weights
 
 
 def test_two_real_encoders_as_by_the_port() -> None:

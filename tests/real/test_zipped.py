@@ -6,21 +6,30 @@ import functools
 
 import pytest
 import torch
-from test_cifar5 import RESET, accuracy, normalized
-from torch import Tensor
-from torch.nn import functional
+from test_cifar5 import RESET, assert_near
 
 import mergekern as mk
 
 from accuracy import assert_bytes_equal
-from cifar import Cifar10, Images, ResNet20, network, outputs, reset_statistics, weights
+from cifar import (
+    Cifar10,
+    Images,
+    ResNet20,
+    accuracy,
+    cosines,
+    network,
+    reset_statistics,
+    weights,
+)
 
 # The README's row, and the space that ends its trunk: stages end where the next one's begins.
-PUBLISHED = {
-    "zip 20/20": (0.3, 0.125, None, (35.4, 70.4, 79.3)),
-    "zip 19/20": (1e-4, 0.075, "layer3.0.conv2", (39.7, 73.3, 82.5)),
-    "zip 13/20": (1e-4, 0.075, "layer2.0.conv2", (59.1, 82.2, 84.3)),
-    "zip 7/20": (1e-4, 0.075, "conv1", (63.9, 84.7, 88.2)),
+PAPER = {"alpha": 1e-4, "beta": 0.075}
+PUBLISHED: dict[str, tuple[str, dict[str, float], str | None, tuple[float, float, float]]] = {
+    "permute": ("permute", {}, None, (33.9, 67.2, 79.6)),
+    "zip 20/20": ("zip", {"alpha": 0.3, "beta": 0.125}, None, (35.4, 70.4, 79.3)),
+    "zip 19/20": ("zip", PAPER, "layer3.0.conv2", (39.7, 73.3, 82.5)),
+    "zip 13/20": ("zip", PAPER, "layer2.0.conv2", (59.1, 82.2, 84.3)),
+    "zip 7/20": ("zip", PAPER, "conv1", (63.9, 84.7, 88.2)),
 }
 
 
@@ -33,7 +42,7 @@ def encoders() -> list[ResNet20]:
 def images(split: str) -> Images:
     cifar = Cifar10()
     chosen = cifar.test_indices() if split == "test" else cifar.statistics_indices()
-    return normalized(cifar, chosen)
+    return cifar.normalized(chosen)
 
 
 @functools.cache
@@ -42,24 +51,16 @@ def statistics() -> mk.Statistics:
     return mk.collect_statistics(encoders(), images("statistics").x.split(500), spaces)
 
 
-def cosines(output: Tensor) -> Tensor:
-    return functional.normalize(output, dim=1) @ weights("cifar5/codes.safetensors")["codes"].T
-
-
 @pytest.mark.parametrize("row", PUBLISHED)
-def test_zips_score_as_published(row: str) -> None:
-    alpha, beta, until, published = PUBLISHED[row]
-    found = mk.match(statistics(), "zip", alpha=alpha, beta=beta)
+def test_merges_score_as_published(row: str) -> None:
+    method, parameters, until, published = PUBLISHED[row]
+    found = mk.match(statistics(), method, **parameters)
     model = mk.apply(encoders(), found, until=until)
     mk.repair(model, images("statistics").x.split(500), match=found)
-    test = images("test")
-    if until is None:
-        cosine = cosines(outputs(model, test))
-    else:  # each head for its own classes
-        with torch.inference_mode():
-            heads = [cosines(torch.cat(y)) for y in zip(*map(model, test.x.split(100)))]
-        cosine = torch.cat([heads[0][:, :5], heads[1][:, 5:]], 1)
-    accuracy(cosine, test.label).assert_near(published, RESET)
+    test, codes = images("test"), weights("cifar5/codes.safetensors")["codes"]
+    with torch.inference_mode():
+        cosine = torch.cat([cosines(model(x), codes) for x in test.x.split(100)])
+    assert_near(accuracy(cosine, test.label), published, RESET)
 
 
 def test_the_average_is_that_of_state_dicts() -> None:
