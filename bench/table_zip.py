@@ -150,6 +150,7 @@ def ours(pair: Pair, method: Method) -> Merged:
         lambda: mk.zip_models(
             pair.models, pair.batches, method=method.ours, until=until, **method.parameters
         ),
+        reads=method.ours != "weights",
     )
 
 
@@ -172,11 +173,12 @@ def theirs(pair: Pair, method: Method, merger: ModuleType) -> Merged:
     return _timed(pair, make)._replace(parts=parts)
 
 
-def _timed(pair: Pair, make: Callable[[], nn.Module]) -> Merged:
+def _timed(pair: Pair, make: Callable[[], nn.Module], *, reads: bool = True) -> Merged:
+    """reads: whether the method has the models read the images."""
     made: list[nn.Module] = []
     whole = seconds(lambda: made.append(make().eval()))
     reset = any(isinstance(m, nn.BatchNorm2d) for m in pair.models[0].modules())
-    models = [*pair.models, *(made if reset else [])]
+    models = [*(pair.models if reads else []), *(made if reset else [])]
     passes = seconds(lambda: [_outputs(model, pair.batches) for model in models])
     return Merged(made[0], passes, whole - passes)
 

@@ -32,6 +32,7 @@ def zip_models(
     until: str | None = None,
     repair: str = "auto",
     example_inputs: Any = None,
+    outputs: str | Sequence[str] = "fixed",
     spaces: Spaces | None = None,
     memory: int | str = "4GiB",
     weights: Sequence[float] | None = None,
@@ -42,8 +43,8 @@ def zip_models(
 
     Shapes: models of one architecture. batches: an iterable that can be read several times (a
     list, a DataLoader) or a callable that returns one; of what the models take, and labels after it
-    are left out. example_inputs: for `discover_spaces`; by default the first batch. spaces: those
-    of an earlier call, which saves the tracing.
+    are left out. example_inputs, outputs: for `discover_spaces`; by default the first batch, and
+    outputs that stay. spaces: those of an earlier call, which saves the tracing.
     method, parameters: of `match` (alpha, beta, blend, ...) and of `collect_statistics` (probes,
     mask, nan). until, weights: of `apply`. memory: of `collect_statistics`. repair: "auto" measures
     BatchNorm's statistics anew, or does REPAIR in networks without; "none" leaves that out.
@@ -71,7 +72,7 @@ def zip_models(
     if spaces is None:
         if example_inputs is None:
             example_inputs = _first(models, batches)
-        spaces = discover_spaces(models[0], example_inputs)
+        spaces = discover_spaces(models[0], example_inputs, outputs=outputs)
     if until is not None:
         split(_OP, spaces, until)  # refused before the passes
     if method == "weights" or "blend" in matching:

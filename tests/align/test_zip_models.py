@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekern.align import zip_models as module
+from mergekern.align.discover import discover_spaces
 from mergekern.align.matching.match import match
 from mergekern.align.merging.apply import apply
 from mergekern.align.merging.partial import PartialZip
@@ -53,6 +54,19 @@ def test_it_is_its_parts(name: str, method: str, until: str | None) -> None:
     assert_same_state(found, expected.state_dict())
     for model, state in zip(models, before, strict=True):
         assert_same_state(model, state)
+
+
+def test_outputs_that_are_free_are_merged_too() -> None:
+    """An encoder whose output may come in another order: that of the first model."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6)).double()
+    spaces = discover_spaces(model, torch.zeros(2, 5).double(), outputs="free")
+    other = copy.deepcopy(model)
+    other.load_state_dict(spaces.permuted(spaces.random(3), model.state_dict()))
+    xs = [torch.randn(64, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))]
+    found = zip_models([model, other], xs, method="permute", outputs="free", repair="none")
+    assert_same_state(found, model.state_dict())
+    fixed = zip_models([model, other], xs, method="permute", repair="none")
+    assert not torch.equal(fixed[2].weight, model[2].weight)
 
 
 @pytest.mark.parametrize("method", ["permute", "weights"])
