@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import mergekern as mk
 
 from accuracy import assert_bytes_equal
-from cifar import Cifar10, network, outputs, weights
+from cifar import Cifar10, Images, network, outputs, weights
 
 # As the networks were published: mean and standard deviation of their training images.
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -45,12 +45,13 @@ def test_spaces_of_a_padded_shortcut(name: str) -> None:
     sizes = sorted(s.size for s in spaces.movable.values() if len(s.places) > 6)
     assert sizes == [16, 16, 32]
     assert spaces.verify(model, images()[:20]).exact
-    scale = outputs(model, _some()).abs().max()
-    gap = (outputs(model, _some()) - outputs(other, _some())).abs().max()
+    scale = outputs(model, some()).abs().max()
+    gap = (outputs(model, some()) - outputs(other, some())).abs().max()
     assert gap <= 2.0**-18 * scale  # reordered sums of float32, through 20 or 32 layers
 
 
-def _some():  # type: ignore[no-untyped-def]
+@functools.cache
+def some() -> Images:
     cifar = Cifar10()
     return cifar.images(cifar.test_indices()[:50], MEAN, STD)
 
