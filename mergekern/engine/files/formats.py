@@ -1,0 +1,49 @@
+"""What all weight files share: names of element types, sizes, what an open file can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...methods.compat import Signature
+
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def nbytes(signature: Signature) -> int:
+    return torch.Size(signature.shape).numel() * signature.dtype.itemsize
+
+
+class WeightFile(Protocol):
+    """An open file of named tensors."""
+
+    path: Path
+    signatures: Mapping[str, Signature]
+    metadata: Mapping[str, str]
+
+    def read(self, name: str) -> Tensor: ...
+    def prefetch(self, name: str) -> None: ...
+    def release(self, name: str) -> None: ...
+    def close(self) -> None: ...
