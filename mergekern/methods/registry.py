@@ -83,7 +83,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One tensor of every model, of one shape, dtype and device, and where the result goes."""
+    """One tensor of every model, or a slice of it, of one shape, dtype and device."""
 
     xs: list[Tensor]
     base: Tensor | None
@@ -93,7 +93,14 @@ class Inputs:
     backend: str
     host: str | None = None  # reproduce this tool's selection, rounding and sign rules
     models: Sequence[int] | None = None  # which of the merge's models have the tensor; None: all
-    survey: Any = None  # what the method's survey found
+    survey: Any = None  # what the method's survey, or its measure, found
+    offset: int = 0  # flat index of the slice's first element in the tensor
+    shape: tuple[int, ...] | None = None  # of the whole tensor; None: the xs are all of it
+
+
+def never(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> str | None:
+    """The cut of a method that needs a tensor whole."""
+    return None
 
 
 # `visit(f)` reads every tensor that is merged once, in the order of the plan, and calls
@@ -112,6 +119,10 @@ class Method:
     a threshold over all tensors. It takes a `Visit`, may call it as often as it needs, and what it
     returns is `inputs.survey` in `merge`. A visitor that keeps `inputs` keeps its memory: it takes
     numbers out. `merge_tensors` surveys its one tensor.
+
+    cut: how a tensor of that shape may be cut (see `slices`); `merge` of each slice gives what
+    `merge` of the whole gives there, to the bit. measure: as survey, over the slices of one tensor;
+    called for tensors of more than one, and `inputs.survey` in `merge` of each is what it returns.
     """
 
     name: str
@@ -122,6 +133,8 @@ class Method:
     merge: Callable[..., Tensor]
     parity: Mapping[str, str] = field(default_factory=dict)  # host -> what equals its result
     survey: Callable[[Visit], Any] | None = None
+    cut: Callable[[Mapping[str, Any], Sequence[int], str | None], str | None] = never
+    measure: Callable[[Visit], Any] | None = None
 
     # (parameters, names of floating tensors, backend) -> parameters, once before the first tensor
     whole_models: Callable[[dict[str, Any], Sequence[str], str], dict[str, Any]] | None = None
