@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..engine.run import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Manifest, merge_checkpoints
+from ..engine.manifest import Manifest
+from ..engine.run import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, merge_checkpoints
 
 
 def merge(
