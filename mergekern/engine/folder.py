@@ -11,6 +11,7 @@ import torch
 from ..check import name_of
 from .checkpoint import FOREIGN, WEIGHTS, Checkpoint, folders
 from .config import MergeConfig
+from .manifest import MANIFEST
 
 CONFIG_NAME = "mergekern_config.yml"
 
@@ -20,8 +21,9 @@ def carry(
 ) -> tuple[list[str], list[str]]:
     """Copies every file of the model that is no weight; returns names copied and left out.
 
-    Left out: weights in any form (the merge replaces or outdates them), README.md (a new card is
-    written), folders of other runtimes and hidden ones. config.json gets the dtype of the result.
+    Left out: weights in any form (the merge replaces or outdates them), README.md and an older
+    manifest (new ones are written), folders of other runtimes and hidden ones. config.json gets
+    the dtype of the result.
     """
     copied: list[str] = []
     left_out: list[str] = []
@@ -36,7 +38,7 @@ def carry(
                     left_out.append(f"{name.as_posix()}/")
                 continue
             weights = path.suffix in (*WEIGHTS, *FOREIGN) or path.name.endswith(".index.json")
-            if weights or name == Path("README.md"):
+            if weights or name in (Path("README.md"), Path(MANIFEST)):
                 if path not in source.weight_files:
                     left_out.append(name.as_posix())
                 continue

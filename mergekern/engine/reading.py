@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .files.formats import bytes_of
 from .journal import digest_of
 from .plan import Plan
 from .units import Part, Unit
@@ -50,7 +51,7 @@ class Reader:
             tensors, digests = [], []
             for (file, name), dtype in zip(self._where[part.task], task.stored, strict=True):
                 raw = next(left)[: (end - begin) * dtype.itemsize]
-                data = _memory(raw)
+                data = bytes_of(raw)
                 if data:
                     file.read_into(name, begin * dtype.itemsize, data)
                 tensors.append(raw.view(dtype))
@@ -64,15 +65,10 @@ class Reader:
         t = self._plan.tasks[task]
         begin, end = (i * t.stored[source].itemsize for i in t.slices[index])
         file, name = self._where[task][source]
-        data = _memory(torch.empty(end - begin, dtype=torch.uint8))
+        data = bytes_of(torch.empty(end - begin, dtype=torch.uint8))
         if data:
             file.read_into(name, begin, data)
         return data
 
     def file_of(self, task: int, source: int) -> Path:
         return self._where[task][source][0].path
-
-
-def _memory(raw: Tensor) -> memoryview:
-    data: Any = raw.numpy()
-    return memoryview(data)

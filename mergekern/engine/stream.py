@@ -15,7 +15,7 @@ from torch import Tensor
 from ..methods.registry import Inputs
 from .checkpoint import Checkpoint
 from .config import MergeConfig
-from .files.writer import bytes_of
+from .files.formats import bytes_of
 from .journal import Entries, Entry, Journal, digest_of
 from .memory import Window, window
 from .output import Output

@@ -6,13 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...methods.compat import Signature
-from .formats import NAMES, nbytes
+from .formats import NAMES, bytes_of, nbytes
 
 
 class SafetensorsWriter:
@@ -81,12 +79,6 @@ def _has(path: Path, head: bytes, size: int) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(head)) == head
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
-    data: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(data)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
