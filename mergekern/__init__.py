@@ -13,7 +13,7 @@ from .align.statistics.collect import collect_statistics
 from .align.statistics.statistics import Statistics
 from .align.zip_models import zip_models
 from .engine.manifest import Manifest
-from .engine.run import merge_checkpoints
+from .engine.run import merge_checkpoints, merge_sweep
 from .engine.zip_folder import load_zip
 from .errors import (
     ArgumentError,
@@ -81,6 +81,7 @@ __all__ = [
     "merge_checkpoints",
     "merge_deltas",
     "merge_state_dicts",
+    "merge_sweep",
     "merge_tensors",
     "methods",
     "permute",

@@ -60,6 +60,7 @@ def describe(
         "host": plan.host,
         "seed": plan.seed,
         "config": config.text,
+        "swept": config.swept,
         "models": models,
         "slice": slices.SLICE,
         "tensors": _tensors(plan, entries, point),

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..methods.registry import Inputs
-from .checkpoint import Checkpoint
 from .config import MergeConfig
 from .files.formats import bytes_of
 from .journal import Entries, Entry, Journal, digest_of
@@ -47,9 +46,7 @@ class _Arrived(NamedTuple):
 class Stream:
     """The work of one plan: `merge` it, with the passes before that its method needs."""
 
-    def __init__(
-        self, plan: Plan, checkpoints: Sequence[Checkpoint], reader: Reader, settings: Settings
-    ) -> None:
+    def __init__(self, plan: Plan, reader: Reader, settings: Settings) -> None:
         self._plan, self._settings, self._reader = plan, settings, reader
         self._method = settings.config.method
         self._limit = window(settings.memory)
