@@ -14,6 +14,7 @@ from .align.statistics.statistics import Statistics
 from .align.zip_models import zip_models
 from .engine.manifest import Manifest
 from .engine.run import merge_checkpoints, merge_sweep
+from .engine.verify import Verification, verify
 from .engine.zip_folder import load_zip
 from .errors import (
     ArgumentError,
@@ -61,6 +62,7 @@ __all__ = [
     "Spaces",
     "Statistics",
     "Threshold",
+    "Verification",
     "apply",
     "assign",
     "assign_heads",
@@ -91,6 +93,7 @@ __all__ = [
     "save_masks",
     "tall_masks",
     "variance_mask",
+    "verify",
     "weighted_rows",
     "weighted_sum",
     "zip_match",

@@ -23,7 +23,7 @@ from ..methods.slices import slices
 from ..version import __version__
 from .checkpoint import Checkpoint
 from .config import ExceptionRule, MergeConfig
-from .files import nbytes
+from .files import WeightFile, nbytes
 from .journal import digest_of
 from .parameters import arguments, layer_positions
 
@@ -171,11 +171,14 @@ def make_plan(
 def _sources(checkpoints: Sequence[Checkpoint]) -> Iterator[Source]:
     for i, c in enumerate(checkpoints):
         for file in c.files:
-            entries = [[k, name_of(d), list(s)] for k, (d, s) in file.signatures.items()]
-            about = [entries, dict(file.ranges), dict(file.metadata)]
-            name = file.path.relative_to(c.folder).as_posix() if c.folder else file.path.name
-            layout = digest_of(json.dumps(about, sort_keys=True))
-            yield Source(i, name, file.path.stat().st_size, layout)
+            yield Source(i, c.name_of(file), file.path.stat().st_size, layout_of(file))
+
+
+def layout_of(file: WeightFile) -> str:
+    """The digest of names, types, shapes and places of the tensors of a file."""
+    entries = [[k, name_of(d), list(s)] for k, (d, s) in file.signatures.items()]
+    about = [entries, dict(file.ranges), dict(file.metadata)]
+    return digest_of(json.dumps(about, sort_keys=True))
 
 
 def _listing(problems: dict[str, str]) -> str:

@@ -7,7 +7,7 @@ import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,8 @@ from torch import Tensor
 from ..methods.registry import Inputs
 from .config import MergeConfig
 from .files.formats import bytes_of
-from .journal import Entries, Entry, Journal, digest_of
+from .journal import Entries, Entry, digest_of
 from .memory import Window, window
-from .output import Output
 from .plan import Plan, Task
 from .progress import Bar
 from .reading import Loaded, Reader
@@ -43,6 +42,18 @@ class _Arrived(NamedTuple):
     buffers: list[Tensor]
 
 
+class Sink(Protocol):
+    """Where results go."""
+
+    def write(self, point: int, task: int, index: int, data: memoryview) -> None: ...
+
+
+class Record(Protocol):
+    """Where what is done is noted."""
+
+    def add(self, entries: Sequence[Entry]) -> None: ...
+
+
 class Stream:
     """The work of one plan: `merge` it, with the passes before that its method needs."""
 
@@ -54,7 +65,7 @@ class Stream:
 
     # ---- the passes --------------------------------------------------------------------------
 
-    def merge(self, output: Output, journal: Journal, done: Entries) -> Entries:
+    def merge(self, output: Sink, journal: Record, done: Entries) -> Entries:
         """Everything that is not done, and its entries."""
         tasks = self._plan.tasks
         units = list(merge_units(tasks, self._limit, lambda i, j: (i, j) in done))
@@ -118,8 +129,8 @@ class Stream:
         self,
         units: Sequence[Unit],
         found: Sequence[Any],
-        output: Output,
-        journal: Journal,
+        output: Sink,
+        journal: Record,
         made: Entries,
     ) -> None:
         """Reader and writer threads around the computing one; any error ends all three."""
@@ -240,7 +251,7 @@ class Stream:
             shape=None if whole else task.shape,
         )
 
-    def _write(self, arrived: _Arrived, results: list[list[Tensor]], output: Output) -> list[Entry]:
+    def _write(self, arrived: _Arrived, results: list[list[Tensor]], output: Sink) -> list[Entry]:
         entries = []
         for each, points in zip(arrived.loaded, results, strict=True):
             part, task = each.part, self._plan.tasks[each.part.task]
