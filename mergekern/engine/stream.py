@@ -119,7 +119,7 @@ class Stream:
                     for each in loaded:
                         task = self._plan.tasks[each.part.task]
                         assert task.arguments is not None
-                        visitor(self._inputs(each), **task.arguments[point])
+                        visitor(self.inputs(each), **task.arguments[point])
                     del loaded
                     under_way.give(unit.cost, buffers)
 
@@ -219,7 +219,7 @@ class Stream:
         if task.arguments is None:
             copied = each.tensors[0].to(task.compute).to(task.result)
             return [copied] * len(self._plan.points)
-        inputs = self._inputs(each)
+        inputs = self.inputs(each)
         return [
             self._method.merge(replace(inputs, survey=survey), **arguments)
             .cpu()
@@ -228,7 +228,8 @@ class Stream:
             for arguments, survey in zip(task.arguments, found, strict=True)
         ]
 
-    def _inputs(self, each: Loaded) -> Inputs:
+    def inputs(self, each: Loaded) -> Inputs:
+        """A part as its method takes it."""
         settings, part = self._settings, each.part
         task = self._plan.tasks[part.task]
         offset = task.slices[part.first][0]
