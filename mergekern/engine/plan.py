@@ -307,7 +307,9 @@ def _task(
         result=result,
         cut=cut,
         slices=ranges,
-        measured=merged and method.measure is not None and len(ranges) > 1,
+        measured=method.measure is not None
+        and len(ranges) > 1
+        and any(method.needs(each, shape, host) for each in given or ()),
         element=element,
     )
 

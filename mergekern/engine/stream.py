@@ -108,25 +108,27 @@ class Stream:
         if self._method.survey is None:
             return [None] * len(self._plan.points)
         units = [u for u in visit_units(self._plan.tasks) if isinstance(u, Unit)]
-        return [self._method.survey(self._visit(units, p)) for p in range(len(self._plan.points))]
+        return self._method.survey.sweep(self._visit(units), len(self._plan.points))
 
     def _measures(self, apart: Apart) -> list[Any]:
         """What the method measures of one tensor, for each point."""
         assert self._method.measure is not None
         tasks = self._plan.tasks
         units = list(slice_units(tasks, apart.task, range(len(tasks[apart.task].slices))))
-        return [self._method.measure(self._visit(units, p)) for p in range(len(self._plan.points))]
+        return self._method.measure.sweep(self._visit(units), len(self._plan.points))
 
-    def _visit(self, units: Sequence[Unit], point: int) -> Callable[[Callable[..., None]], None]:
+    def _visit(self, units: Sequence[Unit]) -> Callable[[Callable[..., None]], None]:
+        """Calls f(inputs, point, **arguments) for every point of all that these units hold."""
+
         def visit(visitor: Callable[..., None]) -> None:
             self._settings.bar.expect(sum(map(self._read, units)))
             with self._ahead(units) as (ready, under_way):
                 for arrived in ready:
                     for each, sent in zip(arrived.loaded, arrived.sent, strict=True):
-                        task = self._plan.tasks[each.part.task]
-                        assert task.arguments is not None
                         inputs = self.inputs(each.part, self._place.receive(sent))
-                        visitor(inputs, **task.arguments[point])
+                        given = self._plan.tasks[each.part.task].arguments or ()
+                        for point, arguments in enumerate(given):
+                            visitor(inputs, point, **arguments)
                         sent.wait()  # its buffers will be read into again
                         del inputs
                     under_way.give(arrived.unit.cost, arrived.buffers)
@@ -270,6 +272,7 @@ class Stream:
             models=[i - apart for i in task.sources[apart:]],
             offset=task.slices[part.first][0],
             shape=None if whole else task.shape,
+            order=part.task,
         )
 
     def _write(self, arrived: _Arrived, results: list[Sent], output: Sink) -> list[Entry]:
