@@ -2,54 +2,107 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..engine.run import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Manifest, merge_checkpoints
+from ..engine.defaults import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE
+from ..errors import MergekernError
+from .stopping import Stopped
+
+if TYPE_CHECKING:
+    from ..engine.progress import Bar
+    from ..engine.run import Manifest
+
+_PLACE, _RESULT, _SHOWN = "Memory and device", "Result", "What is shown"
 
 
 def merge(
-    config: Annotated[Path, typer.Argument(help="mergekit's YAML")],
-    out: Annotated[Path, typer.Argument(help="folder to make; must not exist")],
-    device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="mergekit's YAML")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to make; must not exist")],
     memory: Annotated[
-        str, typer.Option(help="bound on tensors under way, such as 500MB or 8GiB")
+        str,
+        typer.Option(help="bound on tensors under way: 500MB, 8GiB", rich_help_panel=_PLACE),
     ] = DEFAULT_MEMORY,
-    shard_size: Annotated[
-        str, typer.Option(help="largest weight file, such as 5GB")
-    ] = DEFAULT_SHARD_SIZE,
-    seed: Annotated[int, typer.Option(help="key of random masks (DARE)")] = 0,
+    device: Annotated[
+        str, typer.Option(help="where to compute: cpu, cuda, cuda:1", rich_help_panel=_PLACE)
+    ] = "cpu",
     backend: Annotated[
-        str, typer.Option(help="auto, or a backend that `mergekern doctor` lists")
+        str,
+        typer.Option(
+            help="auto, or a backend that `mergekern doctor` lists", rich_help_panel=_PLACE
+        ),
     ] = "auto",
+    shard_size: Annotated[
+        str, typer.Option(help="largest weight file, such as 5GB", rich_help_panel=_RESULT)
+    ] = DEFAULT_SHARD_SIZE,
+    seed: Annotated[
+        int, typer.Option(help="key of random masks (DARE)", rich_help_panel=_RESULT)
+    ] = 0,
     host: Annotated[
         str | None,
-        typer.Option(help="reproduce this tool's rounding and selection, such as mergekit"),
+        typer.Option(
+            help="reproduce this tool's rounding and selection, such as mergekit",
+            rich_help_panel=_RESULT,
+        ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no summary")] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="no progress, no summary", rich_help_panel=_SHOWN),
+    ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="name every file; tracebacks of errors")
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="name every file; tracebacks of errors",
+            rich_help_panel=_SHOWN,
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="events as JSON lines on stdout: plan, progress, done, error",
+            rich_help_panel=_SHOWN,
+        ),
     ] = False,
 ) -> None:
     """Merge checkpoints as a configuration says.
 
     Prints where the result is, what was merged and copied, and every file that was left out.
     """
-    manifest = merge_checkpoints(
-        config,
-        out,
-        device=device,
-        memory=memory,
-        shard_size=shard_size,
-        seed=seed,
-        backend=backend,
-        host=host,
-        progress=not quiet and sys.stderr.isatty(),
-    )
-    if not quiet:
+    from ..engine.progress import JsonLines, bar
+    from ..engine.run import merge_checkpoints
+
+    events = JsonLines() if as_json else None
+    shown: Bar = events or bar(shown=not quiet)
+    try:
+        manifest = merge_checkpoints(
+            config,
+            out,
+            device=device,
+            memory=memory,
+            shard_size=shard_size,
+            seed=seed,
+            backend=backend,
+            host=host,
+            progress=shown,
+        )
+    except Stopped as stopped:
+        stopped.text += f", {shown.share} done; the same command continues where it stopped"
+        if events:
+            events.event("error", kind="Stopped", message=stopped.text)
+        raise
+    except (MergekernError, OSError) as error:
+        if events:
+            events.event("error", kind=type(error).__name__, message=str(error))
+        raise
+    if events:
+        events.event("done", **dataclasses.asdict(manifest))
+    elif not quiet:
         _report(manifest, verbose)
 
 

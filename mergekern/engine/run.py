@@ -16,14 +16,12 @@ from ..check import parse_size
 from ..errors import ArgumentError, ConfigWarning
 from .checkpoint import Checkpoint
 from .config import load_config
+from .defaults import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE
 from .folder import carry, staged, write_card
 from .parameters import idle
 from .plan import make_plan
-from .progress import bar
+from .progress import Bar, bar
 from .stream import Settings, stream
-
-DEFAULT_MEMORY = "4GiB"
-DEFAULT_SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def merge_checkpoints(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
-    progress: bool = True,
+    progress: bool | Bar = True,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
 
@@ -69,6 +67,7 @@ def merge_checkpoints(
     host: reproduce that tool's selection, rounding and sign rules, as in `merge_tensors`; with
     "mergekit" the inputs are rounded to dtype first, the result to it and then to out_dtype, and
     random masks are drawn from torch's generator, seeded with `seed`.
+    progress: a bar on stderr, lines where that is no terminal; or a `Bar` of your own.
     Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
     Raises: ConfigError, CheckpointError, ArgumentError; OSError where the disk refuses.
@@ -94,6 +93,11 @@ def merge_checkpoints(
         carried, left_out = carry(home, staging, parsed.out_dtype or parsed.dtype)
         write_card(parsed, staging)
         with bar(shown=progress) as shown:
+            shown.plan(
+                tensors=len(plan.tasks),
+                bytes_read=plan.bytes_read,
+                bytes_written=plan.bytes_written,
+            )
             settings = Settings(parsed, device, seed, backend, host, limit, shown)
             bytes_read = stream(plan, checkpoints, staging, settings)
     merged = sum(t.arguments is not None for t in plan.tasks)
