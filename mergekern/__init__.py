@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .align.statistics.collect import collect_statistics
     from .align.statistics.statistics import Statistics
     from .align.zip_models import zip_models
-    from .engine.run import Manifest, merge_checkpoints
+    from .engine.manifest import Manifest
+    from .engine.run import merge_checkpoints, merge_sweep, plan_merge
+    from .engine.verify import Verification, verify
     from .engine.zip_folder import load_zip
     from .errors import (
         ArgumentError,
@@ -70,6 +72,7 @@ __all__ = [
     "Spaces",
     "Statistics",
     "Threshold",
+    "Verification",
     "apply",
     "assign",
     "assign_heads",
@@ -90,15 +93,18 @@ __all__ = [
     "merge_checkpoints",
     "merge_deltas",
     "merge_state_dicts",
+    "merge_sweep",
     "merge_tensors",
     "methods",
     "permute",
     "permute_all",
+    "plan_merge",
     "rank_mask",
     "repair",
     "save_masks",
     "tall_masks",
     "variance_mask",
+    "verify",
     "weighted_rows",
     "weighted_sum",
     "zip_match",
@@ -118,7 +124,9 @@ _MODULES = {
     "align.statistics.collect": "collect_statistics",
     "align.statistics.statistics": "Statistics",
     "align.zip_models": "zip_models",
-    "engine.run": "Manifest merge_checkpoints",
+    "engine.manifest": "Manifest",
+    "engine.run": "merge_checkpoints merge_sweep plan_merge",
+    "engine.verify": "Verification verify",
     "engine.zip_folder": "load_zip",
     "errors": "ArgumentError BackendError CheckpointError ConfigError ConfigWarning MergekernError",
     "keep": "Band Bernoulli MagPrune Mask Threshold",

@@ -15,20 +15,21 @@ import typer
 
 from .. import __version__
 from ..errors import MergekernError
-from . import bench, demo, doctor, hook, inspect, merge, zip
+from . import bench, demo, doctor, hook, inspect, merge, verify, zip
 from .stopping import Stopped, stoppable
 
 app = typer.Typer(
     name="mergekern",
     help="The compiled engine under model merging.",
-    epilog="Exit codes: 0 done; 1 a benchmark failed, or the reader of the output has gone; 2 an "
-    "error that the last line names; 130 stopped by Ctrl-C; 143 stopped by SIGTERM.",
+    epilog="Exit codes: 0 done; 1 a comparison (verify) or a benchmark failed, or nobody reads the "
+    "output; 2 an error that the last line names; 130 stopped by Ctrl-C; 143 stopped by SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("merge")(merge.merge)
 app.command("zip")(zip.zip)
+app.command("verify")(verify.verify)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

@@ -27,7 +27,8 @@ class Bar:
     All calls may come from any thread. `expect` as much as is known before the first `advance`.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, doing: str = "merging") -> None:
+        self.doing = doing
         self.total = self.done = 0
         self._clock = clock
         self._lock = threading.Lock()
@@ -118,7 +119,7 @@ class _Terminal(Bar):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (TextColumn("merging"), BarColumn(), TextColumn("{task.description}"))
+        columns = (TextColumn(self.doing), BarColumn(), TextColumn("{task.description}"))
         self._progress = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
         self._task = self._progress.add_task("", total=None)
         self._progress.start()
@@ -145,7 +146,7 @@ class _Lines(Bar):
 
     def _show(self) -> None:
         percent = 100 * self.done // self.total
-        print(f"merging: {percent} %, {self._figures()}", file=sys.stderr, flush=True)
+        print(f"{self.doing}: {percent} %, {self._figures()}", file=sys.stderr, flush=True)
 
 
 class JsonLines(Bar):
@@ -176,11 +177,11 @@ class JsonLines(Bar):
         )
 
 
-def bar(*, shown: bool | Bar) -> Bar:
+def bar(*, shown: bool | Bar, doing: str = "merging") -> Bar:
     """The bar for stderr, a terminal or not; one that shows nothing; or the one that is given."""
     if isinstance(shown, Bar):
         return shown
     if not shown:
         return Bar()
     terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    return _Terminal() if terminal else _Lines()
+    return (_Terminal if terminal else _Lines)(doing=doing)

@@ -29,9 +29,10 @@ from ..align.statistics.statistics import Statistics
 from ..align.zip_models import REPAIRS
 from ..errors import ArgumentError
 from .checkpoint import Checkpoint
+from .control import staged
 from .defaults import DEFAULT_MEMORY
 from .files import SafetensorsFile
-from .folder import carry, staged
+from .folder import carry
 from .network import Network
 from .run import check_device
 from .samples import Batches, Pixels, open_samples

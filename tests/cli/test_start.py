@@ -49,7 +49,7 @@ def test_nothing_heavy_is_loaded(arguments: list[str], expected: int) -> None:
 
 
 def test_every_command_is_looked_at() -> None:
-    assert COMMANDS == ["merge", "zip", "inspect", "doctor", "demo", "hook", "bench"]
+    assert COMMANDS == ["merge", "zip", "verify", "inspect", "doctor", "demo", "hook", "bench"]
 
 
 def test_version(run: Run) -> None:
@@ -68,8 +68,8 @@ def test_help_is_whole(run: Run, monkeypatch: pytest.MonkeyPatch, columns: int) 
         places,
         (
             ("--memory", "--device", "--backend"),
-            ("--shard-size", "--seed", "--host"),
-            ("--quiet", "--verbose", "--json"),
+            ("--shard-size", "--seed", "--host", "--resume"),
+            ("--dry-run", "--quiet", "--verbose", "--json"),
         ),
         strict=True,
     ):
