@@ -80,6 +80,11 @@ class Job:
         if len(done) == len(points):
             return [self._outcome(target / p, d, 0, 0.0) for p, d in zip(points, done, strict=True)]
         check_target(target)
+        bar.plan(
+            tensors=len(self.plan.tasks),
+            bytes_read=self.plan.bytes_read,
+            bytes_written=self.plan.bytes_written,
+        )
         with held(target) as control:
             made, read = self._make(control, self.settings(bar))
         seconds = time.perf_counter() - started

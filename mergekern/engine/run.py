@@ -13,15 +13,13 @@ import torch
 from ..check import parse_size
 from ..errors import ArgumentError, ConfigWarning
 from .config import MergeConfig, load_config
+from .defaults import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE
 from .job import Job, Options
 from .manifest import Manifest
 from .outlook import Outlook, outlook
 from .parameters import idle
 from .plan import Plan
-from .progress import bar
-
-DEFAULT_MEMORY = "4GiB"
-DEFAULT_SHARD_SIZE = "5GB"
+from .progress import Bar, bar
 
 
 def merge_checkpoints(
@@ -35,7 +33,7 @@ def merge_checkpoints(
     backend: str = "auto",
     host: str | None = None,
     resume: bool = True,
-    progress: bool = True,
+    progress: bool | Bar = True,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
 
@@ -54,6 +52,7 @@ def merge_checkpoints(
     host: reproduce that tool's selection, rounding and sign rules, as in `merge_tensors`; with
     "mergekit" the inputs are rounded to dtype first, the result to it and then to out_dtype, and
     random masks are drawn from torch's generator, seeded with `seed`.
+    progress: a bar on stderr, lines where that is no terminal; or a `Bar` of your own.
     Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
     Raises: ConfigError, CheckpointError, ArgumentError.
@@ -76,7 +75,7 @@ def merge_sweep(
     backend: str = "auto",
     host: str | None = None,
     resume: bool = True,
-    progress: bool = True,
+    progress: bool | Bar = True,
 ) -> dict[str, Manifest]:
     """Many merges from one read of the inputs: every combination of the values in `sweep`.
 

@@ -77,7 +77,7 @@ def verify(
         )
     problems: list[str] = []
     notes: list[str] = []
-    with bar(shown=progress) as shown:
+    with bar(shown=progress, doing="verifying") as shown:
         shown.expect(sum(nbytes(_signature(t)) for t in about["tensors"].values()))
         problems += _weights(root, about, shown)
         problems += _files(root, about, notes)
