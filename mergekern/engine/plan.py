@@ -18,6 +18,7 @@ from ..methods.merge import common_dtype
 from .checkpoint import Checkpoint
 from .config import ExceptionRule, MergeConfig
 from .files import nbytes
+from .keys import AS_STORED, misnamed, select
 from .parameters import arguments, layer_positions
 
 
@@ -67,7 +68,7 @@ def make_plan(
     positions = layer_positions(keys)
     problems = _misfits(config, checkpoints, rules)
     if problems:
-        raise CheckpointError(_listing(problems))
+        raise CheckpointError(_misnamed(config, checkpoints) or _listing(problems))
     tasks = [
         _task(config, checkpoints, key, rules.get(key), positions[key], host)
         for key in keys
@@ -89,6 +90,16 @@ def make_plan(
     )
 
 
+def _misnamed(config: MergeConfig, checkpoints: Sequence[Checkpoint]) -> str | None:
+    """What is wrong with the names of models for which the configuration does not say it yet."""
+    names = {
+        path: c.names
+        for path, c, naming in zip(config.paths, checkpoints, config.namings, strict=True)
+        if c is checkpoints[0] or naming == AS_STORED
+    }
+    return misnamed(names)
+
+
 def _listing(problems: dict[str, str]) -> str:
     lines = "".join(f"\n  {key}: {what}" for key, what in problems.items())
     noun = "tensor does" if len(problems) == 1 else "tensors do"
@@ -99,7 +110,10 @@ def _listing(problems: dict[str, str]) -> str:
 
 
 def _rules(config: MergeConfig, checkpoints: Sequence[Checkpoint]) -> dict[str, ExceptionRule]:
-    """Tensor -> the first exception whose filter it contains."""
+    """Tensor -> the first exception whose filter it contains; else what `only` and `skip` say.
+
+    A tensor that is not merged is that of the home model; if that lacks it, the result does.
+    """
     keys = dict.fromkeys(key for c in checkpoints for key in c.signatures)
     rules: dict[str, ExceptionRule] = {}
     for rule in config.exceptions:
@@ -107,6 +121,13 @@ def _rules(config: MergeConfig, checkpoints: Sequence[Checkpoint]) -> dict[str, 
         if not fitting:
             raise CheckpointError(f"exception {rule.filter!r} fits no tensor")
         for key in fitting:
+            rules.setdefault(key, rule)
+    home = checkpoints[config.paths.index(config.home)]
+    chosen = select(keys, config.only, config.skip)
+    for key in keys:
+        if key not in chosen:
+            kept = key in home.signatures
+            rule = ExceptionRule(key, "copy", config.home) if kept else ExceptionRule(key, "drop")
             rules.setdefault(key, rule)
     return rules
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ def merge_checkpoints(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
     progress: bool = True,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
@@ -69,21 +71,23 @@ def merge_checkpoints(
     host: reproduce that tool's selection, rounding and sign rules, as in `merge_tensors`; with
     "mergekit" the inputs are rounded to dtype first, the result to it and then to out_dtype, and
     random masks are drawn from torch's generator, seeded with `seed`.
+    only, skip: patterns of names, as the keys of the configuration: what does not fit `only`, or
+    fits `skip`, is copied from the base model (or the first).
     Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
     Raises: ConfigError, CheckpointError, ArgumentError; OSError where the disk refuses.
     Source: mergekit `mergekit-yaml`, `mergekit-pytorch`.
     """
     started = time.perf_counter()
-    parsed = load_config(config)
+    parsed = load_config(config, only=only, skip=skip)
     parsed.method.check_host(host)
     target = Path(out)
     check_device(device)
     limit, largest = parse_size("memory", memory), parse_size("shard_size", shard_size)
     with contextlib.ExitStack() as stack:
         checkpoints = []
-        for path in parsed.paths:
-            checkpoints.append(Checkpoint(path))
+        for path, naming in zip(parsed.paths, parsed.namings, strict=True):
+            checkpoints.append(Checkpoint(path, naming))
             stack.callback(checkpoints[-1].close)
         plan = make_plan(parsed, checkpoints, limit, largest, host)
         if without_effect := idle(parsed, [t.key for t in plan.tasks if t.arguments is not None]):

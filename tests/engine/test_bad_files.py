@@ -221,6 +221,12 @@ def test_index_and_shard_disagree(tmp_path: Path, changes: dict[str, str | None]
         b'{"weight_map": {"a": "/etc/passwd"}}',
         b'{"weight_map": {"a": ".."}}',
         b'{"weight_map": {"a": ""}}',
+        b'{"weight_map": {"a": "."}}',
+        b'{"weight_map": {"a": "x/../../outside.safetensors"}}',
+        b'{"weight_map": {"a": "..\\\\outside.safetensors"}}',
+        b'{"weight_map": {"a": "outside.safetensors\\u0000"}}',
+        b'{"weight_map": {"a": "out\\nside.safetensors"}}',
+        b"[" * 100_000,
     ],
 )
 def test_index_that_cannot_be_read(tmp_path: Path, text: bytes) -> None:
@@ -230,6 +236,7 @@ def test_index_that_cannot_be_read(tmp_path: Path, text: bytes) -> None:
     with pytest.raises(CheckpointError) as caught:
         Checkpoint(root)
     assert str(root) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_one_broken_shard_is_named(tmp_path: Path) -> None:

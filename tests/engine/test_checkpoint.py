@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import zipfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from mergekern.engine.files import DTYPES, SafetensorsFile, SafetensorsWriter, T
 from mergekern.methods.compat import Signature
 
 from accuracy import assert_bytes_equal
-from engine.models import tensors, write_file, write_folder
+from engine.models import linear, tensors, write_file, write_folder
 
 
 def same(path: Path, content: dict[str, torch.Tensor]) -> Checkpoint:
@@ -251,22 +252,106 @@ def test_a_linked_subfolder_is_merged_and_carried_once(tmp_path: Path) -> None:
     """Weights and files of a link belong together; a link back to a parent ends the walk."""
     for model in "ab":
         write_file(tmp_path / model / "model.safetensors", {"w": torch.ones(2)})
-        write_file(tmp_path / f"dense_{model}" / "model.safetensors", {"v": torch.ones(3)})
-        (tmp_path / f"dense_{model}" / "config.json").write_text("{}")
-        (tmp_path / model / "2_Dense").symlink_to(tmp_path / f"dense_{model}")
+        write_file(tmp_path / model / ".parts" / "model.safetensors", {"v": torch.ones(3)})
+        (tmp_path / model / ".parts" / "config.json").write_text("{}")
+        (tmp_path / model / "2_Dense").symlink_to(tmp_path / model / ".parts")
         (tmp_path / model / "loop").symlink_to(tmp_path / model)
     manifest = merge_checkpoints(
-        {
-            "merge_method": "linear",
-            "models": [{"model": tmp_path / m} for m in "ab"],
-            "parameters": {"weight": 1.0},
-        },
-        tmp_path / "out",
-        progress=False,
+        linear(tmp_path / "a", tmp_path / "b"), tmp_path / "out", progress=False
     )
     assert manifest.carried == ("2_Dense/config.json",)
-    assert manifest.left_out == ("loop/",)
+    assert manifest.left_out == (".parts/", "loop/")
     assert set(manifest.weights) == {"model.safetensors", "2_Dense/model.safetensors"}
+
+
+LINKS = ["model.safetensors", "config.json", "model.safetensors.index.json", "2_Dense", "2_Dense/v"]
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str, relative: bool) -> None:
+    """Also to a folder that begins with the same text, and through a folder of its own."""
+    root = write_folder(tmp_path / "m", tensors())
+    outside = write_folder(tmp_path / "mine", tensors())
+    write_file(outside / "2_Dense" / "v", {})
+    (root / "2_Dense").mkdir() if "/" in name else None
+    (root / name).unlink(missing_ok=True)
+    target = outside / name
+    (root / name).symlink_to(os.path.relpath(target, (root / name).parent) if relative else target)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(root)
+    assert str(caught.value) == (
+        f"{root / name}: a link that leads out of the model's folder; got {target}; "
+        "expected a copy, or its own path as the model"
+    )
+
+
+def test_a_link_to_the_whole_disk_is_not_walked(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "m", tensors())
+    (root / "0").symlink_to("/")
+    with pytest.raises(CheckpointError, match="m/0: a link that leads out"):
+        Checkpoint(root)
+
+
+def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    """models--org--name/snapshots/<commit>/file -> ../../blobs/<hash>, of this repository only."""
+    repository = tmp_path / "hub" / "models--org--m"
+    written = write_folder(tmp_path / "written", tensors(), shards=2)
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for i, path in enumerate(written.iterdir()):
+        path.rename(repository / "blobs" / f"hash{i}")
+        (snapshot / path.name).symlink_to(f"../../blobs/hash{i}")
+    same(snapshot, tensors())
+    (tmp_path / "by_name").symlink_to(snapshot)
+    same(tmp_path / "by_name", tensors())
+    other = write_folder(tmp_path / "hub" / "models--org--secret", tensors())
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(other / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: a link that leads out"):
+        Checkpoint(snapshot)
+
+
+def test_a_path_that_the_user_gives_may_be_a_link(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "m", tensors())
+    (tmp_path / "folder").symlink_to(root)
+    (tmp_path / "file.safetensors").symlink_to(root / "model.safetensors")
+    same(tmp_path / "folder", tensors())
+    same(tmp_path / "file.safetensors", tensors())
+
+
+NAMES = ["../x", "a/../b", "..", "/etc/passwd", "a\\b", "a\0b", "a\nb", "\u2028", "a\x7f"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_names_of_tensors_that_would_be_paths(tmp_path: Path, name: str, suffix: str) -> None:
+    """And those that would break the one line of an error."""
+    path = write_file(tmp_path / f"m{suffix}", {"w": torch.ones(1), name: torch.ones(1)})
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(path)
+    assert str(caught.value) == (
+        f"{path}: a tensor has a name that leads out of a folder or cannot be printed; "
+        f"got {name!a}; expected such as encoder.layer.0.weight"
+    )
+
+
+@pytest.mark.parametrize("name", ["a/b", "..a", "a..b", "...", "ä.weight", "a b", "~", "C:", ""])
+def test_names_of_tensors_that_are_only_odd(tmp_path: Path, name: str) -> None:
+    content = {name: torch.ones(2)}
+    path = write_file(tmp_path / "m.safetensors", content)
+    merge_checkpoints(linear(path, path), tmp_path / "out", progress=False)
+    assert_bytes_equal(load_file(tmp_path / "out" / "model.safetensors")[name], content[name])
+
+
+def test_one_name_in_two_files(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "m", {"2_Dense/w": torch.ones(2)})
+    write_file(root / "2_Dense" / "model.safetensors", {"w": torch.zeros(2)})
+    with pytest.raises(
+        CheckpointError, match="tensor 2_Dense/w is also in .*m/model"
+    ):
+        Checkpoint(root)
 
 
 def test_hidden_folders_are_no_part_of_a_model(tmp_path: Path) -> None:
