@@ -348,9 +348,7 @@ def test_names_of_tensors_that_are_only_odd(tmp_path: Path, name: str) -> None:
 def test_one_name_in_two_files(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "m", {"2_Dense/w": torch.ones(2)})
     write_file(root / "2_Dense" / "model.safetensors", {"w": torch.zeros(2)})
-    with pytest.raises(
-        CheckpointError, match="tensor 2_Dense/w is also in .*m/model"
-    ):
+    with pytest.raises(CheckpointError, match="tensor 2_Dense/w is also in .*m/model"):
         Checkpoint(root)
 
 
