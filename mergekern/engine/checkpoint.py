@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..methods.compat import Signature
+from . import hub
 from .files import WeightFile, open_file
 from .keys import AS_STORED, Naming
 
@@ -43,20 +44,25 @@ class _Place(NamedTuple):
 class Checkpoint:
     """All tensors of a model by name; those of a subfolder are prefixed with "folder/".
 
+    path: a file, a folder, or `org/name[@revision]` of the hub, where no such folder is; `commit`
+    is what that was when it was downloaded. naming: of the tensors in each file.
     Files may be links as long as they stay in the model's folder, or in its repository in the
     cache of the Hugging Face hub, whose snapshots are links to its blobs.
     """
 
-    def __init__(self, path: str | Path, naming: Naming = AS_STORED) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path, naming: Naming = AS_STORED, commit: str | None = None
+    ) -> None:
+        self.path, self.commit = hub.local(str(path), commit)
+        self.naming = naming
         if not os.path.exists(self.path):
             raise CheckpointError(
-                f"{path}: no such file or folder (models are read from disk; download it first)"
+                f"{path}: no such file or folder (download it first, or name a model of the hub as "
+                "org/name[@revision])"
             )
         self.folder = self.path if self.path.is_dir() else None
         self.weight_files: set[Path] = set()
         self._where: dict[str, _Place] = {}
-        self._naming = naming
         self.stems: dict[str, str] = {}  # subfolder prefix -> name its weight file goes by
         self.metadata: dict[str, str] = {}
         if self.folder is None:
@@ -67,6 +73,7 @@ class Checkpoint:
                 self._add_folder(sub)
         if not self._where:
             raise CheckpointError(f"{path}: no weights found (looked for *.safetensors, *.bin)")
+        naming.check([place.stored for place in self._where.values()], path)
         self.signatures: dict[str, Signature] = {
             key: place.file.signatures[place.stored] for key, place in self._where.items()
         }
@@ -126,7 +133,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path}: index and shard disagree about {len(odd)} tensors: {listed}"
             )
-        for stored, name in self._naming.names(file.signatures, path).items():
+        for stored, name in self.naming.names(file.signatures, path).items():
             if prefix + name in self._where:
                 other = self._where[prefix + name].file.path
                 raise CheckpointError(f"{path}: tensor {prefix}{name} is also in {other}")
@@ -141,24 +148,24 @@ class Checkpoint:
         """The prefix of the subfolder and the name inside its weight file."""
         return self._where[key].folder, self._where[key].name
 
-    def find(self, key: str) -> tuple[WeightFile, str]:
-        """The file that a tensor is in, and what it is called there."""
+    @property
+    def files(self) -> list[WeightFile]:
+        return list({id(place.file): place.file for place in self._where.values()}.values())
+
+    def name_of(self, file: WeightFile) -> str:
+        """Its path in the model's folder."""
+        return file.path.relative_to(self.folder).as_posix() if self.folder else file.path.name
+
+    def locate(self, key: str) -> tuple[WeightFile, str]:
+        """The file that holds a tensor, and its name there."""
         return self._where[key].file, self._where[key].stored
 
     def read(self, key: str) -> Tensor:
-        file, stored = self.find(key)
+        file, stored = self.locate(key)
         return file.read(stored)
 
-    def prefetch(self, key: str) -> None:
-        file, stored = self.find(key)
-        file.prefetch(stored)
-
-    def release(self, key: str) -> None:
-        file, stored = self.find(key)
-        file.release(stored)
-
     def close(self) -> None:
-        for file in {id(place.file): place.file for place in self._where.values()}.values():
+        for file in self.files:
             file.close()
 
 

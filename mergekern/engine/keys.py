@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import CheckpointError
 from ..methods.compat import Signature
@@ -68,6 +69,12 @@ class Naming:
     prefix: tuple[str, str] = ("", "")
     renames: Pairs = ()
 
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Naming:
+        """Of what `vars` gives, through JSON and back."""
+        old, new = plain["prefix"]
+        return cls((old, new), tuple((a, b) for a, b in plain["renames"]))
+
     def name(self, stored: str) -> str:
         old, new = self.prefix
         name = new + stored.removeprefix(old) if stored.startswith(old) else stored
@@ -77,16 +84,11 @@ class Naming:
         return name
 
     def names(self, stored: Iterable[str], owner: object) -> dict[str, str]:
-        """Stored name -> name in the merge.
+        """Stored name -> name in the merge, for one file.
 
-        Raises: CheckpointError where nothing changes, or two tensors come to one name.
+        Raises: CheckpointError where two tensors come to one name.
         """
         found = {s: self.name(s) for s in stored}
-        if self != AS_STORED and all(s == n for s, n in found.items()):
-            raise CheckpointError(
-                f"keys: prefix and renames change no name of {owner}; got {self}; "
-                f"expected what its names hold, such as {min(found, default='(none)')}"
-            )
         back: dict[str, str] = {}
         for s, n in found.items():
             if n in back:
@@ -96,6 +98,14 @@ class Naming:
                 )
             back[n] = s
         return found
+
+    def check(self, stored: Collection[str], owner: object) -> None:
+        """Raises: CheckpointError where no name of the model changes."""
+        if self != AS_STORED and all(self.name(s) == s for s in stored):
+            raise CheckpointError(
+                f"keys: prefix and renames change no name of {owner}; got {self}; "
+                f"expected what its names hold, such as {min(stored)}"
+            )
 
     def __str__(self) -> str:
         """The lines of the configuration, in one."""
@@ -188,11 +198,14 @@ def _naming(own: Collection[str], names: Collection[str]) -> Naming | None:
     """
     own, names = set(own), sorted(names)
     best, most = None, len(own.intersection(names))
+    ends: dict[str, list[str]] = {}
+    for o in own:
+        ends.setdefault(o.rpartition(".")[2], []).append(o)
     for renames in ((), *RENAMES.values(), *map(_reversed, RENAMES.values())):
         renamed = list(map(Naming(renames=renames).name, names))
         if renames and renamed == names:
             continue
-        for prefix in _prefixes(own, renamed):
+        for prefix in _prefixes(ends, renamed):
             naming = Naming(prefix, renames)
             found = set(map(naming.name, names))
             moved = sum(n.startswith(prefix[0]) for n in names) if any(prefix) else len(names)
@@ -205,15 +218,18 @@ def _naming(own: Collection[str], names: Collection[str]) -> Naming | None:
     return best
 
 
-def _prefixes(own: set[str], names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """No prefix, then those that would bring one of some of the names to one of `own`."""
+def _prefixes(
+    ends: Mapping[str, Collection[str]], names: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """No prefix, then those that bring some of the names to one of the others, by last part."""
     yield "", ""
     tried = set()
     for name in names[:: max(1, len(names) // _PROBES)]:
         parts = name.split(".")
+        others = ends.get(parts[-1], ())
         for i in range(len(parts)):
             tail = ".".join(parts[i:])
-            heads = {o[: len(o) - len(tail)] for o in own if o == tail or o.endswith(f".{tail}")}
+            heads = {o[: len(o) - len(tail)] for o in others if f".{o}".endswith(f".{tail}")}
             for head in sorted(heads)[:4]:
                 prefix = (name[: len(name) - len(tail)], head)
                 if prefix not in tried and prefix[0] != prefix[1]:

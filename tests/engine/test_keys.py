@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from mergekern import CheckpointError, ConfigError, merge_checkpoints
+from mergekern import CheckpointError, ConfigError, merge_checkpoints, merge_tensors
+from mergekern.engine.checkpoint import Checkpoint
 from mergekern.engine.config import load_config
 from mergekern.engine.keys import RENAMES, Naming, misnamed, select, vocabularies
 from mergekern.methods.compat import Signature
@@ -23,7 +24,7 @@ from accuracy import assert_bits_equal, assert_bytes_equal
 from engine.models import linear, nothing_left, read_folder, tensors, write_file, write_folder
 from refusal import refused
 
-NAMES = ["embed.weight", "layers.0.norm.weight", "layers.0.norm.bias", "layers.1.fc.weight", "head"]
+NAMES = ["embed.weight", "blocks.0.norm.weight", "blocks.0.norm.bias", "blocks.1.fc.weight", "head"]
 
 
 def behind(prefix: str) -> list[str]:
@@ -55,11 +56,22 @@ def test_name(naming: Naming, stored: str, name: str) -> None:
 
 
 def test_a_naming_that_changes_nothing_or_brings_two_together() -> None:
-    with refused("keys", "change no name of m", 'from: "x."', "embed", error=CheckpointError):
-        Naming(("x.", "")).names(NAMES, "m")
+    with refused("keys", "change no name of m", 'from: "x."', "blocks", error=CheckpointError):
+        Naming(("x.", "")).check(NAMES, "m")
     with refused("keys", "two tensors of m", "a.w and w as w", error=CheckpointError):
         Naming(("a.", "")).names(["a.w", "w"], "m")
     assert Naming().names(NAMES, "m") == dict(zip(NAMES, NAMES, strict=True))
+    Naming().check(NAMES, "m")
+
+
+def test_a_prefix_need_not_be_in_every_file(tmp_path: Path) -> None:
+    content = {"a.w": torch.ones(2), "b.w": torch.ones(3), "c": torch.ones(1)}
+    root = write_folder(tmp_path / "m", content, shards=3)
+    assert set(Checkpoint(root, Naming(("b.", "x."))).signatures) == {"a.w", "x.w", "c"}
+    with refused("keys", "change no name", "no.", error=CheckpointError):
+        Checkpoint(root, Naming(("no.", "")))
+    with pytest.raises(CheckpointError, match=r"tensor a\.w is also in"):
+        Checkpoint(root, Naming(("b.", "a.")))
 
 
 # ---- which are merged --------------------------------------------------------------------------
@@ -70,18 +82,18 @@ def test_a_naming_that_changes_nothing_or_brings_two_together() -> None:
     [
         ([], [], NAMES),
         (["*"], [], NAMES),
-        (["layers.*"], [], NAMES[1:4]),
-        (["layers.[1-5].*", "head"], [], NAMES[3:]),
+        (["blocks.*"], [], NAMES[1:4]),
+        (["blocks.[1-5].*", "head"], [], NAMES[3:]),
         ([], ["*norm*"], [NAMES[0], *NAMES[3:]]),
-        (["layers.*"], ["*.bias"], [NAMES[1], NAMES[3]]),
-        (["layers.?.norm.*"], [], NAMES[1:3]),
+        (["blocks.*"], ["*.bias"], [NAMES[1], NAMES[3]]),
+        (["blocks.?.norm.*"], [], NAMES[1:3]),
     ],
 )
 def test_select(only: list[str], skip: list[str], chosen: list[str]) -> None:
     assert select(NAMES, only, skip) == set(chosen)
 
 
-@pytest.mark.parametrize("pattern", ["norm", "LAYERS.*", "layers", "", "layers.[0-", "*head.*"])
+@pytest.mark.parametrize("pattern", ["norm", "BLOCKS.*", "blocks", "", "blocks.[0-", "*head.*"])
 @pytest.mark.parametrize("key", ["only", "skip"])
 def test_a_pattern_that_fits_nothing(key: str, pattern: str) -> None:
     given = {"only": ["*"], "skip": []} | {key: ["head", pattern]}
@@ -246,8 +258,8 @@ def test_both_names_of_transformers_5(tmp_path: Path, name: str, first: str) -> 
     with safe_open(base / "model.safetensors", "pt") as file:
         merged = read_folder(tmp_path / "out")
         assert set(merged) == set(file.keys())
-        for key in file.keys():  # noqa: SIM118: no mapping
-            assert_bits_equal(merged[key], file.get_tensor(key))
+        for key, x in merged.items():
+            assert_bits_equal(x, file.get_tensor(key))
 
 
 # ---- vocabularies ------------------------------------------------------------------------------
@@ -258,8 +270,8 @@ def test_vocabularies_of_different_sizes_are_named(tmp_path: Path) -> None:
         table = torch.ones(rows, 4)
         content = {"model.embed_tokens.weight": table, "lm_head.weight": table + 1}
         write_file(tmp_path / model / "model.safetensors", content)
+    config = linear(tmp_path / "a", tmp_path / "b")
     with pytest.raises(CheckpointError) as caught:
-        config = linear(tmp_path / "a", tmp_path / "b")
         merge_checkpoints(config, tmp_path / "out", progress=False)
     assert (
         f"the vocabularies differ: lm_head.weight has 256 rows in {tmp_path / 'a'}, 320 in "
@@ -393,8 +405,9 @@ def test_only_the_vision_tower_is_merged_and_the_rest_is_the_base(tmp_path: Path
     merged = read_folder(tmp_path / "out")
     towers = [tensors(0), tensors(1)]
     for key, x in towers[0].items():
-        expected = x if not x.is_floating_point() else 0.25 * x + 0.75 * towers[1][key]
-        assert_bits_equal(merged[f"vision_model.{key}"], expected)
+        if x.is_floating_point():
+            x = merge_tensors([x, towers[1][key]], "linear", weight=[0.25, 0.75])
+        assert_bits_equal(merged[f"vision_model.{key}"], x)
     assert_bytes_equal(merged["text_model.w"], torch.ones(3))
     assert_bytes_equal(merged["logit_scale"], torch.tensor(2.0))
     assert len(merged) == len(towers[0]) + 2

@@ -6,14 +6,13 @@ import os
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import ArgumentError, CheckpointError
 from ...methods.compat import Signature
-from .formats import nbytes
+from .formats import bytes_of, nbytes
 
 
 class PositionedFile:
@@ -73,9 +72,3 @@ def fill(fd: int, buffer: memoryview, offset: int) -> None:
         if not count:
             raise EOFError
         buffer, offset = buffer[count:], offset + count
-
-
-def bytes_of(raw: Tensor) -> memoryview:
-    """The memory of a contiguous uint8 tensor."""
-    array: Any = raw.numpy()
-    return memoryview(array)

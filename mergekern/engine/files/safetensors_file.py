@@ -20,7 +20,6 @@ from ...methods.compat import Signature
 from .formats import DTYPES
 from .positioned import PositionedFile
 
-_MADV_POPULATE_READ = 22  # Linux 5.14; older kernels answer EINVAL and pages come on first touch
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
@@ -62,23 +61,6 @@ class SafetensorsFile(PositionedFile):
             return torch.empty(shape, dtype=dtype)
         count = (end - begin) // dtype.itemsize
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin).view(shape)
-
-    def _advise(self, name: str, advice: int) -> None:
-        begin, end = self.ranges[name]
-        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > begin:
-            self._map.madvise(advice, first, end - first)
-
-    def prefetch(self, name: str) -> None:
-        """Bring the tensor's pages in now, in the thread that asks."""
-        try:
-            self._advise(name, _MADV_POPULATE_READ)
-        except OSError:
-            self._advise(name, mmap.MADV_WILLNEED)
-
-    def release(self, name: str) -> None:
-        """Give the tensor's pages back; reading it again brings them from the file."""
-        self._advise(name, mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Let go of the map, which ends with the last tensor that views it.

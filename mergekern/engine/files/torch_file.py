@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...methods.compat import Signature
-from .formats import nbytes
-from .positioned import PositionedFile, bytes_of, fill
+from .formats import bytes_of, nbytes
+from .positioned import PositionedFile, fill
 
 # What torch.load raises for files that are truncated, garbled or hold code.
 _UNREADABLE = (
@@ -138,17 +138,11 @@ class TorchFile(PositionedFile):
         if name in self.ranges:
             super().read_into(name, begin, buffer)
             return
-        raw = bytes_of(self._held[name].view(-1).view(torch.uint8))
+        raw = bytes_of(self._held[name])
         buffer.cast("B")[:] = raw[begin : begin + buffer.nbytes]
 
     def read(self, name: str) -> Tensor:
         return super().read(name) if name in self.ranges else self._held[name]
-
-    def prefetch(self, name: str) -> None:
-        """Bytes are read where they are asked for."""
-
-    def release(self, name: str) -> None:
-        """What is held is held until close."""
 
     def close(self) -> None:
         super().close()
