@@ -74,7 +74,7 @@ def _of_a_slice(job: Job, task: Task) -> tuple[float, float, int]:
     begun = time.perf_counter()
     (loaded,) = reader.load(unit, buffers)
     reading = time.perf_counter() - begun
-    method, inputs = job.config.method, stream.inputs(loaded)
+    method, inputs = job.config.method, stream.inputs(loaded.part, loaded.tensors)
     assert task.arguments is not None
     passes = 1
 
