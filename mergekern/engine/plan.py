@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..check import FLOATS, name_of
+from ..check import name_of
 from ..errors import ArgumentError, CheckpointError
 from ..methods.compat import Signature, agree, identical
 from ..methods.merge import common_dtype
@@ -24,6 +24,7 @@ from ..version import __version__
 from .checkpoint import Checkpoint
 from .config import ExceptionRule, MergeConfig
 from .files import WeightFile, nbytes
+from .float8 import floating, unmergeable, widened
 from .journal import digest_of
 from .keys import AS_STORED, Naming, misnamed, select, vocabularies
 from .parameters import arguments, layer_positions
@@ -273,17 +274,27 @@ def _misfits(
     for key in dict.fromkeys(key for c in checkpoints for key in c.signatures):
         if key not in problems and (key not in rules or rules[key].action == "present"):
             having = [i for i, c in enumerate(checkpoints) if key in c.signatures]
-            problems.update(_unequal(key, checkpoints, having, labels))
+            result = config.out_dtype or config.dtype
+            problems.update(_unfit(key, checkpoints, having, labels, result))
     return problems
 
 
-def _unequal(
-    key: str, checkpoints: Sequence[Checkpoint], having: list[int], labels: list[str]
+def _unfit(
+    key: str,
+    checkpoints: Sequence[Checkpoint],
+    having: list[int],
+    labels: list[str],
+    result: torch.dtype | None,
 ) -> dict[str, str]:
-    """What is wrong with a tensor that is copied where all have the same, but they do not."""
+    """What is wrong with a tensor that is copied where all have the same, but they do not.
+
+    Or that has eight bits an element.
+    """
     signature = checkpoints[having[0]].signatures[key]
-    if signature.dtype in FLOATS:
-        return {}
+    if floating(signature.dtype):
+        models = {labels[i]: checkpoints[i].signatures for i in having}
+        wrong = unmergeable(key, models, result)
+        return {key: wrong} if wrong else {}
     first = checkpoints[having[0]].read(key)
     other = [labels[i] for i in having[1:] if not identical(checkpoints[i].read(key), first)]
     if not other:
@@ -305,16 +316,18 @@ def _task(
     if rule is not None and rule.action == "copy":
         having = [config.paths.index(str(rule.source))]
     signatures = [checkpoints[i].signatures[key] for i in having]
-    floating = signatures[0].dtype in FLOATS
+    number = floating(signatures[0].dtype)
     models = [i - config.base_apart for i in having if i >= config.base_apart]
-    merged = floating and not (rule is not None and rule.action == "copy") and bool(models)
+    merged = number and not (rule is not None and rule.action == "copy") and bool(models)
     if not merged:
         having, signatures = having[:1], signatures[:1]
 
-    stored = common_dtype([s.dtype for s in signatures])
-    cast = floating and (config.dtype == torch.float64 or host == "mergekit")
+    stored = signatures[0].dtype
+    if merged:
+        stored = common_dtype([widened(s.dtype) for s in signatures])
+    cast = number and (config.dtype == torch.float64 or host == "mergekit")
     compute = (config.dtype or stored) if cast else stored
-    result = (config.out_dtype or config.dtype or stored) if floating else stored
+    result = (config.out_dtype or config.dtype or stored) if number else stored
     given = None
     cut: str | None = "elements"
     if merged:

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from mergekern import CheckpointError, merge_checkpoints
 from mergekern.engine.checkpoint import Checkpoint
-from mergekern.engine.files import DTYPES, SafetensorsFile, SafetensorsWriter
+from mergekern.engine.files import DTYPES, SafetensorsFile, SafetensorsWriter, TorchFile
 from mergekern.methods.compat import Signature
 
 from accuracy import assert_bytes_equal
 from engine.models import linear, tensors, write_file, write_folder
+from refusal import refused
 
 
 def same(path: Path, content: dict[str, torch.Tensor]) -> Checkpoint:
@@ -116,13 +117,139 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [[torch.ones(2)], {"a": 3}, {0: torch.ones(2)}, torch.ones(2), {"a": {"b": torch.ones(2)}}],
-    ids=["list", "number", "number as name", "tensor", "nested"],
+    [
+        [torch.ones(2)],
+        {"a": 3},
+        {0: torch.ones(2)},
+        torch.ones(2),
+        {"a": {"b": {"c": torch.ones(2)}}},
+        {"a": {"b": torch.ones(2)}, "w": torch.ones(2)},
+        {"a": {"b": torch.ones(2), "c": None}},
+        {"a": {}},
+    ],
 )
 def test_pickle_of_something_else(tmp_path: Path, content: object) -> None:
-    torch.save(content, tmp_path / "m.bin")
-    with pytest.raises(CheckpointError, match="holds no plain mapping"):
-        Checkpoint(tmp_path / "m.bin")
+    path = tmp_path / "m.bin"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(path)
+    assert str(caught.value) == f"{path}: holds no plain mapping of names to tensors"
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "module", "net"])
+@pytest.mark.parametrize("old", [True, False])
+def test_training_checkpoint(tmp_path: Path, key: str, old: bool) -> None:
+    """The one mapping in it; not the state of its optimizer, which has tensors by name as well."""
+    content = tensors()
+    weights = [torch.nn.Parameter(torch.ones(3, 8))]
+    optimizer = torch.optim.AdamW(weights)
+    weights[0].grad = torch.ones(3, 8)
+    optimizer.step()
+    data = {"epoch": 3, "best": torch.tensor(0.5), "name": "m", "scheduler": {"last": 3}}
+    data |= {"optimizer": optimizer.state_dict(), key: tensors()}
+    torch.save(data, tmp_path / "m.pt", _use_new_zipfile_serialization=not old)
+    same(tmp_path / "m.pt", content)
+
+
+def test_training_checkpoint_of_several_models(tmp_path: Path) -> None:
+    path = tmp_path / "m.pth"
+    torch.save({"model": tensors(), "optimizer": {}, "model_ema": tensors(1), "epoch": 1}, path)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(path)
+    assert str(caught.value) == (
+        f"{path}: holds several mappings of names to tensors; got 'model', 'model_ema'; "
+        "expected one (save the one to merge in a file of its own)"
+    )
+
+
+# ---- byte ranges of pickles --------------------------------------------------------------------
+
+
+def test_a_pickle_is_read_by_ranges_but_for_what_is_strided(tmp_path: Path) -> None:
+    x = torch.arange(24.0).reshape(4, 6)
+    content = {"w": x, "tied": x, "part": x[1:3], "empty": x[:0], "one": x[2, 3], "half": x.half()}
+    strided = {"turned": x.T, "columns": x[:, ::2], "repeated": x[0].expand(3, 6)}
+    path = write_file(tmp_path / "m.bin", content | strided)
+    file = TorchFile(path)
+    assert file.ranges.keys() == content.keys()
+    assert file.ranges["w"] == file.ranges["tied"]
+    raw = path.read_bytes()
+    for name, (begin, end) in file.ranges.items():
+        assert raw[begin:end] == content[name].numpy().tobytes()
+    for name, want in (content | strided).items():
+        assert_bytes_equal(file.read(name), want.contiguous())
+        data = bytearray(want.nbytes)
+        for i in range(0, want.nbytes, 7):  # any part, also of what is held
+            file.read_into(name, i, memoryview(data)[i : i + 7])
+        assert bytes(data) == want.contiguous().numpy().tobytes()
+
+
+def test_conjugate_tensors_are_resolved(tmp_path: Path) -> None:
+    x, y = torch.randn(2, 3, dtype=torch.complex64)
+    path = write_file(tmp_path / "m.bin", {"c": x.conj(), "n": y.clone().conj().imag})
+    same(path, {"c": x.conj().resolve_conj(), "n": -y.imag})
+
+
+def rezipped(path: Path, target: Path, compression: int, pad: bytes = b"x") -> Path:
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", compression) as new:
+        names = old.namelist()
+        for name in [*names[:-1], names[0].replace("data.pkl", "extra"), names[-1]]:
+            new.writestr(name, old.read(name) if name in names else pad)
+    return target
+
+
+def test_an_archive_of_another_layout_is_read_whole(tmp_path: Path) -> None:
+    """torch.load works out where storages lie from the order it writes them in."""
+    path = write_file(tmp_path / "m.bin", tensors())
+    same(rezipped(path, tmp_path / "n.bin", zipfile.ZIP_STORED, b"abc"), tensors())
+
+
+def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "m.bin", tensors())
+    with pytest.raises(CheckpointError, match="is compressed"):
+        Checkpoint(rezipped(path, tmp_path / "n.bin", zipfile.ZIP_DEFLATED))
+
+
+@pytest.mark.parametrize("size", [2**20, 2**50])
+def test_a_pickle_of_one_number_repeated(tmp_path: Path, size: int) -> None:
+    path = write_file(tmp_path / "m.bin", {"w": torch.ones(1).expand(size)})
+    with pytest.raises(CheckpointError, match=f"w is larger than its file; got {4 * size} bytes"):
+        Checkpoint(path)
+
+
+def test_sparse_tensors_are_refused(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "m.bin", {"w": torch.eye(3).to_sparse()})
+    with pytest.raises(CheckpointError, match=str(path)):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_file_that_becomes_shorter_is_named(tmp_path: Path, suffix: str) -> None:
+    """A map would end the process (SIGBUS)."""
+    path = write_file(tmp_path / f"m{suffix}", {"w": torch.ones(100_000)})
+    found = Checkpoint(path)
+    os.truncate(path, 5000)
+    with pytest.raises(CheckpointError) as caught:
+        found.read("w")
+    assert str(caught.value) == (
+        f"{path}: tensor w ends early; the file has become shorter since it was opened"
+    )
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_file_that_is_replaced_stays_what_was_opened(tmp_path: Path, suffix: str) -> None:
+    path = write_file(tmp_path / f"m{suffix}", tensors(0))
+    found = Checkpoint(path)
+    write_file(tmp_path / f"n{suffix}", tensors(1)).rename(path)
+    for key, x in tensors(0).items():
+        assert_bytes_equal(found.read(key), x)
+
+
+@pytest.mark.parametrize(("begin", "size"), [(-1, 4), (0, 21), (17, 4), (40, 1)])
+def test_bytes_beside_a_tensor_are_not_given(tmp_path: Path, begin: int, size: int) -> None:
+    path = write_file(tmp_path / "m.safetensors", {"v": torch.ones(5), "w": torch.ones(5)})
+    with refused("read_into", "not in v", "0 to 20"):
+        SafetensorsFile(path).read_into("v", begin, memoryview(bytearray(size)))
 
 
 def test_refused_paths(tmp_path: Path) -> None:
