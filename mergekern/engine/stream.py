@@ -44,10 +44,13 @@ class _Arrived(NamedTuple):
     buffers: list[Tensor]
 
 
+Slice = tuple[int, int, memoryview]  # task, index, bytes of the result
+
+
 class Sink(Protocol):
     """Where results go."""
 
-    def write(self, point: int, task: int, index: int, data: memoryview) -> None: ...
+    def write(self, point: int, results: Sequence[Slice]) -> None: ...
 
 
 class Record(Protocol):
@@ -209,16 +212,23 @@ class Stream:
                 under_way.close()
 
     def _read(self, unit: Unit) -> int:
-        return sum(self._reader.sizes(unit))
+        """Bytes of the inputs of a unit."""
+        return sum(
+            (end - begin) * dtype.itemsize
+            for part in unit.parts
+            for task in [self._plan.tasks[part.task]]
+            for begin, end in [task.span(part.first, part.last)]
+            for dtype in task.stored
+        )
 
     def _written(self, unit: Unit) -> int:
         """Bytes of the results of a unit."""
-        size = 0
-        for part in unit.parts:
-            task = self._plan.tasks[part.task]
-            begin, end = task.slices[part.first][0], task.slices[part.last - 1][1]
-            size += (end - begin) * task.result.itemsize
-        return size * len(self._plan.points)
+        return len(self._plan.points) * sum(
+            (end - begin) * task.result.itemsize
+            for part in unit.parts
+            for task in [self._plan.tasks[part.task]]
+            for begin, end in [task.span(part.first, part.last)]
+        )
 
     def _moved(self, unit: Unit) -> int:
         return self._read(unit) + self._written(unit)
@@ -264,17 +274,19 @@ class Stream:
 
     def _write(self, arrived: _Arrived, results: list[Sent], output: Sink) -> list[Entry]:
         entries = []
+        pieces: list[list[Slice]] = [[] for _ in self._plan.points]
         for each, sent in zip(arrived.loaded, results, strict=True):
             part, task = each.part, self._plan.tasks[each.part.task]
-            origin = task.slices[part.first][0]
+            origin, size = task.slices[part.first][0], task.result.itemsize
+            data = [bytes_of(x) for x in sent.wait()]
             for i, read in zip(range(part.first, part.last), each.digests, strict=True):
-                begin, end = (j - origin for j in task.slices[i])
-                digests = []
-                for point, result in enumerate(sent.wait()):
-                    data = bytes_of(result[begin:end])
-                    output.write(point, part.task, i, data)
-                    digests.append(digest_of(data))
-                entries.append(Entry(part.task, i, tuple(digests), read))
+                begin, end = ((j - origin) * size for j in task.slices[i])
+                here = [result[begin:end] for result in data]
+                for point, result in enumerate(here):
+                    pieces[point].append((part.task, i, result))
+                entries.append(Entry(part.task, i, tuple(map(digest_of, here)), read))
+        for point, made in enumerate(pieces):
+            output.write(point, made)
         self._settings.bar.advance(self._written(arrived.unit))
         return entries
 
