@@ -43,8 +43,8 @@ class Job:
         self.config = next(iter(self.configs.values()))
         self.checkpoints: list[Checkpoint] = []
         try:
-            for path in self.config.paths:
-                self.checkpoints.append(Checkpoint(path))
+            for path, naming in zip(self.config.paths, self.config.namings, strict=True):
+                self.checkpoints.append(Checkpoint(path, naming))
             self.plan = make_plan(
                 self.configs,
                 self.checkpoints,

@@ -32,6 +32,8 @@ def merge_checkpoints(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
     resume: bool = True,
     progress: bool | Bar = True,
 ) -> Manifest:
@@ -53,13 +55,18 @@ def merge_checkpoints(
     "mergekit" the inputs are rounded to dtype first, the result to it and then to out_dtype, and
     random masks are drawn from torch's generator, seeded with `seed`.
     progress: a bar on stderr, lines where that is no terminal; or a `Bar` of your own.
+    only, skip: patterns of names, as the keys of the configuration: what does not fit `only`, or
+    fits `skip`, is copied from the base model (or the first).
     Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
     Raises: ConfigError, CheckpointError, ArgumentError.
     Source: mergekit `mergekit-yaml`, `mergekit-pytorch`.
     """
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    with _job({"": load_config(config)}, options) as job, bar(shown=progress) as shown:
+    with (
+        _job({"": load_config(config, only=only, skip=skip)}, options) as job,
+        bar(shown=progress) as shown,
+    ):
         return job.run(Path(out), shown)[0]
 
 
@@ -74,6 +81,8 @@ def merge_sweep(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
     resume: bool = True,
     progress: bool | Bar = True,
 ) -> dict[str, Manifest]:
@@ -87,7 +96,7 @@ def merge_sweep(
     Raises: as it does; ArgumentError for parameters that the method lacks.
     """
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    points = swept(load_config(config), sweep)
+    points = swept(load_config(config, only=only, skip=skip), sweep)
     with _job(points, options) as job, bar(shown=progress) as shown:
         return dict(zip(points, job.run(Path(out), shown), strict=True))
 
@@ -103,6 +112,8 @@ def plan_merge(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
 ) -> tuple[Plan, Outlook]:
     """What `merge_checkpoints` (with sweep, `merge_sweep`) would do, and how long it would take.
 
@@ -111,7 +122,7 @@ def plan_merge(
     Result: the plan, whose `describe()` is JSON, and the `Outlook`.
     Raises: as the merge would, as far as can be known before it begins.
     """
-    parsed = load_config(config)
+    parsed = load_config(config, only=only, skip=skip)
     points = {"": parsed} if sweep is None else swept(parsed, sweep)
     with _job(points, _options(memory, shard_size, device, seed, backend, host, True)) as job:
         return job.plan, outlook(job, Path(out))
