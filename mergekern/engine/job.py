@@ -20,6 +20,7 @@ from .progress import Bar
 from .reading import Reader
 from .resume import finished, head_of, intact, require_same_inputs
 from .stream import Settings, Stream
+from .studies import Studies
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Options:
     backend: str = "auto"
     host: str | None = None
     resume: bool = True
+    statistics: Path | None = None  # where those of earlier merges lie
 
 
 class Job:
@@ -100,7 +102,10 @@ class Job:
         """
         plan, checkpoints = self.plan, self.checkpoints
         reader = Reader(plan, checkpoints)
-        stream = Stream(plan, reader, settings)
+        head = head_of(plan, checkpoints)
+        folder = self.options.statistics
+        studies = Studies(folder, plan, checkpoints, self.config.method, head["stamps"])
+        stream = Stream(plan, reader, settings, studies)
         begun = False
         try:
             if not self.options.resume:
@@ -114,11 +119,12 @@ class Job:
             if stamped_anew:
                 require_same_inputs(plan, reader, entries, control.target)
             entries = intact(output, plan, entries)
-            journal = Journal(control.folder, head_of(plan, checkpoints))
+            journal = Journal(control.folder, head)
             try:
                 entries.update(stream.merge(output, journal, entries))
             finally:
                 journal.close()
+            studies.check({key: e.inputs for key, e in entries.items()}, control.target)
             made = self._finish(control, output, entries)
         except OSError as error:
             raise writing_failed(control.target, error) from error

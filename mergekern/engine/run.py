@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .outlook import Outlook, outlook
 from .parameters import idle
 from .plan import Plan
 from .progress import Bar, bar
+from .studies import FOLDER
 
 
 def merge_checkpoints(
@@ -35,6 +37,7 @@ def merge_checkpoints(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     resume: bool = True,
+    statistics: str | Path | bool = True,
     progress: bool | Bar = True,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
@@ -54,6 +57,9 @@ def merge_checkpoints(
     host: reproduce that tool's selection, rounding and sign rules, as in `merge_tensors`; with
     "mergekit" the inputs are rounded to dtype first, the result to it and then to out_dtype, and
     random masks are drawn from torch's generator, seeded with `seed`.
+    statistics: where thresholds and dot products that take a pass of their own are kept for the
+    next merge of these inputs, which then skips the pass: a folder, True for one beside `out`
+    (".mergekern_statistics"), or False.
     progress: a bar on stderr, lines where that is no terminal; or a `Bar` of your own.
     only, skip: patterns of names, as the keys of the configuration: what does not fit `only`, or
     fits `skip`, is copied from the base model (or the first).
@@ -63,6 +69,7 @@ def merge_checkpoints(
     Source: mergekit `mergekit-yaml`, `mergekit-pytorch`.
     """
     options = _options(memory, shard_size, device, seed, backend, host, resume)
+    options = replace(options, statistics=_folder(statistics, out))
     with (
         _job({"": load_config(config, only=only, skip=skip)}, options) as job,
         bar(shown=progress) as shown,
@@ -84,6 +91,7 @@ def merge_sweep(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     resume: bool = True,
+    statistics: str | Path | bool = True,
     progress: bool | Bar = True,
 ) -> dict[str, Manifest]:
     """Many merges from one read of the inputs: every combination of the values in `sweep`.
@@ -96,6 +104,7 @@ def merge_sweep(
     Raises: as it does; ArgumentError for parameters that the method lacks.
     """
     options = _options(memory, shard_size, device, seed, backend, host, resume)
+    options = replace(options, statistics=_folder(statistics, out))
     points = swept(load_config(config, only=only, skip=skip), sweep)
     with _job(points, options) as job, bar(shown=progress) as shown:
         return dict(zip(points, job.run(Path(out), shown), strict=True))
@@ -171,6 +180,12 @@ def _job(points: Mapping[str, MergeConfig], options: Options) -> Job:
         lines = "".join(f"\n  {what}" for what in without_effect)
         warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
     return job
+
+
+def _folder(statistics: str | Path | bool, out: str | Path) -> Path | None:
+    if isinstance(statistics, bool):
+        return Path(out).absolute().parent / FOLDER if statistics else None
+    return Path(statistics)
 
 
 def check_device(device: str) -> None:

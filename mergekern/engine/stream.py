@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..methods.passes import Study
 from ..methods.registry import Inputs
 from .config import MergeConfig
 from .files.formats import bytes_of
@@ -21,6 +22,7 @@ from .place import Sent, place_of
 from .plan import Plan, Task
 from .progress import Bar
 from .reading import Loaded, Reader
+from .studies import Studies
 from .units import Apart, Part, Unit, merge_units, slice_units, visit_units
 
 
@@ -62,8 +64,11 @@ class Record(Protocol):
 class Stream:
     """The work of one plan: `merge` it, with the passes before that its method needs."""
 
-    def __init__(self, plan: Plan, reader: Reader, settings: Settings) -> None:
+    def __init__(
+        self, plan: Plan, reader: Reader, settings: Settings, studies: Studies | None = None
+    ) -> None:
         self._plan, self._settings, self._reader = plan, settings, reader
+        self._studies = studies
         self._method = settings.config.method
         self._place = place_of(settings.device)
         self._limit = self._place.window(window(settings.memory), plan.peak)
@@ -108,17 +113,43 @@ class Stream:
         if self._method.survey is None:
             return [None] * len(self._plan.points)
         units = [u for u in visit_units(self._plan.tasks) if isinstance(u, Unit)]
-        return self._method.survey.sweep(self._visit(units), len(self._plan.points))
+        merged = [i for i, t in enumerate(self._plan.tasks) if t.arguments is not None]
+        return self._study(self._method.survey, units, merged)
 
     def _measures(self, apart: Apart) -> list[Any]:
         """What the method measures of one tensor, for each point."""
         assert self._method.measure is not None
         tasks = self._plan.tasks
         units = list(slice_units(tasks, apart.task, range(len(tasks[apart.task].slices))))
-        return self._method.measure.sweep(self._visit(units), len(self._plan.points))
+        return self._study(self._method.measure, units, [apart.task])
 
-    def _visit(self, units: Sequence[Unit]) -> Callable[[Callable[..., None]], None]:
-        """Calls f(inputs, point, **arguments) for every point of all that these units hold."""
+    def _study(self, study: Study, units: Sequence[Unit], tasks: Sequence[int]) -> list[Any]:
+        """For each point what is known from an earlier merge, or what the passes find."""
+        points = range(len(self._plan.points))
+        known = {p: found for p in points for there, found in [self._recall(tasks, p)] if there}
+        left = [p for p in points if p not in known]
+        if left:
+            digests: dict[tuple[int, int], tuple[str, ...]] = {}
+            found = study.sweep(self._visit(units, left, digests), len(left))
+            for p, each in zip(left, found, strict=True):
+                known[p] = each
+                if self._studies is not None:
+                    self._studies.remember(tasks, p, each, digests)
+        return [known[p] for p in points]
+
+    def _recall(self, tasks: Sequence[int], point: int) -> tuple[bool, Any]:
+        return (False, None) if self._studies is None else self._studies.recall(tasks, point)
+
+    def _visit(
+        self,
+        units: Sequence[Unit],
+        points: Sequence[int],
+        digests: dict[tuple[int, int], tuple[str, ...]],
+    ) -> Callable[[Callable[..., None]], None]:
+        """Calls f(inputs, i, **arguments) for the i-th of the points, of all that units hold.
+
+        The digests of what is read come out, too.
+        """
 
         def visit(visitor: Callable[..., None]) -> None:
             self._settings.bar.expect(sum(map(self._read, units)))
@@ -127,8 +158,10 @@ class Stream:
                     for each, sent in zip(arrived.loaded, arrived.sent, strict=True):
                         inputs = self.inputs(each.part, self._place.receive(sent))
                         given = self._plan.tasks[each.part.task].arguments or ()
-                        for point, arguments in enumerate(given):
-                            visitor(inputs, point, **arguments)
+                        for i, point in enumerate(points):
+                            visitor(inputs, i, **given[point])
+                        for i, read in enumerate(each.digests, each.part.first):
+                            digests[each.part.task, i] = read
                         sent.wait()  # its buffers will be read into again
                         del inputs
                     under_way.give(arrived.unit.cost, arrived.buffers)

@@ -144,6 +144,7 @@ class Method:
     `merge` of the whole gives there, to the bit. measure: as survey, over the slices of one tensor;
     called for tensors of more than one, and `inputs.survey` in `merge` of each is what it returns.
     needs: whether `measure` is needed with these arguments; without, it finds None.
+    studied: the parameters on which survey or measure depend; None: all.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Method:
     cut: Cut = whole
     measure: Study | None = None
     needs: Needs = always
+    studied: tuple[str, ...] | None = None
 
     # (parameters, names of floating tensors, backend) -> parameters, once before the first tensor
     whole_models: Callable[[dict[str, Any], Sequence[str], str], dict[str, Any]] | None = None

@@ -161,6 +161,9 @@ def parameters(
     )
 
 
+TRIMMED_BY = ("density", "gamma", "rescale")  # on these a measure depends
+
+
 def _method(
     name: str,
     doc: str,
@@ -183,6 +186,7 @@ def _method(
         cut=cut_of(trim),
         measure=None if trim is None else measure_of(trim),
         needs=needs_of(trim),
+        studied=TRIMMED_BY,
     )
 
 
@@ -273,4 +277,5 @@ MAGNITUDE_PRUNE = Method(
     cut=cut_of(MAGNITUDE),
     measure=measure_of(MAGNITUDE),
     needs=needs_of(MAGNITUDE),
+    studied=TRIMMED_BY,
 )
