@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from ..engine.ranks import label
 from ..errors import MergekernError
 from . import bench, demo, doctor, hook, inspect, merge, verify, zip
 
@@ -43,7 +44,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (MergekernError, OSError) as error:
         if "--verbose" in given or "-v" in given:
             traceback.print_exc()
-        print(f"mergekern: {error}", file=sys.stderr)
+        print(f"mergekern: {label()}{error}", file=sys.stderr)
         return 2
     return 0
 

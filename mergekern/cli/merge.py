@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..engine.manifest import Manifest
+from ..engine.ranks import is_first
 from ..engine.run import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, merge_checkpoints
 
 
@@ -42,6 +43,7 @@ def merge(
 
     Prints where the result is, what was merged and copied, and every file that was left out.
     """
+    quiet = quiet or not is_first()
     manifest = merge_checkpoints(
         config,
         out,
@@ -53,6 +55,7 @@ def merge(
         host=host,
         resume=resume,
         progress=not quiet and sys.stderr.isatty(),
+        distributed=True,
     )
     if not quiet:
         _report(manifest, verbose)

@@ -14,6 +14,7 @@ class Output:
 
     def __init__(self, plan: Plan, root: Path) -> None:
         self._plan, self._root = plan, root
+        self._written: set[SafetensorsWriter] = set()
         self._where: list[dict[str, tuple[SafetensorsWriter, str]]] = []
         signatures = {t.key: t.signature for t in plan.tasks}
         for point in plan.points:
@@ -32,6 +33,7 @@ class Output:
         writer, name = self._where[point][t.key]
         if data:
             writer.write_bytes(name, data, t.slices[index][0] * t.result.itemsize)
+            self._written.add(writer)
 
     def read(self, point: int, task: int, index: int) -> bytes:
         """What is there now of a slice."""
@@ -39,6 +41,11 @@ class Output:
         begin, end = (i * t.result.itemsize for i in t.slices[index])
         writer, name = self._where[point][t.key]
         return writer.read_bytes(name, begin, end - begin)
+
+    def sync(self) -> None:
+        """What this process wrote is on the disk, where other machines find it."""
+        for writer in self._written:
+            writer.sync()
 
     def write_indices(self) -> None:
         folders: dict[Path, list[Shard]] = {}

@@ -17,6 +17,7 @@ from .job import Job, Options
 from .manifest import Manifest
 from .parameters import idle
 from .progress import bar
+from .ranks import joined, own_device
 
 DEFAULT_MEMORY = "4GiB"
 DEFAULT_SHARD_SIZE = "5GB"
@@ -34,6 +35,7 @@ def merge_checkpoints(
     host: str | None = None,
     resume: bool = True,
     progress: bool = True,
+    distributed: bool = False,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
 
@@ -52,14 +54,18 @@ def merge_checkpoints(
     host: reproduce that tool's selection, rounding and sign rules, as in `merge_tensors`; with
     "mergekit" the inputs are rounded to dtype first, the result to it and then to out_dtype, and
     random masks are drawn from torch's generator, seeded with `seed`.
+    distributed: every process that `torchrun` started makes this same call, merges a part of the
+    slices and returns the same; `memory` is that of each. All must see the models, and `out` on one
+    file system. The result does not depend on how many there are, nor need a run that goes on have
+    as many. Without RANK and WORLD_SIZE in the environment there is one.
     Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
-    Raises: ConfigError, CheckpointError, ArgumentError.
+    Raises: ConfigError, CheckpointError, ArgumentError; RankError where another rank fails or dies.
     Source: mergekit `mergekit-yaml`, `mergekit-pytorch`.
     """
+    device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    with _job({"": load_config(config)}, options) as job, bar(shown=progress) as shown:
-        return job.run(Path(out), shown)[0]
+    return _run({"": load_config(config)}, out, options, progress, distributed)[0]
 
 
 def merge_sweep(
@@ -75,6 +81,7 @@ def merge_sweep(
     host: str | None = None,
     resume: bool = True,
     progress: bool = True,
+    distributed: bool = False,
 ) -> dict[str, Manifest]:
     """Many merges from one read of the inputs: every combination of the values in `sweep`.
 
@@ -85,10 +92,10 @@ def merge_sweep(
     each slice. Otherwise as `merge_checkpoints`.
     Raises: as it does; ArgumentError for parameters that the method lacks.
     """
+    device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
     points = swept(load_config(config), sweep)
-    with _job(points, options) as job, bar(shown=progress) as shown:
-        return dict(zip(points, job.run(Path(out), shown), strict=True))
+    return dict(zip(points, _run(points, out, options, progress, distributed), strict=True))
 
 
 def swept(config: MergeConfig, sweep: Mapping[str, Sequence[Any]]) -> dict[str, MergeConfig]:
@@ -124,16 +131,23 @@ def _options(
     return Options(limit, largest, device, seed, backend, host, resume)
 
 
-def _job(points: Mapping[str, MergeConfig], options: Options) -> Job:
-    """Opened and planned, with a warning of settings that have no effect."""
+def _run(
+    points: Mapping[str, MergeConfig],
+    out: str | Path,
+    options: Options,
+    progress: bool,
+    distributed: bool,
+) -> list[Manifest]:
+    """Opened, planned and merged, with a warning of settings that have no effect."""
     config = next(iter(points.values()))
     config.method.check_host(options.host)
-    job = Job(points, options)
-    merged = [t.key for t in job.plan.tasks if t.arguments is not None]
-    if without_effect := idle(config, merged):
-        lines = "".join(f"\n  {what}" for what in without_effect)
-        warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
-    return job
+    with joined(distributed) as ranks, Job(points, options) as job:
+        merged = [t.key for t in job.plan.tasks if t.arguments is not None]
+        if ranks.rank == 0 and (without_effect := idle(config, merged)):
+            lines = "".join(f"\n  {what}" for what in without_effect)
+            warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
+        with bar(shown=progress and ranks.rank == 0) as shown:
+            return job.run(Path(out), shown, ranks)
 
 
 def check_device(device: str) -> None:

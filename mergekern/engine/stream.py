@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +19,7 @@ from .journal import Entries, Entry, digest_of
 from .memory import Window, window
 from .plan import Plan, Task
 from .progress import Bar
+from .ranks import ALONE, Ranks
 from .reading import Loaded, Reader
 from .units import Apart, Unit, merge_units, slice_units, visit_units
 
@@ -32,6 +33,7 @@ class Settings:
     host: str | None
     memory: int
     bar: Bar
+    ranks: Ranks = ALONE
 
 
 class _Arrived(NamedTuple):
@@ -65,7 +67,7 @@ class Stream:
 
     # ---- the passes --------------------------------------------------------------------------
 
-    def merge(self, output: Sink, journal: Record, done: Entries) -> Entries:
+    def merge(self, output: Sink, journal: Record, done: Container[tuple[int, int]]) -> Entries:
         """Everything that is not done, and its entries."""
         tasks = self._plan.tasks
         units = list(merge_units(tasks, self._limit, lambda i, j: (i, j) in done))
@@ -93,7 +95,7 @@ class Stream:
             self._merge_units(together, found, output, journal, made)
         return made
 
-    def _pending(self, apart: Apart, done: Entries) -> list[int]:
+    def _pending(self, apart: Apart, done: Container[tuple[int, int]]) -> list[int]:
         count = len(self._plan.tasks[apart.task].slices)
         return [j for j in range(count) if (apart.task, j) not in done]
 
