@@ -13,7 +13,7 @@ from .align.statistics.collect import collect_statistics
 from .align.statistics.statistics import Statistics
 from .align.zip_models import zip_models
 from .engine.manifest import Manifest
-from .engine.run import merge_checkpoints, merge_sweep
+from .engine.run import merge_checkpoints, merge_sweep, plan_merge
 from .engine.verify import Verification, verify
 from .engine.zip_folder import load_zip
 from .errors import (
@@ -88,6 +88,7 @@ __all__ = [
     "methods",
     "permute",
     "permute_all",
+    "plan_merge",
     "rank_mask",
     "repair",
     "save_masks",

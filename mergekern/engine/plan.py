@@ -108,6 +108,11 @@ class Plan:
         """Bytes without which the plan cannot run: those of its largest slice."""
         return max((t.cost(s) for t in self.tasks for s in t.slices), default=0)
 
+    def describe(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        plain: dict[str, Any] = json.loads(json.dumps(vars(self), default=_plain))
+        return plain
+
     @functools.cached_property
     def digest(self) -> str:
         """Equal for plans that give the same bytes."""
