@@ -19,7 +19,7 @@ from .outlook import Outlook, outlook
 from .parameters import idle
 from .plan import Plan
 from .progress import bar
-from .ranks import joined, own_device
+from .ranks import ALONE, Ranks, joined, own_device
 
 DEFAULT_MEMORY = "4GiB"
 DEFAULT_SHARD_SIZE = "5GB"
@@ -67,7 +67,13 @@ def merge_checkpoints(
     """
     device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    return _run({"": load_config(config)}, out, options, progress, distributed)[0]
+    points = {"": load_config(config)}
+    with (
+        joined(distributed) as ranks,
+        _job(points, options, ranks) as job,
+        bar(shown=progress and ranks.rank == 0) as shown,
+    ):
+        return job.run(Path(out), shown, ranks)[0]
 
 
 def merge_sweep(
@@ -97,7 +103,12 @@ def merge_sweep(
     device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
     points = swept(load_config(config), sweep)
-    return dict(zip(points, _run(points, out, options, progress, distributed), strict=True))
+    with (
+        joined(distributed) as ranks,
+        _job(points, options, ranks) as job,
+        bar(shown=progress and ranks.rank == 0) as shown,
+    ):
+        return dict(zip(points, job.run(Path(out), shown, ranks), strict=True))
 
 
 def plan_merge(
@@ -158,23 +169,16 @@ def _options(
     return Options(limit, largest, device, seed, backend, host, resume)
 
 
-def _run(
-    points: Mapping[str, MergeConfig],
-    out: str | Path,
-    options: Options,
-    progress: bool,
-    distributed: bool,
-) -> list[Manifest]:
-    """Opened, planned and merged, with a warning of settings that have no effect."""
+def _job(points: Mapping[str, MergeConfig], options: Options, ranks: Ranks = ALONE) -> Job:
+    """Opened and planned, with a warning of settings that have no effect."""
     config = next(iter(points.values()))
     config.method.check_host(options.host)
-    with joined(distributed) as ranks, Job(points, options) as job:
-        merged = [t.key for t in job.plan.tasks if t.arguments is not None]
-        if ranks.rank == 0 and (without_effect := idle(config, merged)):
-            lines = "".join(f"\n  {what}" for what in without_effect)
-            warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
-        with bar(shown=progress and ranks.rank == 0) as shown:
-            return job.run(Path(out), shown, ranks)
+    job = Job(points, options)
+    merged = [t.key for t in job.plan.tasks if t.arguments is not None]
+    if ranks.rank == 0 and (without_effect := idle(config, merged)):
+        lines = "".join(f"\n  {what}" for what in without_effect)
+        warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
+    return job
 
 
 def check_device(device: str) -> None:

@@ -32,7 +32,7 @@ class Started:
     def __init__(self, processes: Sequence[BaseProcess], logs: Path) -> None:
         self.processes, self._logs = processes, logs
 
-    def wait(self, *, stop_others: bool = True, timeout: float = 60) -> list[Ended]:
+    def wait(self, *, stop_others: bool = True, timeout: float = 240) -> list[Ended]:
         end = time.monotonic() + timeout
         while any(p.is_alive() for p in self.processes):
             if stop_others and any(p.exitcode for p in self.processes):
@@ -61,8 +61,7 @@ def started(
     }
     logs.mkdir(parents=True, exist_ok=True)
     processes: list[BaseProcess] = [
-        _SERVER.Process(target=_rank, args=(rank, shared, logs, act))
-        for rank in range(ranks)
+        _SERVER.Process(target=_rank, args=(rank, shared, logs, act)) for rank in range(ranks)
     ]
     for p in processes:
         p.start()
