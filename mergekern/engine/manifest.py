@@ -103,8 +103,20 @@ def _tensors(plan: Plan, entries: Entries, point: int) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    text = json.dumps(about, indent=1, default=repr)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    """JSON, a line for each tensor (whole lines at a time: json is slow where it indents)."""
+    lines = []
+    for key, value in about.items():
+        if key == "tensors":
+            each = ",\n".join(f"  {_json(name)}: {_json(t)}" for name, t in value.items())
+            lines.append(f" {_json(key)}: {{\n{each}\n }}")
+        else:
+            lines.append(f" {_json(key)}: {_json(value)}")
+    text = ",\n".join(lines)
+    (folder / MANIFEST).write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=repr)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

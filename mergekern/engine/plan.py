@@ -54,6 +54,10 @@ class Task:
     def signature(self) -> Signature:
         return Signature(self.result, self.shape)
 
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """The elements of slices first to last - 1."""
+        return self.slices[first][0], self.slices[last - 1][1]
+
     @property
     def bytes_read(self) -> int:
         return math.prod(self.shape) * sum(d.itemsize for d in self.stored)

@@ -22,6 +22,7 @@ from .plan import Plan, Task
 from .progress import Bar
 from .ranks import ALONE, Ranks
 from .reading import Loaded, Reader
+from .shares import stretches
 from .units import Apart, Part, Unit, merge_units, slice_units, visit_units
 
 
@@ -46,10 +47,13 @@ class _Arrived(NamedTuple):
     buffers: list[Tensor]
 
 
+Slice = tuple[int, int, memoryview]  # task, index, bytes of the result
+
+
 class Sink(Protocol):
     """Where results go."""
 
-    def write(self, point: int, task: int, index: int, data: memoryview) -> None: ...
+    def write(self, point: int, results: Sequence[Slice]) -> None: ...
 
 
 class Record(Protocol):
@@ -74,7 +78,9 @@ class Stream:
         """Everything that is not done, and its entries."""
         tasks = self._plan.tasks
         units = list(merge_units(tasks, self._limit, lambda i, j: (i, j) in done))
-        if not units:
+        if (
+            not units and self._settings.ranks.size == 1
+        ):  # others may have some, and ask in a survey
             return {}
         left = [u for u in units if isinstance(u, Unit)]
         for apart in (u for u in units if isinstance(u, Apart)):
@@ -103,11 +109,18 @@ class Stream:
         return [j for j in range(count) if (apart.task, j) not in done]
 
     def _surveys(self) -> list[Any]:
-        """What the method's survey of the whole model finds, for each point."""
-        if self._method.survey is None:
+        """What the method's survey of the whole model finds, for each point.
+
+        Each rank visits a part, and gathers what it counts with the others.
+        """
+        survey, ranks = self._method.survey, self._settings.ranks
+        if survey is None:
             return [None] * len(self._plan.points)
-        units = [u for u in visit_units(self._plan.tasks) if isinstance(u, Unit)]
-        return [self._method.survey(self._visit(units, p)) for p in range(len(self._plan.points))]
+        mine = stretches(self._plan, ranks.size)[ranks.rank]
+        visited = visit_units(self._plan.tasks, lambda i, j: (i, j) in mine)
+        units = [u for u in visited if isinstance(u, Unit)]
+        points = range(len(self._plan.points))
+        return [survey(self._visit(units, p), ranks.gather) for p in points]
 
     def _measures(self, apart: Apart) -> list[Any]:
         """What the method measures of one tensor, for each point."""
@@ -211,16 +224,23 @@ class Stream:
                 under_way.close()
 
     def _read(self, unit: Unit) -> int:
-        return sum(self._reader.sizes(unit))
+        """Bytes of the inputs of a unit."""
+        return sum(
+            (end - begin) * dtype.itemsize
+            for part in unit.parts
+            for task in [self._plan.tasks[part.task]]
+            for begin, end in [task.span(part.first, part.last)]
+            for dtype in task.stored
+        )
 
     def _written(self, unit: Unit) -> int:
         """Bytes of the results of a unit."""
-        size = 0
-        for part in unit.parts:
-            task = self._plan.tasks[part.task]
-            begin, end = task.slices[part.first][0], task.slices[part.last - 1][1]
-            size += (end - begin) * task.result.itemsize
-        return size * len(self._plan.points)
+        return len(self._plan.points) * sum(
+            (end - begin) * task.result.itemsize
+            for part in unit.parts
+            for task in [self._plan.tasks[part.task]]
+            for begin, end in [task.span(part.first, part.last)]
+        )
 
     def _moved(self, unit: Unit) -> int:
         return self._read(unit) + self._written(unit)
@@ -261,22 +281,25 @@ class Stream:
             host=settings.host,
             models=[i - apart for i in task.sources[apart:]],
             offset=task.slices[part.first][0],
+            order=part.task,
             shape=None if whole else task.shape,
         )
 
     def _write(self, arrived: _Arrived, results: list[Sent], output: Sink) -> list[Entry]:
         entries = []
+        pieces: list[list[Slice]] = [[] for _ in self._plan.points]
         for each, sent in zip(arrived.loaded, results, strict=True):
             part, task = each.part, self._plan.tasks[each.part.task]
-            origin = task.slices[part.first][0]
+            origin, size = task.slices[part.first][0], task.result.itemsize
+            data = [bytes_of(x) for x in sent.wait()]
             for i, read in zip(range(part.first, part.last), each.digests, strict=True):
-                begin, end = (j - origin for j in task.slices[i])
-                digests = []
-                for point, result in enumerate(sent.wait()):
-                    data = bytes_of(result[begin:end])
-                    output.write(point, part.task, i, data)
-                    digests.append(digest_of(data))
-                entries.append(Entry(part.task, i, tuple(digests), read))
+                begin, end = ((j - origin) * size for j in task.slices[i])
+                here = [result[begin:end] for result in data]
+                for point, result in enumerate(here):
+                    pieces[point].append((part.task, i, result))
+                entries.append(Entry(part.task, i, tuple(map(digest_of, here)), read))
+        for point, made in enumerate(pieces):
+            output.write(point, made)
         self._settings.bar.advance(self._written(arrived.unit))
         return entries
 

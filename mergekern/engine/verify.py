@@ -27,7 +27,7 @@ from .manifest import MANIFEST, read_manifest
 from .plan import FORMAT, layout_of
 from .progress import Bar, bar
 from .reading import Reader
-from .stream import Stream
+from .stream import Slice, Stream
 
 _CARD = "README.md"  # may be edited
 
@@ -214,7 +214,7 @@ def _inputs(about: Mapping[str, Any], shown: Bar, problems: list[str], notes: li
 class _Nowhere:
     """Takes results and entries, and keeps none."""
 
-    def write(self, point: int, task: int, index: int, data: memoryview) -> None:
+    def write(self, point: int, results: Sequence[Slice]) -> None:
         """Digests are all that is compared."""
 
     def add(self, entries: Sequence[Entry]) -> None:

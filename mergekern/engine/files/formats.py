@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(data)
 
 
+Piece = tuple[str, int, memoryview]  # tensor, its first byte to read, where to
+
+
 class WeightFile(Protocol):
     """An open file of named tensors."""
 
@@ -53,5 +56,6 @@ class WeightFile(Protocol):
     ranges: Mapping[str, tuple[int, int]]
 
     def read_into(self, name: str, begin: int, buffer: memoryview) -> None: ...
+    def read_many(self, pieces: Sequence[Piece]) -> None: ...
     def read(self, name: str) -> Tensor: ...
     def close(self) -> None: ...

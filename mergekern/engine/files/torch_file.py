@@ -7,7 +7,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...methods.compat import Signature
-from .formats import bytes_of, nbytes
+from .formats import Piece, bytes_of, nbytes
 from .positioned import PositionedFile, fill
 
 # What torch.load raises for files that are truncated, garbled or hold code.
@@ -140,6 +140,12 @@ class TorchFile(PositionedFile):
             return
         raw = bytes_of(self._held[name])
         buffer.cast("B")[:] = raw[begin : begin + buffer.nbytes]
+
+    def read_many(self, pieces: Sequence[Piece]) -> None:
+        super().read_many([piece for piece in pieces if piece[0] in self.ranges])
+        for piece in pieces:
+            if piece[0] not in self.ranges:
+                self.read_into(*piece)
 
     def read(self, name: str) -> Tensor:
         return super().read(name) if name in self.ranges else self._held[name]
