@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..errors import ArgumentError
 from .checkpoint import Checkpoint
 from .config import MergeConfig
-from .control import Control, check_space, check_target, held, writing_failed
+from .control import Control, check_space, check_target, held, shared, writing_failed
 from .folder import carry, write_card
 from .journal import Entries, Journal, read_journals
 from .manifest import Manifest, describe, read_manifest, write_manifest
 from .output import Output
 from .plan import make_plan
 from .progress import Bar
+from .ranks import ALONE, Ranks
 from .reading import Reader
 from .resume import finished, head_of, intact, require_same_inputs
+from .shares import shares
 from .stream import Settings, Stream
 from .studies import Studies
 
@@ -35,6 +39,15 @@ class Options:
     host: str | None = None
     resume: bool = True
     statistics: Path | None = None  # where those of earlier merges lie
+
+
+class _Begin(NamedTuple):
+    """What rank 0 tells the others before they merge."""
+
+    word: str  # which lets them into the control folder
+    head: dict[str, Any]  # of all journals
+    entries: Entries  # of earlier runs
+    stamped_anew: bool  # whether the inputs were written to since
 
 
 class Job:
@@ -69,69 +82,103 @@ class Job:
         for checkpoint in self.checkpoints:
             checkpoint.close()
 
-    def settings(self, bar: Bar) -> Settings:
+    def settings(self, bar: Bar, ranks: Ranks = ALONE) -> Settings:
         o = self.options
-        return Settings(self.config, o.device, o.seed, o.backend, o.host, o.memory, bar)
+        return Settings(self.config, o.device, o.seed, o.backend, o.host, o.memory, bar, ranks)
 
-    def run(self, target: Path, bar: Bar) -> list[Manifest]:
-        """Makes the output, or finds it complete already. What it did, for each point."""
+    def run(self, target: Path, bar: Bar, ranks: Ranks = ALONE) -> list[Manifest]:
+        """Makes the output, or finds it complete already. What it did, for each point.
+
+        All ranks call it and return the same; each merges a part.
+        """
         started = time.perf_counter()
+        self._require_one_plan(ranks)
         points = self.plan.points
-        abouts = [read_manifest(target / point) for point in points]
-        done = [about for about in abouts if about and about.get("plan") == self.plan.digest]
-        if len(done) == len(points):
+        if (done := ranks.lead(lambda: self._complete(target))) is not None:
             return [self._outcome(target / p, d, 0, 0.0) for p, d in zip(points, done, strict=True)]
-        check_target(target)
         bar.plan(
             tensors=len(self.plan.tasks),
             bytes_read=self.plan.bytes_read,
             bytes_written=self.plan.bytes_written,
         )
-        with held(target) as control:
-            made, read = self._make(control, self.settings(bar))
+        with contextlib.ExitStack() as stack:
+            if ranks.rank == 0:
+                check_target(target)
+                control = stack.enter_context(held(target))
+                begin = ranks.gather(self._begin(control, ranks))[0]
+            else:
+                begin = ranks.gather(None)[0]
+                control = stack.enter_context(shared(target, begin.word))
+            made, read = self._merge(control, begin, self.settings(bar, ranks))
         seconds = time.perf_counter() - started
         return [
             self._outcome(target / p, about, read, seconds)
             for p, about in zip(points, made, strict=True)
         ]
 
-    def _make(self, control: Control, settings: Settings) -> tuple[list[dict[str, Any]], int]:
-        """All slices that are not there yet, the files beside them, the commit.
+    def _require_one_plan(self, ranks: Ranks) -> None:
+        digests = ranks.gather(self.plan.digest)
+        for rank, digest in enumerate(digests):
+            if digest != digests[0]:
+                raise ArgumentError.of(
+                    "ranks",
+                    f"rank {rank} has another plan than rank 0",
+                    digest,
+                    f"{digests[0]}: the same configuration, options, models and version",
+                )
 
-        An error leaves the control folder, so that another run can go on, if a slice is in it.
-        """
-        plan, checkpoints = self.plan, self.checkpoints
-        reader = Reader(plan, checkpoints)
-        head = head_of(plan, checkpoints)
-        folder = self.options.statistics
-        studies = Studies(folder, plan, checkpoints, self.config.method, head["stamps"])
-        stream = Stream(plan, reader, settings, studies)
-        begun = False
-        try:
+    def _complete(self, target: Path) -> list[dict[str, Any]] | None:
+        """The manifests of an output of this plan that is there already."""
+        abouts = [read_manifest(target / point) for point in self.plan.points]
+        done = [about for about in abouts if about and about.get("plan") == self.plan.digest]
+        return done if len(done) == len(abouts) else None
+
+    def _begin(self, control: Control, ranks: Ranks) -> _Begin:
+        """What an earlier run has done; files of their final size for all that is not."""
+        with _writing(control, keep=False):
             if not self.options.resume:
                 control.clear()
-            entries, stamped_anew = finished(plan, checkpoints, control)
-            begun = bool(entries)
-            if not begun:
+            entries, stamped_anew = finished(self.plan, self.checkpoints, control)
+            if not entries:
                 control.clear()
-                check_space(control.target, plan.bytes_written)
+                check_space(control.target, self.plan.bytes_written)
+            Output(self.plan, control.out)
+            word = control.share() if ranks.size > 1 else ""
+            return _Begin(word, head_of(self.plan, self.checkpoints), entries, stamped_anew)
+
+    def _merge(
+        self, control: Control, begin: _Begin, settings: Settings
+    ) -> tuple[list[dict[str, Any]], int]:
+        """All slices that are not there yet, the files beside them, the commit."""
+        plan, ranks = self.plan, settings.ranks
+        reader = Reader(plan, self.checkpoints)
+        stamps = begin.head["stamps"]
+        alone = self.options.statistics if ranks.size == 1 else None  # each has read a part only
+        studies = Studies(alone, plan, self.checkpoints, self.config.method, stamps)
+        stream = Stream(plan, reader, settings, studies)
+        # What other ranks hold on to must stay in place.
+        with _writing(control, keep=ranks.size > 1):
             output = Output(plan, control.out)
-            if stamped_anew:
-                require_same_inputs(plan, reader, entries, control.target)
-            entries = intact(output, plan, entries)
-            journal = Journal(control.folder, head)
-            try:
-                entries.update(stream.merge(output, journal, entries))
-            finally:
-                journal.close()
+            mine = dict(list(begin.entries.items())[ranks.rank :: ranks.size])
+            if begin.stamped_anew:
+                require_same_inputs(plan, reader, mine, control.target)
+            entries = _together(ranks.gather(intact(output, plan, mine)))
+            parts = shares(plan, entries, ranks.size)
+            made: Entries = {}
+            if any(parts):
+                others = (part for rank, part in enumerate(parts) if rank != ranks.rank)
+                journal = Journal(control.folder, begin.head, ranks.rank)
+                try:
+                    made = stream.merge(output, journal, set(entries).union(*others))
+                finally:
+                    journal.close()
+            if ranks.size > 1:
+                output.sync()
+            done = ranks.gather((made, stream.bytes_read))
+            entries = _together([entries, *(made for made, _ in done)])
             studies.check({key: e.inputs for key, e in entries.items()}, control.target)
-            made = self._finish(control, output, entries)
-        except OSError as error:
-            raise writing_failed(control.target, error) from error
-        finally:
-            if not begun and not read_journals(control.folder)[1]:
-                control.remove()
-        return made, stream.bytes_read
+            abouts = ranks.lead(lambda: self._finish(control, output, entries))
+        return abouts, sum(read for _, read in done)
 
     def _finish(self, control: Control, output: Output, entries: Entries) -> list[dict[str, Any]]:
         """What lies beside the weights; then the output takes its name. The manifests."""
@@ -168,3 +215,20 @@ class Job:
             carried=tuple(about["carried"]),
             left_out=tuple(about["left_out"]),
         )
+
+
+def _together(each: Iterable[Entries]) -> Entries:
+    return {place: entry for entries in each for place, entry in entries.items()}
+
+
+@contextlib.contextmanager
+def _writing(control: Control, *, keep: bool) -> Iterator[None]:
+    """An error leaves the control folder, so that another run can go on, if a slice is in it."""
+    try:
+        yield
+    except BaseException as error:
+        if not keep and not read_journals(control.folder)[1]:
+            control.remove()
+        if isinstance(error, OSError):
+            raise writing_failed(control.target, error) from error
+        raise

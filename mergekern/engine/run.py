@@ -21,6 +21,7 @@ from .outlook import Outlook, outlook
 from .parameters import idle
 from .plan import Plan
 from .progress import Bar, bar
+from .ranks import ALONE, Ranks, joined, own_device
 from .studies import FOLDER
 
 
@@ -39,6 +40,7 @@ def merge_checkpoints(
     resume: bool = True,
     statistics: str | Path | bool = True,
     progress: bool | Bar = True,
+    distributed: bool = False,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
 
@@ -63,18 +65,25 @@ def merge_checkpoints(
     progress: a bar on stderr, lines where that is no terminal; or a `Bar` of your own.
     only, skip: patterns of names, as the keys of the configuration: what does not fit `only`, or
     fits `skip`, is copied from the base model (or the first).
+    distributed: every process that `torchrun` started makes this same call, merges a part of the
+    slices and returns the same; `memory` is that of each. All must see the models, and `out` on one
+    file system. The result does not depend on how many there are, nor need a run that goes on have
+    as many. Without RANK and WORLD_SIZE in the environment there is one.
     Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
-    Raises: ConfigError, CheckpointError, ArgumentError.
+    Raises: ConfigError, CheckpointError, ArgumentError; RankError where another rank fails or dies.
     Source: mergekit `mergekit-yaml`, `mergekit-pytorch`.
     """
+    device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
     options = replace(options, statistics=_folder(statistics, out))
+    points = {"": load_config(config, only=only, skip=skip)}
     with (
-        _job({"": load_config(config, only=only, skip=skip)}, options) as job,
-        bar(shown=progress) as shown,
+        joined(distributed) as ranks,
+        _job(points, options, ranks) as job,
+        bar(shown=progress if ranks.rank == 0 else False) as shown,
     ):
-        return job.run(Path(out), shown)[0]
+        return job.run(Path(out), shown, ranks)[0]
 
 
 def merge_sweep(
@@ -93,6 +102,7 @@ def merge_sweep(
     resume: bool = True,
     statistics: str | Path | bool = True,
     progress: bool | Bar = True,
+    distributed: bool = False,
 ) -> dict[str, Manifest]:
     """Many merges from one read of the inputs: every combination of the values in `sweep`.
 
@@ -103,11 +113,16 @@ def merge_sweep(
     each slice. Otherwise as `merge_checkpoints`.
     Raises: as it does; ArgumentError for parameters that the method lacks.
     """
+    device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
     options = replace(options, statistics=_folder(statistics, out))
     points = swept(load_config(config, only=only, skip=skip), sweep)
-    with _job(points, options) as job, bar(shown=progress) as shown:
-        return dict(zip(points, job.run(Path(out), shown), strict=True))
+    with (
+        joined(distributed) as ranks,
+        _job(points, options, ranks) as job,
+        bar(shown=progress if ranks.rank == 0 else False) as shown,
+    ):
+        return dict(zip(points, job.run(Path(out), shown, ranks), strict=True))
 
 
 def plan_merge(
@@ -170,13 +185,13 @@ def _options(
     return Options(limit, largest, device, seed, backend, host, resume)
 
 
-def _job(points: Mapping[str, MergeConfig], options: Options) -> Job:
+def _job(points: Mapping[str, MergeConfig], options: Options, ranks: Ranks = ALONE) -> Job:
     """Opened and planned, with a warning of settings that have no effect."""
     config = next(iter(points.values()))
     config.method.check_host(options.host)
     job = Job(points, options)
     merged = [t.key for t in job.plan.tasks if t.arguments is not None]
-    if without_effect := idle(config, merged):
+    if ranks.rank == 0 and (without_effect := idle(config, merged)):
         lines = "".join(f"\n  {what}" for what in without_effect)
         warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
     return job

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..methods.passes import Study
+from ..methods.passes import Gather, Study, alone
 from ..methods.registry import Inputs
 from .config import MergeConfig
 from .files.formats import bytes_of
@@ -21,7 +21,9 @@ from .memory import Window, window
 from .place import Sent, place_of
 from .plan import Plan, Task
 from .progress import Bar
+from .ranks import ALONE, Ranks
 from .reading import Loaded, Reader
+from .shares import stretches
 from .studies import Studies
 from .units import Apart, Part, Unit, merge_units, slice_units, visit_units
 
@@ -35,6 +37,7 @@ class Settings:
     host: str | None
     memory: int
     bar: Bar
+    ranks: Ranks = ALONE
 
 
 class _Arrived(NamedTuple):
@@ -76,11 +79,13 @@ class Stream:
 
     # ---- the passes --------------------------------------------------------------------------
 
-    def merge(self, output: Sink, journal: Record, done: Entries) -> Entries:
+    def merge(self, output: Sink, journal: Record, done: Container[tuple[int, int]]) -> Entries:
         """Everything that is not done, and its entries."""
         tasks = self._plan.tasks
         units = list(merge_units(tasks, self._limit, lambda i, j: (i, j) in done))
-        if not units:
+        if (
+            not units and self._settings.ranks.size == 1
+        ):  # others may have some, and ask in a survey
             return {}
         left = [u for u in units if isinstance(u, Unit)]
         for apart in (u for u in units if isinstance(u, Apart)):
@@ -104,17 +109,23 @@ class Stream:
             self._merge_units(together, found, output, journal, made)
         return made
 
-    def _pending(self, apart: Apart, done: Entries) -> list[int]:
+    def _pending(self, apart: Apart, done: Container[tuple[int, int]]) -> list[int]:
         count = len(self._plan.tasks[apart.task].slices)
         return [j for j in range(count) if (apart.task, j) not in done]
 
     def _surveys(self) -> list[Any]:
-        """What the method's survey of the whole model finds, for each point."""
-        if self._method.survey is None:
+        """What the method's survey of the whole model finds, for each point.
+
+        Each rank visits a part, and gathers what it counts with the others.
+        """
+        survey, ranks = self._method.survey, self._settings.ranks
+        if survey is None:
             return [None] * len(self._plan.points)
-        units = [u for u in visit_units(self._plan.tasks) if isinstance(u, Unit)]
+        mine = stretches(self._plan, ranks.size)[ranks.rank]
+        visited = visit_units(self._plan.tasks, lambda i, j: (i, j) in mine)
+        units = [u for u in visited if isinstance(u, Unit)]
         merged = [i for i, t in enumerate(self._plan.tasks) if t.arguments is not None]
-        return self._study(self._method.survey, units, merged)
+        return self._study(survey, units, merged, ranks.gather)
 
     def _measures(self, apart: Apart) -> list[Any]:
         """What the method measures of one tensor, for each point."""
@@ -123,14 +134,16 @@ class Stream:
         units = list(slice_units(tasks, apart.task, range(len(tasks[apart.task].slices))))
         return self._study(self._method.measure, units, [apart.task])
 
-    def _study(self, study: Study, units: Sequence[Unit], tasks: Sequence[int]) -> list[Any]:
+    def _study(
+        self, study: Study, units: Sequence[Unit], tasks: Sequence[int], gather: Gather = alone
+    ) -> list[Any]:
         """For each point what is known from an earlier merge, or what the passes find."""
         points = range(len(self._plan.points))
         known = {p: found for p in points for there, found in [self._recall(tasks, p)] if there}
         left = [p for p in points if p not in known]
         if left:
             digests: dict[tuple[int, int], tuple[str, ...]] = {}
-            found = study.sweep(self._visit(units, left, digests), len(left))
+            found = study.sweep(self._visit(units, left, digests), len(left), gather)
             for p, each in zip(left, found, strict=True):
                 known[p] = each
                 if self._studies is not None:
