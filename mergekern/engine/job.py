@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,13 +54,19 @@ class _Begin(NamedTuple):
 class Job:
     """Configurations by point (subfolder of the output), alike but for parameters, and a plan."""
 
-    def __init__(self, configs: Mapping[str, MergeConfig], options: Options) -> None:
+    def __init__(
+        self,
+        configs: Mapping[str, MergeConfig],
+        options: Options,
+        commits: Iterable[str | None] = (),  # of models of the hub, when they are to be the same
+    ) -> None:
         self.configs, self.options = dict(configs), options
         self.config = next(iter(self.configs.values()))
         self.checkpoints: list[Checkpoint] = []
         try:
-            for path, naming in zip(self.config.paths, self.config.namings, strict=True):
-                self.checkpoints.append(Checkpoint(path, naming))
+            models = zip(self.config.paths, self.config.namings, strict=True)
+            for (path, naming), commit in zip(models, chain(commits, repeat(None))):
+                self.checkpoints.append(Checkpoint(path, naming, commit))
             self.plan = make_plan(
                 self.configs,
                 self.checkpoints,

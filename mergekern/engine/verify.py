@@ -241,7 +241,8 @@ def _replay(
         )
     config = load_config(yaml.safe_load(about["config"])).with_parameters(about["swept"])
     options = Options(memory, 1 << 62, seed=about["seed"], host=about["host"])
-    with Job({"": config}, options) as job:
+    commits = [model["commit"] for model in about["models"]]
+    with Job({"": config}, options, commits) as job:
         plan = job.plan
         skipped: Entries = {
             (i, j): Entry(i, j, (), ())
