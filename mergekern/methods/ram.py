@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..check import accumulator
-from ..keep import above
+from ..keep import Keep, above
 from ..ops.merge_deltas import merge_deltas
 from .registry import Inputs, Method, Parameter
 
 _CHUNK = 1 << 18
+
+
+def kept(inputs: Inputs, *, epsilon: float, **_: Any) -> list[Keep]:
+    return [above(_rounded(epsilon, inputs))] * len(inputs.xs)
 
 
 def _merge(inputs: Inputs, epsilon: float, alone: list[float] | None) -> Tensor:
@@ -20,7 +25,7 @@ def _merge(inputs: Inputs, epsilon: float, alone: list[float] | None) -> Tensor:
         inputs.base,
         inputs.xs,
         [1.0] * len(inputs.xs),
-        keep=[above(_rounded(epsilon, inputs))] * len(inputs.xs),
+        keep=kept(inputs, epsilon=epsilon),
         elect="present",
         normalize="count",
         alone=alone,
@@ -79,6 +84,7 @@ RAM = Method(
     models=(1, None),
     parameters=(_EPSILON,),
     merge=ram,
+    kept=kept,
 )
 RAMPLUS_TL = Method(
     "ramplus_tl",
@@ -91,4 +97,5 @@ RAMPLUS_TL = Method(
         Parameter("alpha", float, "tensor", 0.2, "its limit"),
     ),
     merge=ramplus_tl,
+    kept=kept,
 )

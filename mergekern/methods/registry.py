@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import check
 from ..errors import ArgumentError
+from ..keep import Keep
 
 REQUIRED: Any = object()
 
@@ -123,6 +124,10 @@ class Method:
     cut: how a tensor of that shape may be cut (see `slices`); `merge` of each slice gives what
     `merge` of the whole gives there, to the bit. measure: as survey, over the slices of one tensor;
     called for tensors of more than one, and `inputs.survey` in `merge` of each is what it returns.
+
+    kept: what `merge` keeps of each task vector, with the same inputs and arguments, for reports.
+    It returns None where that cannot be told without a change to the result, as of draws from
+    torch's generator. No `kept`: the method has no such rules.
     """
 
     name: str
@@ -135,6 +140,7 @@ class Method:
     survey: Callable[[Visit], Any] | None = None
     cut: Callable[[Mapping[str, Any], Sequence[int], str | None], str | None] = never
     measure: Callable[[Visit], Any] | None = None
+    kept: Callable[..., list[Keep] | None] | None = None
 
     # (parameters, names of floating tensors, backend) -> parameters, once before the first tensor
     whole_models: Callable[[dict[str, Any], Sequence[str], str], dict[str, Any]] | None = None

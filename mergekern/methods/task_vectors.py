@@ -173,6 +173,17 @@ def _recipe(trim: Trim | None, elect: str | None) -> Callable[..., Tensor]:
     return merge
 
 
+def _kept(trim: Trim | None) -> Callable[..., list[Keep] | None]:
+    def kept(inputs: Inputs, *, density: list[float], **others: Any) -> list[Keep] | None:
+        if trim is None:
+            return [None] * len(inputs.xs)
+        if trim is RANDOM and inputs.host is not None:  # drawn from torch's generator, once
+            return None
+        return trim.rules(inputs, density, **{p.name: others[p.name] for p in trim.parameters})
+
+    return kept
+
+
 # ---- the methods -----------------------------------------------------------------------------
 
 _MERGEKIT = (
@@ -229,6 +240,7 @@ def _method(
         parameters=parameters(trim.doc if trim else None, normalize, rescale, *special),
         merge=_recipe(trim, elect),
         parity=parity,
+        kept=_kept(trim),
     )
 
 
@@ -314,5 +326,6 @@ MAGNITUDE_PRUNE = Method(
         Parameter("lambda", float, "tensor", 1.0, "factor on the merged task vector"),
     ),
     merge=_magnitude_prune,
+    kept=_kept(MAGNITUDE),
     parity={"peft": _PEFT.format(_TIES)},
 )

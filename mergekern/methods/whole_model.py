@@ -113,6 +113,11 @@ def _sums(inputs: Inputs, keep: list[Keep]) -> Iterator[Tensor]:
         yield total
 
 
+def kept(inputs: Inputs, **_: Any) -> list[Keep]:
+    found: Found = inputs.survey
+    return [found.keep.get((inputs.name, i)) for i in _models(inputs)]
+
+
 def ties_global(
     inputs: Inputs,
     *,
@@ -126,7 +131,7 @@ def ties_global(
         inputs.base,
         inputs.xs,
         weight,
-        keep=[found.keep.get((inputs.name, i)) for i in _models(inputs)],
+        keep=kept(inputs),
         elect="sum",
         zero=found.zero,
         scale=lambda_,
@@ -163,4 +168,5 @@ TIES_GLOBAL = Method(
         "knots": "the rules of fusion_bench",
     },
     survey=survey,
+    kept=kept,
 )
