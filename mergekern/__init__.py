@@ -12,7 +12,8 @@ from .align.spaces import Spaces
 from .align.statistics.collect import collect_statistics
 from .align.statistics.statistics import Statistics
 from .align.zip_models import zip_models
-from .engine.run import Manifest, merge_checkpoints
+from .engine.manifest import Manifest
+from .engine.run import merge_checkpoints, merge_sweep
 from .engine.zip_folder import load_zip
 from .errors import (
     ArgumentError,
@@ -80,6 +81,7 @@ __all__ = [
     "merge_checkpoints",
     "merge_deltas",
     "merge_state_dicts",
+    "merge_sweep",
     "merge_tensors",
     "methods",
     "permute",

@@ -1,12 +1,10 @@
-"""merge_checkpoints: configuration -> plan -> stream, into a folder that appears when complete."""
+"""merge_checkpoints and merge_sweep: configuration -> plan -> stream -> a folder, when complete."""
 
 from __future__ import annotations
 
-import contextlib
-import time
+import itertools
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +12,14 @@ import torch
 
 from ..check import parse_size
 from ..errors import ArgumentError, ConfigWarning
-from .checkpoint import Checkpoint
-from .config import load_config
-from .folder import carry, staged, write_card
+from .config import MergeConfig, load_config
+from .job import Job, Options
+from .manifest import Manifest
 from .parameters import idle
-from .plan import make_plan
 from .progress import bar
-from .stream import Settings, stream
 
 DEFAULT_MEMORY = "4GiB"
 DEFAULT_SHARD_SIZE = "5GB"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a merge did. `left_out` are files of the model folder that were not carried along."""
-
-    out: Path
-    method: str
-    merged: int
-    copied: int
-    dropped: tuple[str, ...]
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    weights: tuple[str, ...]
-    carried: tuple[str, ...]
-    left_out: tuple[str, ...]
 
 
 def merge_checkpoints(
@@ -53,16 +32,20 @@ def merge_checkpoints(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    resume: bool = True,
     progress: bool = True,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
 
-    Tensors are merged one by one: reading, computing and writing overlap while the bytes of the
-    tensors under way stay within `memory` (beside what the process holds anyway). Names are
-    preserved; a tensor that one input lacks, or has in another shape or class of dtype, is an
-    error that lists all of them. Integer buffers are copied if equal. Files that are no weights
-    are copied from the base model (or the first); a model card and the configuration are added.
-    `out` appears, complete and synced to disk, or not at all.
+    Tensors are cut into slices wherever the method allows: reading, computing and writing overlap
+    while the bytes of the slices under way stay within `memory` (beside what the process holds
+    anyway). The result does not depend on it. Names are preserved; a tensor that one input lacks,
+    or has in another shape or class of dtype, is an error that lists all of them. Integer buffers
+    are copied if equal. Files that are no weights are copied from the base model (or the first); a
+    model card, the configuration and a manifest with checksums are added.
+    `out` appears, complete and synced to disk, or not at all. A run that ended early leaves
+    `.NAME.mergekern` beside it, and the same call goes on from there (resume=False begins anew);
+    if `out` is complete already, by the same plan, nothing is done.
 
     dtype in the configuration only sets the dtype of the result (out_dtype goes before it):
     inputs are never rounded, the result is, once. float64 computes in float64.
@@ -71,45 +54,86 @@ def merge_checkpoints(
     random masks are drawn from torch's generator, seeded with `seed`.
     Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
-    Raises: ConfigError, CheckpointError, ArgumentError; OSError where the disk refuses.
+    Raises: ConfigError, CheckpointError, ArgumentError.
     Source: mergekit `mergekit-yaml`, `mergekit-pytorch`.
     """
-    started = time.perf_counter()
-    parsed = load_config(config)
-    parsed.method.check_host(host)
-    target = Path(out)
+    options = _options(memory, shard_size, device, seed, backend, host, resume)
+    with _job({"": load_config(config)}, options) as job, bar(shown=progress) as shown:
+        return job.run(Path(out), shown)[0]
+
+
+def merge_sweep(
+    config: str | Path | Mapping[str, Any],
+    out: str | Path,
+    sweep: Mapping[str, Sequence[Any]],
+    *,
+    memory: int | str = DEFAULT_MEMORY,
+    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    device: str = "cpu",
+    seed: int = 0,
+    backend: str = "auto",
+    host: str | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> dict[str, Manifest]:
+    """Many merges from one read of the inputs: every combination of the values in `sweep`.
+
+    sweep: parameter of the method -> its values, in place of what the configuration says of it,
+    for all models. Each result goes to a folder of its own in `out`, named after its values, such
+    as "density=0.2,lambda=1"; it is what `merge_checkpoints` makes with them, to the bit.
+    Result: the manifest of each folder, by name. Memory: one result per combination is held of
+    each slice. Otherwise as `merge_checkpoints`.
+    Raises: as it does; ArgumentError for parameters that the method lacks.
+    """
+    options = _options(memory, shard_size, device, seed, backend, host, resume)
+    points = swept(load_config(config), sweep)
+    with _job(points, options) as job, bar(shown=progress) as shown:
+        return dict(zip(points, job.run(Path(out), shown), strict=True))
+
+
+def swept(config: MergeConfig, sweep: Mapping[str, Sequence[Any]]) -> dict[str, MergeConfig]:
+    """The configuration of each combination, by the name of its folder."""
+    names = [config.method.parameter(name).name for name in sweep]
+    for name, values in zip(names, sweep.values(), strict=True):
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ArgumentError.of(
+                "merge_sweep", f"no values of {name}", repr(values), "a list of at least one"
+            )
+    if not names or len(set(names)) < len(names):
+        got = ", ".join(sweep) or "none"
+        raise ArgumentError.of("merge_sweep", "no parameters to sweep", got, "each once")
+    points = {}
+    for values in itertools.product(*sweep.values()):
+        chosen = dict(zip(names, values, strict=True))
+        label = ",".join(f"{name}={value}" for name, value in chosen.items()).replace("/", "_")
+        points[label] = config.with_parameters(chosen)
+    return points
+
+
+def _options(
+    memory: int | str,
+    shard_size: int | str,
+    device: str,
+    seed: int,
+    backend: str,
+    host: str | None,
+    resume: bool,
+) -> Options:
     check_device(device)
     limit, largest = parse_size("memory", memory), parse_size("shard_size", shard_size)
-    with contextlib.ExitStack() as stack:
-        checkpoints = []
-        for path in parsed.paths:
-            checkpoints.append(Checkpoint(path))
-            stack.callback(checkpoints[-1].close)
-        plan = make_plan(parsed, checkpoints, limit, largest, host)
-        if without_effect := idle(parsed, [t.key for t in plan.tasks if t.arguments is not None]):
-            lines = "".join(f"\n  {what}" for what in without_effect)
-            warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=2)
-        staging = stack.enter_context(staged(target, plan.bytes_written))
-        home = checkpoints[parsed.paths.index(parsed.home)]
-        carried, left_out = carry(home, staging, parsed.out_dtype or parsed.dtype)
-        write_card(parsed, staging)
-        with bar(shown=progress) as shown:
-            settings = Settings(parsed, device, seed, backend, host, limit, shown)
-            bytes_read = stream(plan, checkpoints, staging, settings)
-    merged = sum(t.arguments is not None for t in plan.tasks)
-    return Manifest(
-        out=target,
-        method=parsed.method.name,
-        merged=merged,
-        copied=len(plan.tasks) - merged,
-        dropped=plan.dropped,
-        bytes_read=bytes_read,
-        bytes_written=plan.bytes_written,
-        seconds=time.perf_counter() - started,
-        weights=tuple(s.path for s in plan.shards),
-        carried=tuple(carried),
-        left_out=tuple(left_out),
-    )
+    return Options(limit, largest, device, seed, backend, host, resume)
+
+
+def _job(points: Mapping[str, MergeConfig], options: Options) -> Job:
+    """Opened and planned, with a warning of settings that have no effect."""
+    config = next(iter(points.values()))
+    config.method.check_host(options.host)
+    job = Job(points, options)
+    merged = [t.key for t in job.plan.tasks if t.arguments is not None]
+    if without_effect := idle(config, merged):
+        lines = "".join(f"\n  {what}" for what in without_effect)
+        warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
+    return job
 
 
 def check_device(device: str) -> None:
