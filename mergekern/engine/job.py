@@ -131,9 +131,9 @@ class Job:
             folder = control.out / point
             carried, left_out = carry(home, folder, config.out_dtype or config.dtype)
             write_card(config, folder)
-            files = {name: folder / name for name in carried}
-            abouts.append(describe(self.plan, config, entries, i, files, left_out))
-            write_manifest(folder, abouts[-1])
+            about = describe(self.plan, config, entries, i, folder, carried, left_out)
+            abouts.append(about)
+            write_manifest(folder, about)
         control.commit()
         control.remove()
         return abouts

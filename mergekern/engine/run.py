@@ -15,7 +15,9 @@ from ..errors import ArgumentError, ConfigWarning
 from .config import MergeConfig, load_config
 from .job import Job, Options
 from .manifest import Manifest
+from .outlook import Outlook, outlook
 from .parameters import idle
+from .plan import Plan
 from .progress import bar
 
 DEFAULT_MEMORY = "4GiB"
@@ -89,6 +91,31 @@ def merge_sweep(
     points = swept(load_config(config), sweep)
     with _job(points, options) as job, bar(shown=progress) as shown:
         return dict(zip(points, job.run(Path(out), shown), strict=True))
+
+
+def plan_merge(
+    config: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    memory: int | str = DEFAULT_MEMORY,
+    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    device: str = "cpu",
+    seed: int = 0,
+    backend: str = "auto",
+    host: str | None = None,
+) -> tuple[Plan, Outlook]:
+    """What `merge_checkpoints` (with sweep, `merge_sweep`) would do, and how long it would take.
+
+    Nothing is merged or left behind; for the rates, one slice is read and computed, and a file
+    without a name is written where `out` would be.
+    Result: the plan, whose `describe()` is JSON, and the `Outlook`.
+    Raises: as the merge would, as far as can be known before it begins.
+    """
+    parsed = load_config(config)
+    points = {"": parsed} if sweep is None else swept(parsed, sweep)
+    with _job(points, _options(memory, shard_size, device, seed, backend, host, True)) as job:
+        return job.plan, outlook(job, Path(out))
 
 
 def swept(config: MergeConfig, sweep: Mapping[str, Sequence[Any]]) -> dict[str, MergeConfig]:
