@@ -88,15 +88,16 @@ def _norms(s: Summary) -> Drawn:
         names = [_label(s, i) for i in range(len(s.models))]
         where.legend(handles, names, loc="outside upper center", ncols=4, fontsize=8)
 
-    text = f"|x|, the norm of the {s.compared}, layer by layer. "
+    text = f"|x| of each of the {s.compared}. "
     stacks = dict.fromkeys(layer.stack for layer in s.layers)
     if len(stacks) > 1:
-        text += f"Stacks of layers, left to right: {', '.join(stacks)}. "
+        text += f"Stacks of layers, left to right: {', '.join(x.rstrip('.') for x in stacks)}. "
     if len(kinds) > len(largest):
         text += f"Shown are the {len(largest)} largest of {len(kinds)} kinds of tensors. "
     if len(s.outside) > len(outside):
         text += f"Of {len(s.outside)} tensors outside of layers the {len(outside)} largest. "
-    return Drawn(f"Norm of the {s.compared} over depth", text, above + below + 0.7, draw)
+    title = f"Norm of the {s.compared}" + (" over depth" if panels else "")
+    return Drawn(title, text, above + below + 0.7, draw)
 
 
 def _weight(s: Summary, tensors: list[int]) -> float:
@@ -276,6 +277,7 @@ def _lengths(s: Summary) -> Drawn:
         if s.layers:
             _depth(right, s)
         right.axhline(1, color="#666666", linewidth=0.8)
+        right.margins(y=0.15)
         right.set_ylim(bottom=0)
         right.set_title(f"merged / mean, {each} by {each}", fontsize=9)
         for axes in (left, right):

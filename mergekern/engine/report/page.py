@@ -75,11 +75,11 @@ def _all(drawn: Sequence[Drawn], title: str) -> bytes:
 
     heights = [part for one in drawn for part in (_HEADING, one.height)]
     figure = Figure(figsize=(_WIDTH, _HEADING + sum(heights)), layout="constrained")
-    parts = figure.subfigures(1 + len(heights), 1, height_ratios=[_HEADING, *heights])
+    parts: Any = figure.subfigures(1 + len(heights), 1, height_ratios=[_HEADING, *heights])
     _head(parts[0], title, "")
-    for i, one in enumerate(drawn):
-        _head(parts[1 + 2 * i], one.title, one.text)
-        one.draw(parts[2 + 2 * i])
+    for one, head, body in zip(drawn, parts[1::2], parts[2::2], strict=True):
+        _head(head, one.title, one.text)
+        one.draw(body)
     return _saved(figure)
 
 
