@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-import re
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
-import mergekern as mk
-from mergekern.engine.report.card import card, library_of
 from mergekern.engine.report.numbers import Row, added, numbers, numbers_of_slices
-from mergekern.engine.report.page import check_report, page
 from mergekern.engine.report.summary import summarise
 from mergekern.methods import REGISTRY
 from mergekern.methods.registry import Inputs, Method
 
 from accuracy import assert_bits_equal, assert_within
 from cases import values
-from refusal import refused
 
 # ---- numbers ---------------------------------------------------------------------------------
 
@@ -60,7 +48,9 @@ def merged(inputs: Inputs, name: str, **given: Any) -> tuple[Row, Method, dict[s
 def products(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Exact dot products, one rounding, and a bound on the error of any order of summation."""
     flat = [t.double().reshape(-1).tolist() for t in tensors]
-    dots = torch.tensor([[math.sumprod(a, b) for b in flat] for a in flat], dtype=torch.float64)
+    dots = torch.tensor(
+        [[math.fsum(x * y for x, y in zip(a, b)) for b in flat] for a in flat], dtype=torch.float64
+    )
     sizes = [[sum(abs(x * y) for x, y in zip(a, b)) for b in flat] for a in flat]
     bound = (len(flat[0]) + 3) * 2.0**-53 * torch.tensor(sizes, dtype=torch.float64)
     return dots, bound
@@ -178,9 +168,7 @@ def test_slices_that_are_together_have_the_bits_of_slices_alone(name: str) -> No
     )
     ranges = [(0, 500), (500, 501), (501, 1500), (1500, 1517)]
     together = numbers_of_slices(inputs, arguments, method, result, ranges)
-    alone = [
-        numbers(cut(inputs, a, b), arguments, method, result.view(-1)[a:b]) for a, b in ranges
-    ]
+    alone = [numbers(cut(inputs, a, b), arguments, method, result.view(-1)[a:b]) for a, b in ranges]
     assert together == alone
     total: Row | None = None
     for row in together:
