@@ -70,6 +70,14 @@ def merge(
             rich_help_panel=_PLACE,
         ),
     ] = "",
+    report: Annotated[
+        str | None,
+        typer.Option(
+            metavar="html|png",
+            help="put a page of norms, cosines, kept and conflicting shares into OUT",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -134,7 +142,13 @@ def merge(
         if dry_run:
             _foretell(*plan_merge(config, out, sweep=points, **options), events)
             return
-        options |= {"resume": resume, "statistics": kept, "progress": shown, "distributed": True}
+        options |= {
+            "resume": resume,
+            "statistics": kept,
+            "report": report,
+            "progress": shown,
+            "distributed": True,
+        }
         if points is None:
             manifests = [merge_checkpoints(config, out, **options)]
         else:

@@ -22,6 +22,7 @@ from .parameters import idle
 from .plan import Plan
 from .progress import Bar, bar
 from .ranks import ALONE, Ranks, joined, own_device
+from .report.page import check_report
 from .studies import FOLDER
 
 
@@ -39,6 +40,7 @@ def merge_checkpoints(
     skip: Sequence[str] = (),
     resume: bool = True,
     statistics: str | Path | bool = True,
+    report: str | None = None,
     progress: bool | Bar = True,
     distributed: bool = False,
 ) -> Manifest:
@@ -62,6 +64,8 @@ def merge_checkpoints(
     statistics: where thresholds and dot products that take a pass of their own are kept for the
     next merge of these inputs, which then skips the pass: a folder, True for one beside `out`
     (".mergekern_statistics"), or False.
+    report: "html" or "png" puts a page of figures into the output, of norms and cosines of the task
+    vectors and of what is kept and in conflict, made of numbers taken while merging.
     progress: a bar on stderr, lines where that is no terminal; or a `Bar` of your own.
     only, skip: patterns of names, as the keys of the configuration: what does not fit `only`, or
     fits `skip`, is copied from the base model (or the first).
@@ -76,7 +80,7 @@ def merge_checkpoints(
     """
     device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    options = replace(options, statistics=_folder(statistics, out))
+    options = replace(options, statistics=_folder(statistics, out), report=_report(report))
     points = {"": load_config(config, only=only, skip=skip)}
     with (
         joined(distributed) as ranks,
@@ -101,6 +105,7 @@ def merge_sweep(
     skip: Sequence[str] = (),
     resume: bool = True,
     statistics: str | Path | bool = True,
+    report: str | None = None,
     progress: bool | Bar = True,
     distributed: bool = False,
 ) -> dict[str, Manifest]:
@@ -115,7 +120,7 @@ def merge_sweep(
     """
     device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    options = replace(options, statistics=_folder(statistics, out))
+    options = replace(options, statistics=_folder(statistics, out), report=_report(report))
     points = swept(load_config(config, only=only, skip=skip), sweep)
     with (
         joined(distributed) as ranks,
@@ -201,6 +206,14 @@ def _folder(statistics: str | Path | bool, out: str | Path) -> Path | None:
     if isinstance(statistics, bool):
         return Path(out).absolute().parent / FOLDER if statistics else None
     return Path(statistics)
+
+
+def _report(kind: str | None) -> str | None:
+    if kind is None:
+        return None
+    name = f"report.{kind}"
+    check_report(name)
+    return name
 
 
 def check_device(device: str) -> None:
