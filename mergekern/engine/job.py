@@ -90,7 +90,7 @@ class Job:
         All ranks call it and return the same; each merges a part.
         """
         started = time.perf_counter()
-        self._require_one_plan(ranks)
+        self._require_divisible(ranks)
         points = self.plan.points
         if (done := ranks.lead(lambda: self._complete(target))) is not None:
             return [self._outcome(target / p, d, 0, 0.0) for p, d in zip(points, done, strict=True)]
@@ -109,16 +109,25 @@ class Job:
             for p, about in zip(points, made, strict=True)
         ]
 
-    def _require_one_plan(self, ranks: Ranks) -> None:
+    @property
+    def _draws(self) -> bool:
+        """Whether what a tensor gets depends on those before it."""
+        return self.options.host in self.config.method.draws
+
+    def _require_divisible(self, ranks: Ranks) -> None:
+        if ranks.size > 1 and self._draws:
+            raise ArgumentError.of(
+                self.config.method.name,
+                f"host {self.options.host!r} draws masks for one tensor after the other",
+                f"{ranks.size} ranks",
+                "one process",
+            )
         digests = ranks.gather(self.plan.digest)
         for rank, digest in enumerate(digests):
             if digest != digests[0]:
-                raise ArgumentError.of(
-                    "ranks",
-                    f"rank {rank} has another plan than rank 0",
-                    digest,
-                    f"{digests[0]}: the same configuration, options, models and version",
-                )
+                expected = f"{digests[0]}: the same configuration, options, models and version"
+                what = f"rank {rank} has another plan than rank 0"
+                raise ArgumentError.of("ranks", what, digest, expected)
 
     def _complete(self, target: Path) -> list[dict[str, Any]] | None:
         """The manifests of an output of this plan that is there already."""
@@ -132,6 +141,8 @@ class Job:
             if not self.options.resume:
                 control.clear()
             entries, stamped_anew = finished(self.plan, self.checkpoints, control)
+            if self._draws:
+                entries = {}
             if not entries:
                 control.clear()
                 check_space(control.target, self.plan.bytes_written)

@@ -144,6 +144,8 @@ class Method:
     `merge` of the whole gives there, to the bit. measure: as survey, over the slices of one tensor;
     called for tensors of more than one, and `inputs.survey` in `merge` of each is what it returns.
     needs: whether `measure` is needed with these arguments; without, it finds None.
+    draws: hosts for which it draws from torch's generator, so that what a tensor gets depends on
+    those before it: such a merge is made in one go, by one process.
     """
 
     name: str
@@ -157,6 +159,7 @@ class Method:
     cut: Cut = whole
     measure: Study | None = None
     needs: Needs = always
+    draws: frozenset[str] = frozenset()
 
     # (parameters, names of floating tensors, backend) -> parameters, once before the first tensor
     whole_models: Callable[[dict[str, Any], Sequence[str], str], dict[str, Any]] | None = None
