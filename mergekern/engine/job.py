@@ -24,6 +24,7 @@ from .reading import Reader
 from .resume import finished, head_of, intact, require_same_inputs
 from .shares import shares
 from .stream import Settings, Stream
+from .studies import Studies
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Options:
     backend: str = "auto"
     host: str | None = None
     resume: bool = True
+    statistics: Path | None = None  # where those of earlier merges lie
 
 
 class _Begin(NamedTuple):
@@ -56,8 +58,8 @@ class Job:
         self.config = next(iter(self.configs.values()))
         self.checkpoints: list[Checkpoint] = []
         try:
-            for path in self.config.paths:
-                self.checkpoints.append(Checkpoint(path))
+            for path, naming in zip(self.config.paths, self.config.namings, strict=True):
+                self.checkpoints.append(Checkpoint(path, naming))
             self.plan = make_plan(
                 self.configs,
                 self.checkpoints,
@@ -94,9 +96,15 @@ class Job:
         points = self.plan.points
         if (done := ranks.lead(lambda: self._complete(target))) is not None:
             return [self._outcome(target / p, d, 0, 0.0) for p, d in zip(points, done, strict=True)]
+        ranks.show(bar)
         with contextlib.ExitStack() as stack:
             if ranks.rank == 0:
                 check_target(target)
+                bar.plan(
+                    tensors=len(self.plan.tasks),
+                    bytes_read=self.plan.bytes_read,
+                    bytes_written=self.plan.bytes_written,
+                )
                 control = stack.enter_context(held(target))
                 begin = ranks.gather(self._begin(control, ranks))[0]
             else:
@@ -116,12 +124,8 @@ class Job:
 
     def _require_divisible(self, ranks: Ranks) -> None:
         if ranks.size > 1 and self._draws:
-            raise ArgumentError.of(
-                self.config.method.name,
-                f"host {self.options.host!r} draws masks for one tensor after the other",
-                f"{ranks.size} ranks",
-                "one process",
-            )
+            what = f"host {self.options.host!r} draws masks for one tensor after the other"
+            raise ArgumentError.of(self.plan.method, what, f"{ranks.size} ranks", "one process")
         digests = ranks.gather(self.plan.digest)
         for rank, digest in enumerate(digests):
             if digest != digests[0]:
@@ -156,7 +160,9 @@ class Job:
         """All slices that are not there yet, the files beside them, the commit."""
         plan, ranks = self.plan, settings.ranks
         reader = Reader(plan, self.checkpoints)
-        stream = Stream(plan, reader, settings)
+        folder, stamps = self.options.statistics, begin.head["stamps"]
+        studies = Studies(folder, plan, self.checkpoints, self.config.method, stamps)
+        stream = Stream(plan, reader, settings, studies)
         # What other ranks hold on to must stay in place.
         with _writing(control, keep=ranks.size > 1):
             output = Output(plan, control.out)
@@ -175,10 +181,10 @@ class Job:
                     journal.close()
             if ranks.size > 1:
                 output.sync()
-            done = ranks.gather((made, stream.bytes_read))
-            entries = _together([entries, *(made for made, _ in done)])
-            abouts = ranks.lead(lambda: self._finish(control, output, entries))
-        return abouts, sum(read for _, read in done)
+            entries = _together([entries, *ranks.gather(made)])
+            studies.check({place: e.inputs for place, e in entries.items()}, control.target)
+            read = sum(ranks.gather(stream.bytes_read))
+            return ranks.lead(lambda: self._finish(control, output, entries)), read
 
     def _finish(self, control: Control, output: Output, entries: Entries) -> list[dict[str, Any]]:
         """What lies beside the weights; then the output takes its name. The manifests."""

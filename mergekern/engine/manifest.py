@@ -53,7 +53,10 @@ def describe(
     """
     shards = {shard.path for shard in plan.shards}
     found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    models: list[dict[str, Any]] = [{"path": path, "files": []} for path in config.paths]
+    models: list[dict[str, Any]] = [
+        {"path": path, "commit": m.commit, **vars(m.naming), "files": []}
+        for path, m in zip(config.paths, plan.models, strict=True)
+    ]
     for source in plan.sources:
         about = {"name": source.name, "size": source.size, "layout": source.layout}
         models[source.checkpoint]["files"].append(about)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,15 @@ import torch
 from ..check import parse_size
 from ..errors import ArgumentError, ConfigWarning
 from .config import MergeConfig, load_config
+from .defaults import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE
 from .job import Job, Options
 from .manifest import Manifest
 from .outlook import Outlook, outlook
 from .parameters import idle
 from .plan import Plan
-from .progress import bar
+from .progress import Bar, bar
 from .ranks import ALONE, Ranks, joined, own_device
-
-DEFAULT_MEMORY = "4GiB"
-DEFAULT_SHARD_SIZE = "5GB"
+from .studies import FOLDER
 
 
 def merge_checkpoints(
@@ -35,8 +35,11 @@ def merge_checkpoints(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
     resume: bool = True,
-    progress: bool = True,
+    statistics: str | Path | bool = True,
+    progress: bool | Bar = True,
     distributed: bool = False,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
@@ -56,10 +59,16 @@ def merge_checkpoints(
     host: reproduce that tool's selection, rounding and sign rules, as in `merge_tensors`; with
     "mergekit" the inputs are rounded to dtype first, the result to it and then to out_dtype, and
     random masks are drawn from torch's generator, seeded with `seed`.
+    statistics: where thresholds and dot products that take a pass of their own are kept for the
+    next merge of these inputs, which then skips the pass: a folder, True for one beside `out`
+    (".mergekern_statistics"), or False.
     distributed: every process that `torchrun` started makes this same call, merges a part of the
     slices and returns the same; `memory` is that of each. All must see the models, and `out` on one
     file system. The result does not depend on how many there are, nor need a run that goes on have
     as many. Without RANK and WORLD_SIZE in the environment there is one.
+    progress: a bar on stderr, lines where that is no terminal; or a `Bar` of your own.
+    only, skip: patterns of names, as the keys of the configuration: what does not fit `only`, or
+    fits `skip`, is copied from the base model (or the first).
     Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
     Raises: ConfigError, CheckpointError, ArgumentError; RankError where another rank fails or dies.
@@ -67,13 +76,9 @@ def merge_checkpoints(
     """
     device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    points = {"": load_config(config)}
-    with (
-        joined(distributed) as ranks,
-        _job(points, options, ranks) as job,
-        bar(shown=progress and ranks.rank == 0) as shown,
-    ):
-        return job.run(Path(out), shown, ranks)[0]
+    options = replace(options, statistics=_folder(statistics, out))
+    points = {"": load_config(config, only=only, skip=skip)}
+    return _run(points, out, options, progress, distributed)[0]
 
 
 def merge_sweep(
@@ -87,8 +92,11 @@ def merge_sweep(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
     resume: bool = True,
-    progress: bool = True,
+    statistics: str | Path | bool = True,
+    progress: bool | Bar = True,
     distributed: bool = False,
 ) -> dict[str, Manifest]:
     """Many merges from one read of the inputs: every combination of the values in `sweep`.
@@ -102,13 +110,9 @@ def merge_sweep(
     """
     device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    points = swept(load_config(config), sweep)
-    with (
-        joined(distributed) as ranks,
-        _job(points, options, ranks) as job,
-        bar(shown=progress and ranks.rank == 0) as shown,
-    ):
-        return dict(zip(points, job.run(Path(out), shown, ranks), strict=True))
+    options = replace(options, statistics=_folder(statistics, out))
+    points = swept(load_config(config, only=only, skip=skip), sweep)
+    return dict(zip(points, _run(points, out, options, progress, distributed), strict=True))
 
 
 def plan_merge(
@@ -122,6 +126,8 @@ def plan_merge(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
 ) -> tuple[Plan, Outlook]:
     """What `merge_checkpoints` (with sweep, `merge_sweep`) would do, and how long it would take.
 
@@ -130,7 +136,7 @@ def plan_merge(
     Result: the plan, whose `describe()` is JSON, and the `Outlook`.
     Raises: as the merge would, as far as can be known before it begins.
     """
-    parsed = load_config(config)
+    parsed = load_config(config, only=only, skip=skip)
     points = {"": parsed} if sweep is None else swept(parsed, sweep)
     with _job(points, _options(memory, shard_size, device, seed, backend, host, True)) as job:
         return job.plan, outlook(job, Path(out))
@@ -169,6 +175,20 @@ def _options(
     return Options(limit, largest, device, seed, backend, host, resume)
 
 
+def _run(
+    points: Mapping[str, MergeConfig],
+    out: str | Path,
+    options: Options,
+    progress: bool | Bar,
+    distributed: bool,
+) -> list[Manifest]:
+    with joined(distributed) as ranks, _job(points, options, ranks) as job:
+        if ranks.rank > 0 and progress is True:
+            progress = False
+        with bar(shown=progress) as shown:
+            return job.run(Path(out), shown, ranks)
+
+
 def _job(points: Mapping[str, MergeConfig], options: Options, ranks: Ranks = ALONE) -> Job:
     """Opened and planned, with a warning of settings that have no effect."""
     config = next(iter(points.values()))
@@ -179,6 +199,12 @@ def _job(points: Mapping[str, MergeConfig], options: Options, ranks: Ranks = ALO
         lines = "".join(f"\n  {what}" for what in without_effect)
         warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
     return job
+
+
+def _folder(statistics: str | Path | bool, out: str | Path) -> Path | None:
+    if isinstance(statistics, bool):
+        return Path(out).absolute().parent / FOLDER if statistics else None
+    return Path(statistics)
 
 
 def check_device(device: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..methods.passes import Study
 from ..methods.registry import Inputs
 from .config import MergeConfig
 from .files.formats import bytes_of
@@ -23,6 +24,7 @@ from .progress import Bar
 from .ranks import ALONE, Ranks
 from .reading import Loaded, Reader
 from .shares import stretches
+from .studies import Studies
 from .units import Apart, Part, Unit, merge_units, slice_units, visit_units
 
 
@@ -65,8 +67,11 @@ class Record(Protocol):
 class Stream:
     """The work of one plan: `merge` it, with the passes before that its method needs."""
 
-    def __init__(self, plan: Plan, reader: Reader, settings: Settings) -> None:
+    def __init__(
+        self, plan: Plan, reader: Reader, settings: Settings, studies: Studies | None = None
+    ) -> None:
         self._plan, self._settings, self._reader = plan, settings, reader
+        self._studies = studies
         self._method = settings.config.method
         self._place = place_of(settings.device)
         self._limit = self._place.window(window(settings.memory), plan.peak)
@@ -78,9 +83,7 @@ class Stream:
         """Everything that is not done, and its entries."""
         tasks = self._plan.tasks
         units = list(merge_units(tasks, self._limit, lambda i, j: (i, j) in done))
-        if (
-            not units and self._settings.ranks.size == 1
-        ):  # others may have some, and ask in a survey
+        if not units and self._settings.ranks.size == 1:  # other ranks' surveys need this one
             return {}
         left = [u for u in units if isinstance(u, Unit)]
         for apart in (u for u in units if isinstance(u, Apart)):
@@ -113,32 +116,67 @@ class Stream:
 
         Each rank visits a part, and gathers what it counts with the others.
         """
-        survey, ranks = self._method.survey, self._settings.ranks
-        if survey is None:
+        if self._method.survey is None:
             return [None] * len(self._plan.points)
+        ranks = self._settings.ranks
         mine = stretches(self._plan, ranks.size)[ranks.rank]
         visited = visit_units(self._plan.tasks, lambda i, j: (i, j) in mine)
         units = [u for u in visited if isinstance(u, Unit)]
-        points = range(len(self._plan.points))
-        return [survey(self._visit(units, p), ranks.gather) for p in points]
+        merged = [i for i, t in enumerate(self._plan.tasks) if t.arguments is not None]
+        return self._study(self._method.survey, units, merged, ranks)
 
     def _measures(self, apart: Apart) -> list[Any]:
         """What the method measures of one tensor, for each point."""
         assert self._method.measure is not None
         tasks = self._plan.tasks
         units = list(slice_units(tasks, apart.task, range(len(tasks[apart.task].slices))))
-        return [self._method.measure(self._visit(units, p)) for p in range(len(self._plan.points))]
+        return self._study(self._method.measure, units, [apart.task])
 
-    def _visit(self, units: Sequence[Unit], point: int) -> Callable[[Callable[..., None]], None]:
+    def _study(
+        self, study: Study, units: Sequence[Unit], tasks: Sequence[int], ranks: Ranks = ALONE
+    ) -> list[Any]:
+        """For each point what is known from an earlier merge, or what the passes find."""
+        points = range(len(self._plan.points))
+        known = ranks.lead(
+            lambda: {p: f for p in points for there, f in [self._recall(tasks, p)] if there}
+        )
+        left = [p for p in points if p not in known]
+        if left:
+            digests: dict[tuple[int, int], tuple[str, ...]] = {}
+            found = study.sweep(self._visit(units, left, digests), len(left), ranks.gather)
+            for theirs in ranks.gather(dict(digests)):
+                digests.update(theirs)
+            for p, each in zip(left, found, strict=True):
+                known[p] = each
+                if self._studies is not None and ranks.rank == 0:
+                    self._studies.remember(tasks, p, each, digests)
+        return [known[p] for p in points]
+
+    def _recall(self, tasks: Sequence[int], point: int) -> tuple[bool, Any]:
+        return (False, None) if self._studies is None else self._studies.recall(tasks, point)
+
+    def _visit(
+        self,
+        units: Sequence[Unit],
+        points: Sequence[int],
+        digests: dict[tuple[int, int], tuple[str, ...]],
+    ) -> Callable[[Callable[..., None]], None]:
+        """Calls f(inputs, i, **arguments) for the i-th of the points, of all that units hold.
+
+        The digests of what is read come out, too.
+        """
+
         def visit(visitor: Callable[..., None]) -> None:
             self._settings.bar.expect(sum(map(self._read, units)))
             with self._ahead(units) as (ready, under_way):
                 for arrived in ready:
                     for each, sent in zip(arrived.loaded, arrived.sent, strict=True):
-                        task = self._plan.tasks[each.part.task]
-                        assert task.arguments is not None
                         inputs = self.inputs(each.part, self._place.receive(sent))
-                        visitor(inputs, **task.arguments[point])
+                        given = self._plan.tasks[each.part.task].arguments or ()
+                        for i, point in enumerate(points):
+                            visitor(inputs, i, **given[point])
+                        for i, read in enumerate(each.digests, each.part.first):
+                            digests[each.part.task, i] = read
                         sent.wait()  # its buffers will be read into again
                         del inputs
                     under_way.give(arrived.unit.cost, arrived.buffers)
@@ -281,8 +319,8 @@ class Stream:
             host=settings.host,
             models=[i - apart for i in task.sources[apart:]],
             offset=task.slices[part.first][0],
-            order=part.task,
             shape=None if whole else task.shape,
+            order=part.task,
         )
 
     def _write(self, arrived: _Arrived, results: list[Sent], output: Sink) -> list[Entry]:

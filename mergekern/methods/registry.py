@@ -146,6 +146,7 @@ class Method:
     needs: whether `measure` is needed with these arguments; without, it finds None.
     draws: hosts for which it draws from torch's generator, so that what a tensor gets depends on
     those before it: such a merge is made in one go, by one process.
+    studied: the parameters on which survey or measure depend; None: all.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Method:
     measure: Study | None = None
     needs: Needs = always
     draws: frozenset[str] = frozenset()
+    studied: tuple[str, ...] | None = None
 
     # (parameters, names of floating tensors, backend) -> parameters, once before the first tensor
     whole_models: Callable[[dict[str, Any], Sequence[str], str], dict[str, Any]] | None = None

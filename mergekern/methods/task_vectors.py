@@ -161,6 +161,9 @@ def parameters(
     )
 
 
+TRIMMED_BY = ("density", "gamma", "rescale")  # on these a measure depends
+
+
 def _method(
     name: str,
     doc: str,
@@ -185,6 +188,7 @@ def _method(
         measure=None if trim is None else measure_of(trim),
         needs=needs_of(trim),
         draws=draws,
+        studied=TRIMMED_BY,
     )
 
 
@@ -277,4 +281,5 @@ MAGNITUDE_PRUNE = Method(
     cut=cut_of(MAGNITUDE),
     measure=measure_of(MAGNITUDE),
     needs=needs_of(MAGNITUDE),
+    studied=TRIMMED_BY,
 )

@@ -226,4 +226,5 @@ TIES_GLOBAL = Method(
         "knots": "the rules of fusion_bench",
     },
     survey=Study(lambda gather: _Survey(gather).passes()),
+    studied=("density",),
 )

@@ -31,7 +31,7 @@ SHARD = 9000  # bytes of an output file, where there are several
 
 
 def content(seed: int) -> dict[str, torch.Tensor]:
-    """Tensors of several slices, of one, of none, and a buffer; few magnitudes, so that they tie."""
+    """Tensors of several slices, of one, of none, a buffer; few magnitudes, so that they tie."""
     g = torch.Generator().manual_seed(seed)
     made = {
         "ids": torch.arange(2500)[None],
@@ -80,8 +80,8 @@ def merged(config: Path, out: Path, **options: Any) -> Path:
 
 
 def assert_all_well(ended: list[jobs.Ended]) -> None:
-    for each in ended:
-        assert (each.code, each.err) == (0, "")
+    assert [each.code for each in ended] == [0] * len(ended), ended
+    assert not any(each.err for each in ended[1:]), ended  # progress is rank 0's
 
 
 # ---- the same bytes --------------------------------------------------------------------------
@@ -90,29 +90,29 @@ def assert_all_well(ended: list[jobs.Ended]) -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_bytes_do_not_depend_on_ranks(models: list[Path], tmp_path: Path, ranks: int) -> None:
     """Measured, counted over the whole model, at random; one file and several, and a sweep."""
-    cases: dict[str, tuple[Path, dict[str, Any]]] = {}
+    theirs, ours = tmp_path / "ranks", tmp_path / "alone"  # statistics lie beside the output
+    cases: dict[str, tuple[Path, str]] = {}
     acts: list[Callable[[], int]] = []
     for method in ("ties", "ties_global", "dare_ties", "karcher"):
         config = write_config(tmp_path / f"{method}.yml", models, method)
         if method == "karcher":
             plain = {"merge_method": method, "models": [{"model": str(m)} for m in models]}
             config.write_text(json.dumps(plain))
-        for size in ("5GB", SHARD):
-            out = tmp_path / f"{method}-{size}"
-            acts.append(partial(jobs.merge, config, out, "--shard-size", size))
-            cases[out.name] = config, {"shard_size": size}
+        for size in ("5GB", str(SHARD)):
+            name = f"{method}-{size}"
+            acts.append(partial(jobs.merge, config, theirs / name, "--shard-size", size))
+            cases[name] = config, size
     values = {"density": [0.2, 0.7]}
     swept = tmp_path / "ties_global.yml"
-    acts.append(partial(jobs.sweep, swept, tmp_path / "sweep", values))
-    with jobs.started(
-        ranks, partial(jobs.cut_at, CUT, partial(jobs.in_turn, acts)), tmp_path / "logs"
-    ) as job:
+    acts.append(partial(jobs.sweep, swept, theirs / "sweep", values))
+    act = partial(jobs.cut_at, CUT, partial(jobs.in_turn, acts))
+    with jobs.started(ranks, act, tmp_path / "logs") as job:
         ended = job.wait()
     assert_all_well(ended)
     assert len(ended[0].out.splitlines()) == len(cases)
     assert not any(each.out for each in ended[1:])
-    for name, (config, options) in cases.items():
-        assert_same_files(tmp_path / name, merged(config, tmp_path / f"{name}.alone", **options))
-    mk.merge_sweep(swept, tmp_path / "sweep.alone", values, progress=False)
-    assert_same_files(tmp_path / "sweep", tmp_path / "sweep.alone")
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    for name, (config, size) in cases.items():
+        assert_same_files(theirs / name, merged(config, ours / name, shard_size=size))
+    mk.merge_sweep(swept, ours / "sweep", values, progress=False)
+    assert_same_files(theirs / "sweep", ours / "sweep")
+    assert {p.name for p in theirs.iterdir()} == {*cases, "sweep", ".mergekern_statistics"}

@@ -24,7 +24,8 @@ from engine.models import linear, read_folder, tensors, ties, write_folder
 class Peaks:
     """Test method: each task vector over its largest magnitude in the whole model, in two passes.
 
-    The second pass needs what the first found, and the merge what both found.
+    The second pass needs what the first found, and the merge what both found: for each model its
+    largest |x - base| anywhere, and how often it occurs.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,6 @@ class Peaks:
         self.arguments: list[dict[str, Any]] = []
 
     def passes(self, gather: Gather) -> Passes:
-        """Of each model: the largest |x - base| anywhere, and how often it occurs."""
         largest: dict[int, float] = {}
         count: dict[int, int] = {}
 

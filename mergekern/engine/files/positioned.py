@@ -87,6 +87,12 @@ class PositionedFile:
         self.read_into(name, 0, bytes_of(raw))
         return raw.view(signature.dtype).view(signature.shape)
 
+    def bytes_at(self, offset: int, size: int) -> bytes:
+        """Bytes of the file; EOFError, OSError."""
+        raw = bytearray(size)
+        fill(self._fd, memoryview(raw), offset)
+        return bytes(raw)
+
     def close(self) -> None:
         self._close()
 
