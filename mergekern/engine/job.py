@@ -114,7 +114,7 @@ class Job:
         All ranks call it and return the same; each merges a part.
         """
         started = time.perf_counter()
-        self._require_one_plan(ranks)
+        self._require_divisible(ranks)
         points = self.plan.points
         if (done := ranks.lead(lambda: self._complete(target))) is not None:
             return [self._outcome(target / p, d, 0, 0.0) for p, d in zip(points, done, strict=True)]
@@ -123,9 +123,15 @@ class Job:
             bytes_read=self.plan.bytes_read,
             bytes_written=self.plan.bytes_written,
         )
+        ranks.show(bar)
         with contextlib.ExitStack() as stack:
             if ranks.rank == 0:
                 check_target(target)
+                bar.plan(
+                    tensors=len(self.plan.tasks),
+                    bytes_read=self.plan.bytes_read,
+                    bytes_written=self.plan.bytes_written,
+                )
                 control = stack.enter_context(held(target))
                 begin = ranks.gather(self._begin(control, ranks))[0]
             else:
@@ -138,16 +144,21 @@ class Job:
             for p, about in zip(points, made, strict=True)
         ]
 
-    def _require_one_plan(self, ranks: Ranks) -> None:
+    @property
+    def _draws(self) -> bool:
+        """Whether what a tensor gets depends on those before it."""
+        return self.options.host in self.config.method.draws
+
+    def _require_divisible(self, ranks: Ranks) -> None:
+        if ranks.size > 1 and self._draws:
+            what = f"host {self.options.host!r} draws masks for one tensor after the other"
+            raise ArgumentError.of(self.plan.method, what, f"{ranks.size} ranks", "one process")
         digests = ranks.gather(self.plan.digest)
         for rank, digest in enumerate(digests):
             if digest != digests[0]:
-                raise ArgumentError.of(
-                    "ranks",
-                    f"rank {rank} has another plan than rank 0",
-                    digest,
-                    f"{digests[0]}: the same configuration, options, models and version",
-                )
+                expected = f"{digests[0]}: the same configuration, options, models and version"
+                what = f"rank {rank} has another plan than rank 0"
+                raise ArgumentError.of("ranks", what, digest, expected)
 
     def _complete(self, target: Path) -> list[dict[str, Any]] | None:
         """The manifests of an output of this plan that is there already."""
@@ -164,6 +175,8 @@ class Job:
             if not self.options.resume:
                 control.clear()
             entries, stamped_anew = finished(self.plan, self.checkpoints, control)
+            if self._draws:
+                entries = {}
             if not entries:
                 control.clear()
                 check_space(control.target, self.plan.bytes_written)
@@ -177,9 +190,8 @@ class Job:
         """All slices that are not there yet, the files beside them, the commit."""
         plan, ranks = self.plan, settings.ranks
         reader = Reader(plan, self.checkpoints)
-        stamps = begin.head["stamps"]
-        alone = self.options.statistics if ranks.size == 1 else None  # each has read a part only
-        studies = Studies(alone, plan, self.checkpoints, self.config.method, stamps)
+        folder, stamps = self.options.statistics, begin.head["stamps"]
+        studies = Studies(folder, plan, self.checkpoints, self.config.method, stamps)
         stream = Stream(plan, reader, settings, studies)
         # What other ranks hold on to must stay in place.
         with _writing(control, keep=ranks.size > 1):
@@ -202,11 +214,10 @@ class Job:
                     journal.close()
             if ranks.size > 1:
                 output.sync()
-            done = ranks.gather((made, stream.bytes_read))
-            entries = _together([entries, *(made for made, _ in done)])
-            studies.check({key: e.inputs for key, e in entries.items()}, control.target)
-            abouts = ranks.lead(lambda: self._finish(control, output, entries))
-        return abouts, sum(read for _, read in done)
+            entries = _together([entries, *ranks.gather(made)])
+            studies.check({place: e.inputs for place, e in entries.items()}, control.target)
+            read = sum(ranks.gather(stream.bytes_read))
+            return ranks.lead(lambda: self._finish(control, output, entries)), read
 
     def _finish(self, control: Control, output: Output, entries: Entries) -> list[dict[str, Any]]:
         """What lies beside the weights; then the output takes its name. The manifests."""

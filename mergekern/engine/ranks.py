@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
     from torch.distributed import ProcessGroup
 
+    from .progress import Bar
+
 SILENCE = 30.0  # seconds without a sign after which a process counts as dead
 _EVERY = 1.0
 _JOIN = timedelta(seconds=300)  # for all processes to start, and for one exchange
@@ -44,6 +46,9 @@ class Ranks:
         """What `act` returns in rank 0, which alone calls it, in all of them."""
         return self.gather(act() if self.rank == 0 else None)[0]
 
+    def show(self, bar: Bar) -> None:
+        """From now on rank 0's bar is that of all ranks."""
+
 
 ALONE = Ranks()
 
@@ -54,6 +59,8 @@ class _Joined(Ranks):
         self._store, self._group = store, group
         self._meetings = itertools.count()
         self._heard: dict[int, tuple[bytes, float]] = {}  # last sign of each rank, and when it came
+        self._bar: Bar | None = None
+        self._known = (0, 0)  # bytes of the other ranks that the bar counts
 
     def gather(self, mine: Any) -> list[Any]:
         import torch.distributed as dist
@@ -91,6 +98,29 @@ class _Joined(Ranks):
         elif now - when > SILENCE:
             raise RankError(f"rank {rank} has given no sign of life for {SILENCE:.0f} s")
 
+    def show(self, bar: Bar) -> None:
+        self._bar = bar
+
+    def pulse(self, done: threading.Event) -> None:
+        """Leaves a sign of life each second, with what of this rank's bytes is done."""
+        with contextlib.suppress(RuntimeError):  # without the store this rank is as good as dead
+            for beat in itertools.count():
+                bar = self._bar
+                total, moved = (bar.total, bar.done) if bar else (0, 0)
+                self._store.set(f"alive/{self.rank}", f"{beat} {total} {moved}")
+                if bar and self.rank == 0:
+                    self._count_others(bar)
+                if done.wait(_EVERY):
+                    return
+
+    def _count_others(self, bar: Bar) -> None:
+        signs = self._store.multi_get([f"alive/{rank}" for rank in range(1, self.size)])
+        figures = [list(map(int, sign.split())) for sign in signs]
+        total, moved = (sum(each[i] for each in figures) for i in (1, 2))
+        bar.expect(total - self._known[0])
+        bar.advance(moved - self._known[1])
+        self._known = total, moved
+
 
 @contextlib.contextmanager
 def joined(distributed: bool = True) -> Iterator[Ranks]:
@@ -104,11 +134,11 @@ def joined(distributed: bool = True) -> Iterator[Ranks]:
         yield ALONE
         return
     store, group = _enter(rank, size)
-    done = threading.Event()
-    pulse = threading.Thread(target=_pulse, args=(store, rank, done), daemon=True)
+    ranks, done = _Joined(store, group, rank, size), threading.Event()
+    pulse = threading.Thread(target=ranks.pulse, args=(done,), daemon=True)
     pulse.start()
     try:
-        yield _Joined(store, group, rank, size)
+        yield ranks
     except BaseException:
         with contextlib.suppress(RuntimeError):  # the store may be what failed
             store.set(f"failed/{rank}", "")
@@ -130,7 +160,7 @@ def _enter(rank: int, size: int) -> tuple[Store, ProcessGroup | None]:
     try:
         found, *_ = next(rendezvous("env://", rank, size, timeout=_JOIN))
         store = dist.distributed_c10d.PrefixStore(f"mergekern/{next(_joins)}", found)
-        store.set(f"alive/{rank}", "")  # before the others can ask for it
+        store.set(f"alive/{rank}", "0 0 0")  # before the others can ask for it
         if dist.is_initialized():
             return store, dist.new_group(timeout=_JOIN, backend="gloo")
         dist.init_process_group("gloo", timeout=_JOIN, store=store, rank=rank, world_size=size)
@@ -145,14 +175,6 @@ def _leave(group: ProcessGroup | None) -> None:
     import torch.distributed as dist
 
     dist.destroy_process_group(group)
-
-
-def _pulse(store: Store, rank: int, done: threading.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # without the store this rank is as good as dead
-        for beat in itertools.count():
-            store.set(f"alive/{rank}", str(beat))
-            if done.wait(_EVERY):
-                return
 
 
 def is_first() -> bool:

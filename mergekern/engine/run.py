@@ -82,12 +82,7 @@ def merge_checkpoints(
     options = _options(memory, shard_size, device, seed, backend, host, resume)
     options = replace(options, statistics=_folder(statistics, out), report=_report(report))
     points = {"": load_config(config, only=only, skip=skip)}
-    with (
-        joined(distributed) as ranks,
-        _job(points, options, ranks) as job,
-        bar(shown=progress if ranks.rank == 0 else False) as shown,
-    ):
-        return job.run(Path(out), shown, ranks)[0]
+    return _run(points, out, options, progress, distributed)[0]
 
 
 def merge_sweep(
@@ -122,12 +117,7 @@ def merge_sweep(
     options = _options(memory, shard_size, device, seed, backend, host, resume)
     options = replace(options, statistics=_folder(statistics, out), report=_report(report))
     points = swept(load_config(config, only=only, skip=skip), sweep)
-    with (
-        joined(distributed) as ranks,
-        _job(points, options, ranks) as job,
-        bar(shown=progress if ranks.rank == 0 else False) as shown,
-    ):
-        return dict(zip(points, job.run(Path(out), shown, ranks), strict=True))
+    return dict(zip(points, _run(points, out, options, progress, distributed), strict=True))
 
 
 def plan_merge(
@@ -188,6 +178,20 @@ def _options(
     check_device(device)
     limit, largest = parse_size("memory", memory), parse_size("shard_size", shard_size)
     return Options(limit, largest, device, seed, backend, host, resume)
+
+
+def _run(
+    points: Mapping[str, MergeConfig],
+    out: str | Path,
+    options: Options,
+    progress: bool | Bar,
+    distributed: bool,
+) -> list[Manifest]:
+    with joined(distributed) as ranks, _job(points, options, ranks) as job:
+        if ranks.rank > 0 and progress is True:
+            progress = False
+        with bar(shown=progress) as shown:
+            return job.run(Path(out), shown, ranks)
 
 
 def _job(points: Mapping[str, MergeConfig], options: Options, ranks: Ranks = ALONE) -> Job:

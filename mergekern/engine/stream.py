@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..methods.passes import Gather, Study, alone
+from ..methods.passes import Study
 from ..methods.registry import Inputs
 from .config import MergeConfig
 from .files.formats import bytes_of
@@ -92,9 +92,7 @@ class Stream:
         """Everything that is not done, and its entries."""
         tasks = self._plan.tasks
         units = list(merge_units(tasks, self._limit, lambda i, j: (i, j) in done))
-        if (
-            not units and self._settings.ranks.size == 1
-        ):  # others may have some, and ask in a survey
+        if not units and self._settings.ranks.size == 1:  # other ranks' surveys need this one
             return {}
         left = [u for u in units if isinstance(u, Unit)]
         for apart in (u for u in units if isinstance(u, Apart)):
@@ -127,14 +125,14 @@ class Stream:
 
         Each rank visits a part, and gathers what it counts with the others.
         """
-        survey, ranks = self._method.survey, self._settings.ranks
-        if survey is None:
+        if self._method.survey is None:
             return [None] * len(self._plan.points)
+        ranks = self._settings.ranks
         mine = stretches(self._plan, ranks.size)[ranks.rank]
         visited = visit_units(self._plan.tasks, lambda i, j: (i, j) in mine)
         units = [u for u in visited if isinstance(u, Unit)]
         merged = [i for i, t in enumerate(self._plan.tasks) if t.arguments is not None]
-        return self._study(survey, units, merged, ranks.gather)
+        return self._study(self._method.survey, units, merged, ranks)
 
     def _measures(self, apart: Apart) -> list[Any]:
         """What the method measures of one tensor, for each point."""
@@ -144,18 +142,22 @@ class Stream:
         return self._study(self._method.measure, units, [apart.task])
 
     def _study(
-        self, study: Study, units: Sequence[Unit], tasks: Sequence[int], gather: Gather = alone
+        self, study: Study, units: Sequence[Unit], tasks: Sequence[int], ranks: Ranks = ALONE
     ) -> list[Any]:
         """For each point what is known from an earlier merge, or what the passes find."""
         points = range(len(self._plan.points))
-        known = {p: found for p in points for there, found in [self._recall(tasks, p)] if there}
+        known = ranks.lead(
+            lambda: {p: f for p in points for there, f in [self._recall(tasks, p)] if there}
+        )
         left = [p for p in points if p not in known]
         if left:
             digests: dict[tuple[int, int], tuple[str, ...]] = {}
-            found = study.sweep(self._visit(units, left, digests), len(left), gather)
+            found = study.sweep(self._visit(units, left, digests), len(left), ranks.gather)
+            for theirs in ranks.gather(dict(digests)):
+                digests.update(theirs)
             for p, each in zip(left, found, strict=True):
                 known[p] = each
-                if self._studies is not None:
+                if self._studies is not None and ranks.rank == 0:
                     self._studies.remember(tasks, p, each, digests)
         return [known[p] for p in points]
 

@@ -145,6 +145,8 @@ class Method:
     `merge` of the whole gives there, to the bit. measure: as survey, over the slices of one tensor;
     called for tensors of more than one, and `inputs.survey` in `merge` of each is what it returns.
     needs: whether `measure` is needed with these arguments; without, it finds None.
+    draws: hosts for which it draws from torch's generator, so that what a tensor gets depends on
+    those before it: such a merge is made in one go, by one process.
     studied: the parameters on which survey or measure depend; None: all.
 
     kept: what `merge` keeps of each task vector, with the same inputs and arguments, for reports.
@@ -163,6 +165,7 @@ class Method:
     cut: Cut = whole
     measure: Study | None = None
     needs: Needs = always
+    draws: frozenset[str] = frozenset()
     studied: tuple[str, ...] | None = None
     kept: Callable[..., list[Keep] | None] | None = None
 

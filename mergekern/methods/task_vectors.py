@@ -185,6 +185,7 @@ def _method(
     normalize: bool,
     rescale: bool,
     parity: dict[str, str],
+    draws: frozenset[str] = frozenset(),
 ) -> Method:
     special = trim.parameters if trim else ()
     return Method(
@@ -198,6 +199,7 @@ def _method(
         cut=cut_of(trim),
         measure=None if trim is None else measure_of(trim),
         needs=needs_of(trim),
+        draws=draws,
         studied=TRIMMED_BY,
         kept=_kept_by(trim),
     )
@@ -237,6 +239,7 @@ DARE_LINEAR = _method(
     normalize=False,
     rescale=True,
     parity={"mergekit": _MERGEKIT.format(_DRAWS), "peft": _PEFT.format(_PEFT_DRAWS)},
+    draws=frozenset({"mergekit", "peft"}),
 )
 DARE_TIES = _method(
     "dare_ties",
@@ -246,6 +249,7 @@ DARE_TIES = _method(
     normalize=False,
     rescale=True,
     parity={"mergekit": _MERGEKIT.format(_DRAWS), "peft": _PEFT.format(_PEFT_DRAWS)},
+    draws=frozenset({"mergekit", "peft"}),
 )
 BREADCRUMBS = _method(
     "breadcrumbs",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import multiprocessing
 import os
 import signal
@@ -85,23 +87,71 @@ def _rank(rank: int, environment: dict[str, str], logs: Path, act: Callable[[], 
 # ---- what ranks do ---------------------------------------------------------------------------
 
 
-def merge(
-    config: Path, out: Path, *options: str, cut: int, dies: tuple[int, int] | None = None
-) -> int:
-    """`mergekern merge` by slices of `cut` elements; rank dies[0] kills itself at write dies[1]."""
+def in_turn(acts: Sequence[Callable[[], int]]) -> int:
+    """One after the other; the first exit code that is not 0."""
+    return next((code for act in acts if (code := act())), 0)
+
+
+def merge(*arguments: object) -> int:
     from mergekern.cli import run
-    from mergekern.engine.output import Output
+
+    return run(["merge", *map(str, arguments)])
+
+
+def sweep(config: Path, out: Path, values: dict[str, list[float]]) -> int:
+    from mergekern.engine.run import merge_sweep
+
+    merge_sweep(config, out, values, progress=False, distributed=True)
+    return 0
+
+
+def of_rank(acts: dict[int, Callable[[], int]], act: Callable[[], int]) -> int:
+    """What is given for this rank, else `act`."""
+    return acts.get(int(os.environ["RANK"]), act)()
+
+
+def cut_at(size: int, act: Callable[[], int]) -> int:
+    """With slices of so many elements."""
     from mergekern.methods import slices
 
-    slices.SLICE = cut
-    if dies and int(os.environ["RANK"]) == dies[0]:
-        real, calls = Output.write, [0]
+    slices.SLICE = size
+    return act()
 
-        def write(*a: Any) -> None:
-            if calls[0] == dies[1]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            calls[0] += 1
-            real(*a)
 
-        Output.write = write  # type: ignore[method-assign]
-    return run(["merge", str(config), str(out), *options])
+def writing(before: Callable[[int], None], act: Callable[[], int]) -> int:
+    """`before(n)` is called before the n-th time that slices are written."""
+    from mergekern.engine.output import Output
+
+    real, calls = Output.write, itertools.count()
+
+    def write(*a: Any) -> None:
+        before(next(calls))
+        real(*a)
+
+    Output.write = write  # type: ignore[method-assign]
+    return act()
+
+
+def die_at(when: int, n: int) -> None:
+    if n == when:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_at(when: int, n: int) -> None:
+    if n == when:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def hold_at(when: int, begun: Path, n: int) -> None:
+    """Says that it is here and stays for ever."""
+    if n == when:
+        begun.touch()
+        time.sleep(1e6)
+
+
+def listening(seconds: float, act: Callable[[], int]) -> int:
+    """Silence counts as death after so many seconds."""
+    from mergekern.engine import ranks
+
+    ranks.SILENCE = seconds
+    return act()
