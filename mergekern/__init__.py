@@ -12,7 +12,8 @@ from .align.spaces import Spaces
 from .align.statistics.collect import collect_statistics
 from .align.statistics.statistics import Statistics
 from .align.zip_models import zip_models
-from .engine.run import Manifest, merge_checkpoints
+from .engine.manifest import Manifest
+from .engine.run import merge_checkpoints
 from .engine.zip_folder import load_zip
 from .errors import (
     ArgumentError,

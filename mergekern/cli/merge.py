@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..engine.run import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Manifest, merge_checkpoints
+from ..engine.manifest import Manifest
+from ..engine.run import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, merge_checkpoints
 
 
 def merge(
@@ -29,6 +30,9 @@ def merge(
         str | None,
         typer.Option(help="reproduce this tool's rounding and selection, such as mergekit"),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="go on with what an interrupted run of the same merge has done")
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no summary")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="name every file; tracebacks of errors")
@@ -47,6 +51,7 @@ def merge(
         seed=seed,
         backend=backend,
         host=host,
+        resume=resume,
         progress=not quiet and sys.stderr.isatty(),
     )
     if not quiet:
@@ -54,6 +59,9 @@ def merge(
 
 
 def _report(manifest: Manifest, verbose: bool) -> None:
+    if not manifest.bytes_written:
+        print(f"{manifest.out}: complete already")
+        return
     moved = (manifest.bytes_read + manifest.bytes_written) / 1e9
     print(
         f"{manifest.out}: {manifest.method}, {manifest.merged} tensors merged, "

@@ -106,20 +106,20 @@ class Checkpoint:
         name = self._where[key][1]
         return key[: len(key) - len(name)], name
 
+    @property
+    def files(self) -> list[WeightFile]:
+        return list({id(f): f for f, _ in self._where.values()}.values())
+
+    def locate(self, key: str) -> tuple[WeightFile, str]:
+        """The file that holds a tensor, and its name there."""
+        return self._where[key]
+
     def read(self, key: str) -> Tensor:
         file, name = self._where[key]
         return file.read(name)
 
-    def prefetch(self, key: str) -> None:
-        file, name = self._where[key]
-        file.prefetch(name)
-
-    def release(self, key: str) -> None:
-        file, name = self._where[key]
-        file.release(name)
-
     def close(self) -> None:
-        for file in {id(f): f for f, _ in self._where.values()}.values():
+        for file in self.files:
             file.close()
 
 

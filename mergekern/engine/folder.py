@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ..check import name_of
-from ..errors import CheckpointError
 from .checkpoint import FOREIGN, WEIGHTS, Checkpoint, folders
 from .config import MergeConfig
+from .manifest import MANIFEST
 
 CONFIG_NAME = "mergekern_config.yml"
 
@@ -25,8 +21,9 @@ def carry(
 ) -> tuple[list[str], list[str]]:
     """Copies every file of the model that is no weight; returns names copied and left out.
 
-    Left out: weights in any form (the merge replaces or outdates them), README.md (a new card is
-    written), folders of other runtimes and hidden ones. config.json gets the dtype of the result.
+    Left out: weights in any form (the merge replaces or outdates them), README.md and an older
+    manifest (new ones are written), folders of other runtimes and hidden ones. config.json gets
+    the dtype of the result.
     """
     copied: list[str] = []
     left_out: list[str] = []
@@ -41,7 +38,7 @@ def carry(
                     left_out.append(f"{name.as_posix()}/")
                 continue
             weights = path.suffix in (*WEIGHTS, *FOREIGN) or path.name.endswith(".index.json")
-            if weights or name == Path("README.md"):
+            if weights or name in (Path("README.md"), Path(MANIFEST)):
                 if path not in source.weight_files:
                     left_out.append(name.as_posix())
                 continue
@@ -88,54 +85,3 @@ Made by mergekern with the method `{config.method.name}`: {config.method.doc}
 ```
 """
     (target / "README.md").write_text(card, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def staged(target: Path, size: int) -> Iterator[Path]:
-    """A folder beside `target` that takes its name at the end, or vanishes on any error."""
-    if target.is_symlink() or target.name in ("", ".", ".."):
-        raise CheckpointError(f"{target}: output must be a new folder, by its own name")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: output exists already; remove it or choose another name")
-    parent = target.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if size > free:
-            raise CheckpointError(
-                f"{target}: the result needs {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB"
-            )
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror})") from None
-    try:
-        yield staging
-        staging.chmod(0o777 & ~_umask())
-        _sync_tree(staging)
-        staging.rename(target)
-        _sync(parent)
-    except OSError as error:
-        raise CheckpointError(f"{target}: writing failed ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_tree(root: Path) -> None:
-    for folder, _, files in os.walk(root):
-        for name in files:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -5,20 +5,29 @@ Nothing here touches weights but the integer buffers, which must be equal to be 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..check import FLOATS
+from ..check import FLOATS, name_of
 from ..errors import ArgumentError, CheckpointError
 from ..methods.compat import Signature, agree, identical
 from ..methods.merge import common_dtype
+from ..methods.slices import slices
+from ..version import __version__
 from .checkpoint import Checkpoint
 from .config import ExceptionRule, MergeConfig
 from .files import nbytes
+from .journal import digest_of
 from .parameters import arguments, layer_positions
+
+FORMAT = 1  # of plans and journals: one of another number is not continued
 
 
 @dataclass(frozen=True)
@@ -26,12 +35,31 @@ class Task:
     """One tensor of the result."""
 
     key: str
+    shape: tuple[int, ...]
     sources: tuple[int, ...]  # checkpoints to read, the base first; one: it is copied
-    arguments: dict[str, Any] | None  # of the method; None: copy
+    stored: tuple[torch.dtype, ...]  # of each source
+    arguments: tuple[dict[str, Any], ...] | None  # of the method, per point; None: copy
     compute: torch.dtype
-    result: Signature
-    read: int  # bytes in the files
-    cost: int  # bytes in memory while the task runs
+    result: torch.dtype
+    cut: str | None  # how it may be cut (`methods.slices`)
+    slices: tuple[tuple[int, int], ...]  # ranges of elements, computed one by one
+    measured: bool  # all slices must be seen before the first is merged
+    element: int  # bytes in memory per element while a slice is under way
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        return 0, math.prod(self.shape)
+
+    @property
+    def signature(self) -> Signature:
+        return Signature(self.result, self.shape)
+
+    @property
+    def bytes_read(self) -> int:
+        return math.prod(self.shape) * sum(d.itemsize for d in self.stored)
+
+    def cost(self, extent: tuple[int, int]) -> int:
+        return (extent[1] - extent[0]) * self.element
 
 
 @dataclass(frozen=True)
@@ -43,25 +71,70 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What the plan knows of an input file; `layout` is the digest of its names and offsets."""
+
+    checkpoint: int
+    name: str
+    size: int
+    layout: str
+
+
+@dataclass(frozen=True)
 class Plan:
+    """A merge as plain data. `points` are the subfolders of a sweep; ("",) of a single merge."""
+
+    method: str
+    host: str | None
+    seed: int
+    points: tuple[str, ...]
     tasks: tuple[Task, ...]
     shards: tuple[Shard, ...]
+    sources: tuple[Source, ...]
+    metadata: dict[str, str]  # of the output files
     dropped: tuple[str, ...]
-    bytes_read: int
-    bytes_written: int
+
+    @property
+    def bytes_read(self) -> int:
+        """In the pass that merges; a survey reads what is merged once more per pass."""
+        return sum(t.bytes_read for t in self.tasks)
+
+    @property
+    def bytes_written(self) -> int:
+        return len(self.points) * sum(nbytes(t.signature) for t in self.tasks)
+
+    @property
+    def peak(self) -> int:
+        """Bytes without which the plan cannot run: those of its largest slice."""
+        return max((t.cost(s) for t in self.tasks for s in t.slices), default=0)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Equal for plans that give the same bytes."""
+        return digest_of(json.dumps([FORMAT, __version__, vars(self)], default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return vars(value)
+    return name_of(value) if isinstance(value, torch.dtype) else repr(value)
 
 
 def make_plan(
-    config: MergeConfig,
+    configs: Mapping[str, MergeConfig],
     checkpoints: Sequence[Checkpoint],
     memory: int,
     shard_size: int,
+    *,
     host: str | None = None,
+    seed: int = 0,
 ) -> Plan:
     """All tasks in the order of the first checkpoint's file; CheckpointError lists every misfit.
 
-    host "mergekit": computed in the dtype of the configuration.
+    configs: by point, alike but for parameters. host "mergekit": computed in the dtype of the
+    configuration.
     """
+    config = next(iter(configs.values()))
     rules = _rules(config, checkpoints)
     keys = list(dict.fromkeys(key for c in checkpoints for key in c.signatures))
     positions = layer_positions(keys)
@@ -69,24 +142,40 @@ def make_plan(
     if problems:
         raise CheckpointError(_listing(problems))
     tasks = [
-        _task(config, checkpoints, key, rules.get(key), positions[key], host)
+        _task(tuple(configs.values()), checkpoints, key, rules.get(key), positions[key], host)
         for key in keys
         if not (key in rules and rules[key].action == "drop")
     ]
-    largest = max(tasks, key=lambda task: task.cost, default=None)
-    if largest is not None and largest.cost > memory:
-        raise CheckpointError(
-            f"tensor {largest.key} needs {-(-largest.cost // 2**20)} MiB for its inputs and "
-            f"result, more than the memory limit of {memory / 2**20:.1f} MiB; "
-            "raise it with --memory"
-        )
-    return Plan(
+    plan = Plan(
+        method=config.method.name,
+        host=host,
+        seed=seed,
+        points=tuple(configs),
         tasks=tuple(tasks),
         shards=tuple(_shards(tasks, checkpoints, shard_size)),
+        sources=tuple(_sources(checkpoints)),
+        metadata={"format": "pt", **checkpoints[0].metadata},
         dropped=tuple(key for key, rule in rules.items() if rule.action == "drop"),
-        bytes_read=sum(t.read for t in tasks),
-        bytes_written=sum(nbytes(t.result) for t in tasks),
     )
+    if plan.peak > memory:
+        task = max(tasks, key=lambda t: max(map(t.cost, t.slices)))
+        whole = "" if len(task.slices) > 1 else " and cannot be cut into slices"
+        raise CheckpointError(
+            f"tensor {task.key} needs {-(-plan.peak // 2**20)} MiB for its inputs and "
+            f"result{whole}, more than the memory limit of {memory / 2**20:.1f} MiB; "
+            "raise it with --memory"
+        )
+    return plan
+
+
+def _sources(checkpoints: Sequence[Checkpoint]) -> Iterator[Source]:
+    for i, c in enumerate(checkpoints):
+        for file in c.files:
+            entries = [[k, name_of(d), list(s)] for k, (d, s) in file.signatures.items()]
+            about = [entries, dict(file.ranges), dict(file.metadata)]
+            name = file.path.relative_to(c.folder).as_posix() if c.folder else file.path.name
+            layout = digest_of(json.dumps(about, sort_keys=True))
+            yield Source(i, name, file.path.stat().st_size, layout)
 
 
 def _listing(problems: dict[str, str]) -> str:
@@ -154,8 +243,6 @@ def _unequal(
         return {}
     first = checkpoints[having[0]].read(key)
     other = [labels[i] for i in having[1:] if not identical(checkpoints[i].read(key), first)]
-    for i in having:
-        checkpoints[i].release(key)
     if not other:
         return {}
     kind = signature.dtype_class()
@@ -163,13 +250,14 @@ def _unequal(
 
 
 def _task(
-    config: MergeConfig,
+    configs: tuple[MergeConfig, ...],
     checkpoints: Sequence[Checkpoint],
     key: str,
     rule: ExceptionRule | None,
     position: float,
     host: str | None,
 ) -> Task:
+    config, method = configs[0], configs[0].method
     having = [i for i, c in enumerate(checkpoints) if key in c.signatures]
     if rule is not None and rule.action == "copy":
         having = [config.paths.index(str(rule.source))]
@@ -184,21 +272,31 @@ def _task(
     cast = floating and (config.dtype == torch.float64 or host == "mergekit")
     compute = (config.dtype or stored) if cast else stored
     result = (config.out_dtype or config.dtype or stored) if floating else stored
+    given = None
+    cut: str | None = "elements"
     if merged:
-        config.method.check_count(len(models), config.base_apart)
+        method.check_count(len(models), config.base_apart)
+        given = tuple(arguments(c, key, position, models) for c in configs)
+        cuts = {method.cut(each, signatures[0].shape, host) for each in given}
+        cut = cuts.pop() if len(cuts) == 1 else None
     shape = signatures[0].shape
-    read = sum(map(nbytes, signatures))
-    converted = sum(nbytes(Signature(compute, shape)) for s in signatures if s.dtype != compute)
+    ranges = tuple(slices(shape, cut))
+    element = sum(s.dtype.itemsize for s in signatures) + len(configs) * result.itemsize
+    element += sum(compute.itemsize for s in signatures if s.dtype != compute)
     if host == "mergekit" and compute != result:  # which rounds twice
-        converted += nbytes(Signature(compute, shape))
+        element += len(configs) * compute.itemsize
     return Task(
         key=key,
+        shape=tuple(shape),
         sources=tuple(having),
-        arguments=arguments(config, key, position, models) if merged else None,
+        stored=tuple(s.dtype for s in signatures),
+        arguments=given,
         compute=compute,
-        result=Signature(result, shape),
-        read=read,
-        cost=read + nbytes(Signature(result, shape)) + converted,
+        result=result,
+        cut=cut,
+        slices=ranges,
+        measured=merged and method.measure is not None and len(ranges) > 1,
+        element=element,
     )
 
 
@@ -212,7 +310,7 @@ def _shards(
     for task in tasks:
         owner = checkpoints[task.sources[0]]
         prefix, name = owner.split(task.key)
-        size = nbytes(task.result)
+        size = nbytes(task.signature)
         files = groups.setdefault(prefix, [])
         if not files or sizes[prefix] + size > shard_size:
             files.append({})

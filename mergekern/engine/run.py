@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,21 @@ import torch
 from ..check import parse_size
 from ..errors import ArgumentError, ConfigWarning
 from .checkpoint import Checkpoint
-from .config import load_config
-from .folder import carry, staged, write_card
+from .config import MergeConfig, load_config
+from .control import Control, check_space, check_target, held, writing_failed
+from .folder import carry, write_card
+from .journal import Entries, Journal, read_journals
+from .manifest import Manifest, describe, read_manifest, write_manifest
+from .output import Output
 from .parameters import idle
-from .plan import make_plan
+from .plan import Plan, make_plan
 from .progress import bar
-from .stream import Settings, stream
+from .reading import Reader
+from .resume import finished, head_of, intact, require_same_inputs
+from .stream import Settings, Stream
 
 DEFAULT_MEMORY = "4GiB"
 DEFAULT_SHARD_SIZE = "5GB"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a merge did. `left_out` are files of the model folder that were not carried along."""
-
-    out: Path
-    method: str
-    merged: int
-    copied: int
-    dropped: tuple[str, ...]
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    weights: tuple[str, ...]
-    carried: tuple[str, ...]
-    left_out: tuple[str, ...]
 
 
 def merge_checkpoints(
@@ -53,6 +42,7 @@ def merge_checkpoints(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    resume: bool = True,
     progress: bool = True,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
@@ -85,31 +75,115 @@ def merge_checkpoints(
         for path in parsed.paths:
             checkpoints.append(Checkpoint(path))
             stack.callback(checkpoints[-1].close)
-        plan = make_plan(parsed, checkpoints, limit, largest, host)
-        if without_effect := idle(parsed, [t.key for t in plan.tasks if t.arguments is not None]):
-            lines = "".join(f"\n  {what}" for what in without_effect)
-            warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=2)
-        staging = stack.enter_context(staged(target, plan.bytes_written))
-        home = checkpoints[parsed.paths.index(parsed.home)]
-        carried, left_out = carry(home, staging, parsed.out_dtype or parsed.dtype)
-        write_card(parsed, staging)
-        with bar(shown=progress) as shown:
-            settings = Settings(parsed, device, seed, backend, host, limit, shown)
-            bytes_read = stream(plan, checkpoints, staging, settings)
+        plan = make_plan({"": parsed}, checkpoints, limit, largest, host=host, seed=seed)
+        _warn_of_idle(parsed, plan)
+        outcome = functools.partial(_outcome, target, plan, started)
+        if _is_complete(target, plan):
+            return outcome(read_manifest(target) or {}, 0)
+        check_target(target)
+        control = stack.enter_context(held(target))
+        shown = stack.enter_context(bar(shown=progress))
+        settings = Settings(parsed, device, seed, backend, host, limit, shown)
+        about, bytes_read = _make(plan, checkpoints, control, settings, resume)
+    return outcome(about, bytes_read)
+
+
+def _outcome(
+    target: Path, plan: Plan, started: float, about: Mapping[str, Any], bytes_read: int
+) -> Manifest:
     merged = sum(t.arguments is not None for t in plan.tasks)
     return Manifest(
         out=target,
-        method=parsed.method.name,
+        method=plan.method,
         merged=merged,
         copied=len(plan.tasks) - merged,
         dropped=plan.dropped,
         bytes_read=bytes_read,
-        bytes_written=plan.bytes_written,
+        bytes_written=plan.bytes_written if bytes_read else 0,
         seconds=time.perf_counter() - started,
         weights=tuple(s.path for s in plan.shards),
-        carried=tuple(carried),
-        left_out=tuple(left_out),
+        carried=tuple(about["carried"]),
+        left_out=tuple(about["left_out"]),
     )
+
+
+def _is_complete(target: Path, plan: Plan) -> bool:
+    """Whether the output is there, made by this plan."""
+    found = read_manifest(target / plan.points[0])
+    return found is not None and found.get("plan") == plan.digest
+
+
+def _warn_of_idle(config: MergeConfig, plan: Plan) -> None:
+    merged = [t.key for t in plan.tasks if t.arguments is not None]
+    if without_effect := idle(config, merged):
+        lines = "".join(f"\n  {what}" for what in without_effect)
+        warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
+
+
+def _make(
+    plan: Plan,
+    checkpoints: Sequence[Checkpoint],
+    control: Control,
+    settings: Settings,
+    resume: bool,
+) -> tuple[dict[str, Any], int]:
+    """All slices that are not there yet, the files beside them, the commit.
+
+    An error leaves the control folder, so that another run can go on, if there is a slice in it.
+    """
+    reader = Reader(plan, checkpoints)
+    stream = Stream(plan, checkpoints, reader, settings)
+    entries: Entries = {}
+    begun = False
+    try:
+        if not resume:
+            control.clear()
+        entries, stamped_anew = finished(plan, checkpoints, control)
+        begun = bool(entries)
+        if not begun:
+            control.clear()
+            check_space(control.target, plan.bytes_written)
+        output = Output(plan, control.out)
+        if stamped_anew:
+            require_same_inputs(plan, reader, entries, control.target)
+        entries = intact(output, plan, entries)
+        journal = Journal(control.folder, head_of(plan, checkpoints))
+        try:
+            made = stream.merge(output, journal, entries)
+        finally:
+            journal.close()
+        about = _finish(plan, checkpoints, control, settings.config, output, {**entries, **made})
+    except OSError as error:
+        raise writing_failed(control.target, error) from error
+    finally:
+        if not begun and not read_journals(control.folder)[1]:
+            control.remove()
+    return about, stream.bytes_read
+
+
+def _finish(
+    plan: Plan,
+    checkpoints: Sequence[Checkpoint],
+    control: Control,
+    config: MergeConfig,
+    output: Output,
+    entries: Entries,
+) -> dict[str, Any]:
+    """What lies beside the weights; then the output takes its name. The manifest of the first."""
+    home = checkpoints[config.paths.index(config.home)]
+    output.write_indices()
+    first: dict[str, Any] = {}
+    for i, point in enumerate(plan.points):
+        folder = control.out / point
+        carried, left_out = carry(home, folder, config.out_dtype or config.dtype)
+        write_card(config, folder)
+        files = {name: folder / name for name in carried}
+        about = describe(plan, config, entries, i, files, left_out)
+        write_manifest(folder, about)
+        first = first or about
+    control.commit()
+    control.remove()
+    return first
 
 
 def check_device(device: str) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +15,14 @@ from torch import Tensor
 from ..methods.registry import Inputs
 from .checkpoint import Checkpoint
 from .config import MergeConfig
-from .files import SafetensorsWriter, nbytes
+from .files.formats import bytes_of
+from .journal import Entries, Entry, Journal, digest_of
+from .memory import Window, window
+from .output import Output
 from .plan import Plan, Task
 from .progress import Bar
+from .reading import Loaded, Reader
+from .units import Apart, Unit, merge_units, slice_units, visit_units
 
 
 @dataclass(frozen=True)
@@ -34,212 +36,231 @@ class Settings:
     bar: Bar
 
 
-# Code that torch loads on first use, scratch of the kernels, freed results that the heap keeps.
-OVERHEAD = 40 << 20
+class _Arrived(NamedTuple):
+    """A unit that is in memory."""
+
+    unit: Unit
+    loaded: list[Loaded]
+    buffers: list[Tensor]
 
 
-class _Budget:
-    """Bytes under way: `take` waits until they fit (or nothing else is), `give` returns them."""
+class Stream:
+    """The work of one plan: `merge` it, with the passes before that its method needs."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = self._free = limit
-        self._closed = False
-        self._changed = threading.Condition()
+    def __init__(
+        self, plan: Plan, checkpoints: Sequence[Checkpoint], reader: Reader, settings: Settings
+    ) -> None:
+        self._plan, self._settings, self._reader = plan, settings, reader
+        self._method = settings.config.method
+        self._limit = window(settings.memory)
+        self.bytes_read = 0
 
-    def take(self, size: int) -> bool:
-        """False if the run has ended meanwhile."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._closed or size <= self._free or self._free == self._limit
-            )
-            self._free -= size
-            return not self._closed
+    # ---- the passes --------------------------------------------------------------------------
 
-    def give(self, size: int) -> None:
-        with self._changed:
-            self._free += size
-            self._changed.notify_all()
+    def merge(self, output: Output, journal: Journal, done: Entries) -> Entries:
+        """Everything that is not done, and its entries."""
+        tasks = self._plan.tasks
+        units = list(merge_units(tasks, self._limit, lambda i, j: (i, j) in done))
+        if not units:
+            return {}
+        left = [u for u in units if isinstance(u, Unit)]
+        for apart in (u for u in units if isinstance(u, Apart)):
+            left += slice_units(tasks, apart.task, self._pending(apart, done))
+        self._settings.bar.expect(sum(map(self._moved, left)))
+        found = self._surveys()
+        made: Entries = {}
+        with contextlib.ExitStack() as draws:
+            if self._settings.host is not None:  # hosts draw masks from torch's own generator
+                draws.enter_context(torch.random.fork_rng(devices=[]))
+                torch.manual_seed(self._settings.seed)
+            together: list[Unit] = []
+            for unit in units:
+                if isinstance(unit, Unit):
+                    together.append(unit)
+                    continue
+                self._merge_units(together, found, output, journal, made)
+                together = []
+                slices = slice_units(tasks, unit.task, self._pending(unit, done))
+                self._merge_units(list(slices), self._measures(unit), output, journal, made)
+            self._merge_units(together, found, output, journal, made)
+        return made
 
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+    def _pending(self, apart: Apart, done: Entries) -> list[int]:
+        count = len(self._plan.tasks[apart.task].slices)
+        return [j for j in range(count) if (apart.task, j) not in done]
+
+    def _surveys(self) -> list[Any]:
+        """What the method's survey of the whole model finds, for each point."""
+        if self._method.survey is None:
+            return [None] * len(self._plan.points)
+        units = [u for u in visit_units(self._plan.tasks) if isinstance(u, Unit)]
+        return [self._method.survey(self._visit(units, p)) for p in range(len(self._plan.points))]
+
+    def _measures(self, apart: Apart) -> list[Any]:
+        """What the method measures of one tensor, for each point."""
+        assert self._method.measure is not None
+        tasks = self._plan.tasks
+        units = list(slice_units(tasks, apart.task, range(len(tasks[apart.task].slices))))
+        return [self._method.measure(self._visit(units, p)) for p in range(len(self._plan.points))]
+
+    def _visit(self, units: Sequence[Unit], point: int) -> Callable[[Callable[..., None]], None]:
+        def visit(visitor: Callable[..., None]) -> None:
+            self._settings.bar.expect(sum(map(self._read, units)))
+            with self._ahead(units) as (ready, under_way):
+                for unit, loaded, buffers in ready:
+                    for each in loaded:
+                        task = self._plan.tasks[each.part.task]
+                        assert task.arguments is not None
+                        visitor(self._inputs(each), **task.arguments[point])
+                    del loaded
+                    under_way.give(unit.cost, buffers)
+
+        return visit
+
+    def _merge_units(
+        self,
+        units: Sequence[Unit],
+        found: Sequence[Any],
+        output: Output,
+        journal: Journal,
+        made: Entries,
+    ) -> None:
+        """Reader and writer threads around the computing one; any error ends all three."""
+        if not units:
+            return
+
+        def write(arrived: _Arrived, results: list[list[Tensor]]) -> None:
+            with contextlib.ExitStack() as failed:
+                failed.callback(under_way.close)  # else the others wait for bytes for ever
+                entries = self._write(arrived, results, output)
+                results.clear()
+                journal.add(entries)
+                made.update({(e.task, e.slice): e for e in entries})
+                under_way.give(arrived.unit.cost, arrived.buffers)
+                failed.pop_all()
+
+        with (
+            self._ahead(units) as (ready, under_way),
+            ThreadPoolExecutor(1, "mergekern-write") as writer,
+        ):
+            writing: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
+            for arrived in ready:
+                results = [self._compute(each, found) for each in arrived.loaded]
+                writing.put(writer.submit(write, arrived, results))
+                del results, arrived
+                while not writing.empty():  # raises what the writer raised
+                    done = writing.get()
+                    if not done.done():
+                        writing.put(done)
+                        break
+                    done.result()
+            while not writing.empty():
+                writing.get().result()
+
+    # ---- one unit ----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _ahead(self, units: Iterable[Unit]) -> Iterator[tuple[Iterator[_Arrived], Window]]:
+        """The units, each when it is in memory, read by a thread as far as the window goes.
+
+        Who has done a unit gives its cost back. Any error, here or there, ends both.
+        """
+        under_way = Window(self._limit)
+        ready: queue.SimpleQueue[_Arrived | None] = queue.SimpleQueue()
+
+        def read() -> None:
+            try:
+                for unit in units:
+                    buffers = under_way.take(unit.cost, self._reader.sizes(unit))
+                    if buffers is None:
+                        return
+                    ready.put(_Arrived(unit, self._reader.load(unit, buffers), buffers))
+                    del buffers
+                    size = self._read(unit)
+                    self.bytes_read += size
+                    self._settings.bar.advance(size)
+            finally:
+                ready.put(None)
+
+        with ThreadPoolExecutor(1, "mergekern-read") as reader:
+            reading = reader.submit(read)
+            try:
+                yield iter(ready.get, None), under_way
+                reading.result()
+            finally:
+                under_way.close()
+
+    def _read(self, unit: Unit) -> int:
+        return sum(self._reader.sizes(unit))
+
+    def _written(self, unit: Unit) -> int:
+        """Bytes of the results of a unit."""
+        size = 0
+        for part in unit.parts:
+            task = self._plan.tasks[part.task]
+            begin, end = task.slices[part.first][0], task.slices[part.last - 1][1]
+            size += (end - begin) * task.result.itemsize
+        return size * len(self._plan.points)
+
+    def _moved(self, unit: Unit) -> int:
+        return self._read(unit) + self._written(unit)
+
+    def _compute(self, each: Loaded, found: Sequence[Any]) -> list[Tensor]:
+        """The result of a part, flat, for each point."""
+        task = self._plan.tasks[each.part.task]
+        if task.arguments is None:
+            copied = each.tensors[0].to(task.compute).to(task.result)
+            return [copied] * len(self._plan.points)
+        inputs = self._inputs(each)
+        return [
+            self._method.merge(replace(inputs, survey=survey), **arguments)
+            .cpu()
+            .to(task.result)
+            .view(-1)
+            for arguments, survey in zip(task.arguments, found, strict=True)
+        ]
+
+    def _inputs(self, each: Loaded) -> Inputs:
+        settings, part = self._settings, each.part
+        task = self._plan.tasks[part.task]
+        offset = task.slices[part.first][0]
+        whole = part.last - part.first == len(task.slices)
+        shape = _shape(task, whole)
+        tensors = [
+            x.view(shape).to(device=settings.device, dtype=task.compute) for x in each.tensors
+        ]
+        apart = settings.config.base_apart
+        return Inputs(
+            xs=tensors[apart:],
+            base=tensors[0] if apart else None,
+            name=task.key,
+            seed=settings.seed,
+            out_dtype=task.compute if settings.host == "mergekit" else task.result,
+            backend=settings.backend,
+            host=settings.host,
+            models=[i - apart for i in task.sources[apart:]],
+            offset=offset,
+            shape=None if whole else task.shape,
+        )
+
+    def _write(self, arrived: _Arrived, results: list[list[Tensor]], output: Output) -> list[Entry]:
+        entries = []
+        for each, points in zip(arrived.loaded, results, strict=True):
+            part, task = each.part, self._plan.tasks[each.part.task]
+            origin = task.slices[part.first][0]
+            for i, read in zip(range(part.first, part.last), each.digests, strict=True):
+                begin, end = (j - origin for j in task.slices[i])
+                digests = []
+                for point, result in enumerate(points):
+                    data = bytes_of(result[begin:end])
+                    output.write(point, part.task, i, data)
+                    digests.append(digest_of(data))
+                entries.append(Entry(part.task, i, tuple(digests), read))
+        self._settings.bar.advance(self._written(arrived.unit))
+        return entries
 
 
-@contextlib.contextmanager
-def _ahead(
-    tasks: Sequence[Task], checkpoints: list[Checkpoint], memory: int
-) -> Iterator[tuple[Iterator[Task], _Budget]]:
-    """The tasks, each when its tensors are in memory, read by a thread as far as the budget goes.
-
-    Who has done a task gives its cost back. Any error, here or there, ends both.
-    """
-    budget = _Budget(max(memory - OVERHEAD, memory // 2))
-    ready: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-
-    def read() -> None:
-        try:
-            for task in tasks:
-                if not budget.take(task.cost):
-                    return
-                for i in task.sources:
-                    checkpoints[i].prefetch(task.key)
-                ready.put(task)
-        finally:
-            ready.put(None)
-
-    with ThreadPoolExecutor(1, "mergekern-read") as reader:
-        reading = reader.submit(read)
-        try:
-            yield iter(ready.get, None), budget
-            reading.result()
-        finally:
-            budget.close()
-
-
-def stream(
-    plan: Plan,
-    checkpoints: list[Checkpoint],
-    staging: Path,
-    settings: Settings,
-) -> int:
-    """The survey, if the method has one, then the merge; all bytes read."""
-    read = plan.bytes_read
-
-    def visit(visitor: Callable[..., None]) -> None:
-        nonlocal read
-        read += _visit(visitor, plan, checkpoints, settings)
-
-    settings.bar.expect(sum(task.cost for task in plan.tasks))
-    survey = settings.config.method.survey
-    found = None if survey is None else survey(visit)
-    with contextlib.ExitStack() as draws:
-        if settings.host is not None:  # hosts draw masks from torch's own generator
-            draws.enter_context(torch.random.fork_rng(devices=[]))
-            torch.manual_seed(settings.seed)
-        _merge(plan, checkpoints, staging, settings, found)
-    return read
-
-
-def _visit(
-    visitor: Callable[..., None],
-    plan: Plan,
-    checkpoints: list[Checkpoint],
-    settings: Settings,
-) -> int:
-    """One pass over every tensor that is merged; the bytes it reads."""
-    tasks = [task for task in plan.tasks if task.arguments is not None]
-    size = sum(task.read for task in tasks)
-    settings.bar.expect(size)
-    with _ahead(tasks, checkpoints, settings.memory) as (ready, budget):
-        for task in ready:
-            visitor(_inputs(task, checkpoints, settings), **(task.arguments or {}))
-            for i in task.sources:
-                checkpoints[i].release(task.key)
-            budget.give(task.cost)
-            settings.bar.advance(task.read)
-    return size
-
-
-def _merge(
-    plan: Plan,
-    checkpoints: list[Checkpoint],
-    staging: Path,
-    settings: Settings,
-    survey: Any,
-) -> None:
-    """Reader and writer threads around the computing one; any error ends all three."""
-    output = _Output(plan, staging, checkpoints[0].metadata)
-
-    def write(task: Task, result: Tensor) -> None:
-        with contextlib.ExitStack() as failed:
-            failed.callback(budget.close)  # else the others wait for bytes that never come back
-            output.write(task.key, result)
-            del result
-            for i in task.sources:
-                checkpoints[i].release(task.key)
-            budget.give(task.cost)
-            settings.bar.advance(task.cost)
-            failed.pop_all()
-
-    with (
-        _ahead(plan.tasks, checkpoints, settings.memory) as (ready, budget),
-        ThreadPoolExecutor(1, "mergekern-write") as writer,
-    ):
-        writing: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
-        for task in ready:
-            result = _compute(task, checkpoints, settings, survey)
-            writing.put(writer.submit(write, task, result))
-            del result
-            while not writing.empty():  # raises what the writer raised
-                done = writing.get()
-                if not done.done():
-                    writing.put(done)
-                    break
-                done.result()
-        while not writing.empty():
-            writing.get().result()
-
-
-def _compute(task: Task, checkpoints: list[Checkpoint], settings: Settings, survey: Any) -> Tensor:
-    if task.arguments is None:
-        copied = checkpoints[task.sources[0]].read(task.key)
-        return copied.to(task.compute).to(task.result.dtype)
-    inputs = replace(_inputs(task, checkpoints, settings), survey=survey)
-    return settings.config.method.merge(inputs, **task.arguments).cpu().to(task.result.dtype)
-
-
-def _inputs(task: Task, checkpoints: list[Checkpoint], settings: Settings) -> Inputs:
-    tensors = [
-        checkpoints[i].read(task.key).to(device=settings.device, dtype=task.compute)
-        for i in task.sources
-    ]
-    apart = settings.config.base_apart
-    return Inputs(
-        xs=tensors[apart:],
-        base=tensors[0] if apart else None,
-        name=task.key,
-        seed=settings.seed,
-        out_dtype=task.compute if settings.host == "mergekit" else task.result.dtype,
-        backend=settings.backend,
-        host=settings.host,
-        models=[i - apart for i in task.sources[apart:]],
-    )
-
-
-class _Output:
-    """The weight files of the result and, where sharded, their indices."""
-
-    def __init__(self, plan: Plan, staging: Path, metadata: Mapping[str, str]) -> None:
-        self._plan, self._staging = plan, staging
-        self._where: dict[str, tuple[SafetensorsWriter, str]] = {}
-        signatures = {t.key: t.result for t in plan.tasks}
-        for shard in plan.shards:
-            path = staging / shard.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            inside = {name: signatures[key] for key, name in shard.names.items()}
-            writer = SafetensorsWriter(path, inside, {"format": "pt", **metadata})
-            self._where.update({key: (writer, name) for key, name in shard.names.items()})
-        self._write_indices()
-
-    def write(self, key: str, tensor: Tensor) -> None:
-        writer, name = self._where[key]
-        writer.write(name, tensor)
-
-    def _write_indices(self) -> None:
-        folders: dict[Path, list[tuple[str, dict[str, str]]]] = {}
-        for shard in self._plan.shards:
-            path = Path(shard.path)
-            folders.setdefault(path.parent, []).append((path.name, shard.names))
-        sizes = {t.key: t.result for t in self._plan.tasks}
-        for folder, shards in folders.items():
-            if len(shards) == 1:
-                continue
-            weight_map = {name: file for file, names in shards for name in names.values()}
-            total = sum(nbytes(sizes[key]) for _, names in shards for key in names)
-            stem = shards[0][0].partition("-0")[0]
-            text = json.dumps(
-                {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2
-            )
-            index = self._staging / folder / f"{stem}.safetensors.index.json"
-            index.write_text(text + "\n", encoding="utf-8")
+def _shape(task: Task, whole: bool) -> tuple[int, ...]:
+    if whole:
+        return task.shape
+    return (-1, *task.shape[1:]) if task.cut == "rows" else (-1,)

@@ -29,8 +29,9 @@ from ..align.statistics.statistics import Statistics
 from ..align.zip_models import REPAIRS
 from ..errors import ArgumentError
 from .checkpoint import Checkpoint
+from .control import staged
 from .files import SafetensorsFile
-from .folder import carry, staged
+from .folder import carry
 from .network import Network
 from .run import DEFAULT_MEMORY, check_device
 from .samples import Batches, Pixels, open_samples

@@ -239,6 +239,8 @@ def test_python_m_mergekern(config: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "tensors merged" in done.stdout
     done = command("merge", config, tmp_path / "out")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}: complete already\n")
+    done = command("merge", config, tmp_path / "out", "--seed", "1")
     assert "output exists" in one_line(done.returncode, done.stdout, done.stderr)
     done = command("merge", config, tmp_path / "new", MERGEKERN_BACKEND="nonsense")
     assert "no such backend" in one_line(done.returncode, done.stdout, done.stderr)

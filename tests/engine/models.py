@@ -116,6 +116,11 @@ def python(code: str, *arguments: object, timeout: float = 60, **environment: st
     )
 
 
+def can_go_on(parent: Path, out: str) -> bool:
+    """The output is not there, but what a later run goes on with."""
+    return not (parent / out).exists() and (parent / f".{out}.mergekern" / "out").is_dir()
+
+
 def nothing_left(parent: Path, out: str) -> bool:
     """Neither the output nor a staging folder of it is there."""
     return not [p for p in parent.iterdir() if p.name == out or p.name.startswith(f".{out}.")]

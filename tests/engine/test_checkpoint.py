@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekern import CheckpointError, merge_checkpoints
 from mergekern.engine.checkpoint import Checkpoint
-from mergekern.engine.files import DTYPES, SafetensorsFile, SafetensorsWriter, TorchFile
+from mergekern.engine.files import DTYPES, SafetensorsFile, SafetensorsWriter
 from mergekern.methods.compat import Signature
 
 from accuracy import assert_bytes_equal
@@ -163,16 +163,6 @@ def test_other_stems_keep_their_name(tmp_path: Path, stem: str) -> None:
     assert same(tmp_path, tensors()).stems == {"": stem}
 
 
-def test_release_and_prefetch_do_not_change_what_is_read(tmp_path: Path) -> None:
-    content = tensors()
-    found = Checkpoint(write_file(tmp_path / "m.safetensors", content))
-    for key, x in content.items():
-        found.prefetch(key)
-        assert_bytes_equal(found.read(key), x)
-        found.release(key)
-        assert_bytes_equal(found.read(key), x)
-
-
 def test_close_while_a_tensor_is_held(tmp_path: Path) -> None:
     found = Checkpoint(write_file(tmp_path / "m.safetensors", {"w": torch.ones(5)}))
     x = found.read("w")
@@ -235,13 +225,6 @@ def test_writer_never_overwrites(tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(FileExistsError):
         _writer(path, {"x": torch.ones(1)})
-
-
-def test_torch_file_keeps_what_it_read(tmp_path: Path) -> None:
-    file = TorchFile(write_file(tmp_path / "m.bin", tensors()))
-    file.prefetch("head.weight")
-    file.release("head.weight")
-    assert_bytes_equal(file.read("head.weight"), tensors()["head.weight"])
 
 
 # ---- folders ---------------------------------------------------------------------------------

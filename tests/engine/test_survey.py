@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mergekern as mk
-from mergekern.engine.stream import OVERHEAD
+from mergekern.engine.memory import OVERHEAD, Window
 from mergekern.methods import REGISTRY, Inputs, Method, Parameter
 from mergekern.methods.registry import REQUIRED
 
@@ -184,32 +184,31 @@ def test_what_goes_wrong_in_a_survey_ends_the_merge(
 def test_budget_holds_in_each_pass(
     peaks: Peaks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors read ahead stay within the memory; without a limit all are read ahead."""
-    import mergekern.engine.checkpoint as checkpoint
-
-    n, size = 12, 1 << 20
+    """Tensors read ahead stay within the memory, and the window is used."""
+    n, size = 12, 8 << 20
     blocks = [{f"b{i}": torch.full((size // 4,), j + i + 1.0) for i in range(n)} for j in range(2)]
     paths = [write_folder(tmp_path / f"m{j}", b) for j, b in enumerate(blocks)]
-    held, most = set(), 0
-    prefetch, release = checkpoint.Checkpoint.prefetch, checkpoint.Checkpoint.release
+    held = most = 0
+    take, give = Window.take, Window.give
 
-    def reading(self: Any, key: str) -> None:
-        nonlocal most
-        held.add((id(self), key))
-        most = max(most, len(held))
-        prefetch(self, key)
+    def taking(self: Window, cost: int, sizes: Sequence[int]) -> list[Tensor] | None:
+        nonlocal held, most
+        taken = take(self, cost, sizes)
+        held += cost
+        most = max(most, held)
+        return taken
 
-    def releasing(self: Any, key: str) -> None:
-        held.discard((id(self), key))
-        release(self, key)
+    def giving(self: Window, cost: int, buffers: Sequence[Tensor]) -> None:
+        nonlocal held
+        held -= cost
+        give(self, cost, buffers)
 
-    monkeypatch.setattr(checkpoint.Checkpoint, "prefetch", reading)
-    monkeypatch.setattr(checkpoint.Checkpoint, "release", releasing)
+    monkeypatch.setattr(Window, "take", taking)
+    monkeypatch.setattr(Window, "give", giving)
     config = ties(*paths, method="peaks")
-    memory = 2 * 6 * size  # half of it is for tensors: two tasks of base, model and result
-    assert memory < OVERHEAD
+    memory = OVERHEAD + 2 * 3 * size  # two tasks of base, model and result
     mk.merge_checkpoints(config, tmp_path / "out", memory=memory, progress=False)
-    assert 2 <= most <= 2 * 2
+    assert 3 * size < most <= 2 * 3 * size
     assert not held
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,14 +36,22 @@ def nbytes(signature: Signature) -> int:
     return torch.Size(signature.shape).numel() * signature.dtype.itemsize
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU: its own memory where it is contiguous, else a copy."""
+    data: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(data)
+
+
 class WeightFile(Protocol):
     """An open file of named tensors."""
 
     path: Path
     signatures: Mapping[str, Signature]
     metadata: Mapping[str, str]
+    # Tensor -> its first byte in the file and one past its last; a tensor missing here is held in
+    # memory.
+    ranges: Mapping[str, tuple[int, int]]
 
+    def read_into(self, name: str, begin: int, buffer: memoryview) -> None: ...
     def read(self, name: str) -> Tensor: ...
-    def prefetch(self, name: str) -> None: ...
-    def release(self, name: str) -> None: ...
     def close(self) -> None: ...

@@ -18,16 +18,16 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...methods.compat import Signature
 from .formats import DTYPES
+from .positioned import PositionedFile
 
-_MADV_POPULATE_READ = 22  # Linux 5.14; older kernels answer EINVAL and pages come on first touch
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
-class SafetensorsFile:
+class SafetensorsFile(PositionedFile):
     """Tensors as views of a private memory map: nothing is copied until it is touched."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         try:
             with safe_open(path, framework="pt"):
                 pass  # raises for truncated, overlapping or oversized headers
@@ -37,7 +37,6 @@ class SafetensorsFile:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
-            self._start = 8 + size
             flags = mmap.MAP_PRIVATE | _NO_RESERVE
             self._map = mmap.mmap(
                 file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE
@@ -49,7 +48,7 @@ class SafetensorsFile:
                     f"{path}: tensor {name} has an unsupported dtype; got {entry['dtype']}"
                 )
         ordered = sorted(header, key=lambda name: header[name]["data_offsets"])
-        self._offsets = {name: tuple(header[name]["data_offsets"]) for name in ordered}
+        self.ranges = {name: _shifted(header[name]["data_offsets"], 8 + size) for name in ordered}
         self.signatures: Mapping[str, Signature] = {
             name: Signature(DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]))
             for name in ordered
@@ -57,30 +56,11 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         dtype, shape = self.signatures[name]
-        begin, end = self._offsets[name]
+        begin, end = self.ranges[name]
         if begin == end:
             return torch.empty(shape, dtype=dtype)
         count = (end - begin) // dtype.itemsize
-        return torch.frombuffer(
-            self._map, dtype=dtype, count=count, offset=self._start + begin
-        ).view(shape)
-
-    def _advise(self, name: str, advice: int) -> None:
-        begin, end = self._offsets[name]
-        first = (self._start + begin) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > begin:
-            self._map.madvise(advice, first, self._start + end - first)
-
-    def prefetch(self, name: str) -> None:
-        """Bring the tensor's pages in now, in the thread that asks."""
-        try:
-            self._advise(name, _MADV_POPULATE_READ)
-        except OSError:
-            self._advise(name, mmap.MADV_WILLNEED)
-
-    def release(self, name: str) -> None:
-        """Give the tensor's pages back; reading it again brings them from the file."""
-        self._advise(name, mmap.MADV_DONTNEED)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin).view(shape)
 
     def close(self) -> None:
         """Let go of the map, which ends with the last tensor that views it.
@@ -89,3 +69,9 @@ class SafetensorsFile:
         unmap the memory under living tensors.
         """
         del self._map
+        super().close()
+
+
+def _shifted(offsets: list[int], by: int) -> tuple[int, int]:
+    begin, end = offsets
+    return begin + by, end + by

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...methods.compat import Signature
+from .formats import bytes_of, nbytes
+from .positioned import PositionedFile, fill
 
 # What torch.load raises for files that are truncated, garbled or hold code.
 _UNREADABLE = (
@@ -28,7 +31,10 @@ _UNREADABLE = (
     AssertionError,
     OverflowError,
     struct.error,
+    zipfile.BadZipFile,
 )
+_MAGIC = b"PK\x03\x04"
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, of the extra field
 
 
 def _reason(error: BaseException) -> str:
@@ -38,39 +44,121 @@ def _reason(error: BaseException) -> str:
     return found.group() if found else text.partition(". ")[0] or type(error).__name__
 
 
-class TorchFile:
-    """A pickle of torch.save, read with weights_only=True: tensors and plain data, never code."""
+class TorchFile(PositionedFile):
+    """A pickle of torch.save, read with weights_only=True: tensors and plain data, never code.
+
+    Opening a file of torch >= 1.6, a zip archive, reads its pickle only: a contiguous tensor is a
+    byte range of its storage, shared or not. Other tensors, and all of an older file or of one
+    from a machine of other byte order, are held in memory.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self.metadata: Mapping[str, str] = {}
         try:
-            mapped = zipfile.is_zipfile(path)  # files of torch < 1.6 are none and are read whole
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            storages = self._storages()
+            tensors = self._tensors("meta") if storages else {}
+            located = {name: _located(t, storages) for name, t in tensors.items()}
+            if not storages or None in located.values():
+                tensors, located = self._tensors("cpu"), {}
         except _UNREADABLE as error:
             raise CheckpointError(
                 f"{path}: torch.load(weights_only=True) refuses it ({_reason(error)}); "
                 "convert it to safetensors where you trust it"
             ) from None
+        self.signatures = {name: Signature.of(t) for name, t in tensors.items()}
+        self._check(tensors)
+        self.ranges = {
+            name: place
+            for name, place in located.items()
+            if place is not None and tensors[name].is_contiguous()
+        }
+        self._held = {
+            name: self._gathered(t, located.get(name))
+            for name, t in tensors.items()
+            if name not in self.ranges
+        }
+
+    def _storages(self) -> dict[int, int]:
+        """First byte -> size of each storage in the archive; none where it is held in memory."""
+        if self._bytes(0, len(_MAGIC)) != _MAGIC:  # as torch.load tells
+            return {}
+        with zipfile.ZipFile(self.path) as archive:
+            records = archive.infolist()
+            for record in records:
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"record {record.filename} is compressed")
+                mark = record.filename.endswith("/byteorder")
+                if mark and archive.read(record).decode() != sys.byteorder:
+                    return {}
+        storages = {}
+        for record in records:
+            header = self._bytes(record.header_offset, _LOCAL_HEADER.size)
+            _, name, extra = _LOCAL_HEADER.unpack(header)
+            storages[record.header_offset + _LOCAL_HEADER.size + name + extra] = record.file_size
+        return storages
+
+    def _tensors(self, where: str) -> dict[str, Tensor]:
+        """The mapping in the file; "meta" reads no weights."""
+        data = torch.load(self.path, map_location=where, weights_only=True)
         if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
             data = data["state_dict"]
         if not isinstance(data, Mapping) or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()
         ):
-            raise CheckpointError(f"{path}: holds no plain mapping of names to tensors")
-        self._tensors: dict[str, Tensor] = dict(data)
-        self.signatures: Mapping[str, Signature] = {
-            name: Signature.of(t) for name, t in self._tensors.items()
-        }
+            raise CheckpointError(f"{self.path}: holds no plain mapping of names to tensors")
+        return {name: tensor.detach() for name, tensor in data.items()}
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        """What a pickle may say and a weight is not."""
+        size = self.path.stat().st_size
+        for name, t in tensors.items():
+            if t.layout != torch.strided:
+                raise CheckpointError(f"{self.path}: tensor {name} is not dense; got {t.layout}")
+            if nbytes(self.signatures[name]) > size:  # it repeats its elements by strides of 0
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} is larger than its file; "
+                    f"got {nbytes(self.signatures[name])} bytes"
+                )
+
+    def _gathered(self, t: Tensor, place: tuple[int, int] | None) -> Tensor:
+        """A tensor in C order; on "meta", its elements out of the bytes that it spans."""
+        if place is None:
+            return t.resolve_conj().resolve_neg().contiguous()
+        raw = torch.empty(place[1] - place[0], dtype=torch.uint8)
+        fill(self._fd, bytes_of(raw), place[0])
+        return raw.view(t.dtype).as_strided(t.shape, t.stride()).contiguous()
+
+    def _bytes(self, offset: int, size: int) -> bytes:
+        raw = bytearray(size)
+        fill(self._fd, memoryview(raw), offset)
+        return bytes(raw)
+
+    def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
+        if name in self.ranges:
+            super().read_into(name, begin, buffer)
+            return
+        raw = bytes_of(self._held[name])
+        buffer.cast("B")[:] = raw[begin : begin + buffer.nbytes]
 
     def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
-
-    def prefetch(self, name: str) -> None:
-        """Pages come on first touch."""
-
-    def release(self, name: str) -> None:
-        """The pickle's storages are shared, so they are kept until close."""
+        return super().read(name) if name in self.ranges else self._held[name]
 
     def close(self) -> None:
-        self._tensors.clear()
+        super().close()
+        self._held.clear()
+
+
+def _located(t: Tensor, storages: Mapping[int, int]) -> tuple[int, int] | None:
+    """The bytes of the file that a tensor on "meta" spans; None where they are not known.
+
+    torch.load works a storage's place out from the order in which torch.save writes, and lets a
+    tensor on "meta" reach beyond its storage. So a place counts only if it is a record's.
+    """
+    first: int = getattr(t.untyped_storage(), "_checkpoint_offset", -1)
+    if first not in storages or t.is_conj() or t.is_neg() or t.layout != torch.strided:
+        return None
+    reach: int = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    begin = int(t.storage_offset()) * t.itemsize
+    end = begin + (reach + 1) * t.itemsize if t.numel() else begin
+    return (first + begin, first + end) if end <= storages[first] else None

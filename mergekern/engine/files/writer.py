@@ -1,4 +1,4 @@
-"""safetensors to write: tensors in any order, as they are finished."""
+"""safetensors to write: parts of tensors in any order, as they are finished."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...methods.compat import Signature
-from .formats import NAMES, nbytes
+from .formats import NAMES, bytes_of, nbytes
 
 
 class SafetensorsWriter:
-    """Writes tensors of known signature in any order; the file is complete when all are in."""
+    """Writes tensors of known signature in any order; the file is complete when all are in.
+
+    keep: a file that has this header and size already is written on.
+    """
 
     def __init__(
-        self, path: Path, signatures: Mapping[str, Signature], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        signatures: Mapping[str, Signature],
+        metadata: Mapping[str, str],
+        *,
+        keep: bool = False,
     ) -> None:
         # Wide types first, as safetensors itself sorts, so that every tensor is aligned.
         names = sorted(signatures, key=lambda n: -signatures[n].dtype.itemsize)
@@ -40,20 +46,39 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
         self._path = path
-        with path.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+        head = len(text).to_bytes(8, "little") + text
+        if keep and _has(path, head, self._start + offset):
+            return
+        with path.open("wb" if keep else "xb") as file:
+            file.write(head)
             file.truncate(self._start + offset)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        if not tensor.numel():
-            return
-        flat = tensor.contiguous().view(-1).view(torch.uint8)
-        data: Any = flat.numpy()
+    def write(self, name: str, tensor: Tensor, begin: int = 0) -> None:
+        """The tensor, or a part of it that starts at byte `begin`."""
+        if tensor.numel():
+            self.write_bytes(name, bytes_of(tensor), begin)
+
+    def write_bytes(self, name: str, data: memoryview, begin: int = 0) -> None:
         fd = os.open(self._path, os.O_WRONLY)  # not kept: there may be thousands of shards
         try:
-            _write_all(fd, memoryview(data), self._start + self._offsets[name])
+            _write_all(fd, data, self._start + self._offsets[name] + begin)
         finally:
             os.close(fd)
+
+    def read_bytes(self, name: str, begin: int, size: int) -> bytes:
+        """What the file holds there, for a comparison."""
+        fd = os.open(self._path, os.O_RDONLY)
+        try:
+            return os.pread(fd, size, self._start + self._offsets[name] + begin)
+        finally:
+            os.close(fd)
+
+
+def _has(path: Path, head: bytes, size: int) -> bool:
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(head)) == head
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

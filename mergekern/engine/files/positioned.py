@@ -1,0 +1,74 @@
+"""Bytes of a file at a place, by pread: a file cut short is an error, not the SIGBUS of a map."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError, CheckpointError
+from ...methods.compat import Signature
+from .formats import bytes_of, nbytes
+
+
+class PositionedFile:
+    """An open file of tensors at known places. It stays the file that was opened, whatever is
+    renamed over its path, and threads may read it at once."""
+
+    path: Path
+    signatures: Mapping[str, Signature]
+    ranges: Mapping[str, tuple[int, int]]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        self._close = weakref.finalize(self, os.close, self._fd)
+
+    def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
+        """Fills `buffer` with the tensor's bytes from `begin` on, in C order.
+
+        Raises: CheckpointError where the file has become shorter or the disk fails.
+        """
+        first, last = self.ranges[name]
+        if not 0 <= begin <= begin + buffer.nbytes <= last - first:
+            got = f"bytes {begin} to {begin + buffer.nbytes}"
+            raise ArgumentError.of("read_into", f"not in {name}", got, f"0 to {last - first}")
+        try:
+            fill(self._fd, buffer.cast("B"), first + begin)
+        except EOFError:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} ends early; the file has become shorter since it was "
+                "opened"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} cannot be read ({error.strerror})"
+            ) from None
+
+    def read(self, name: str) -> Tensor:
+        signature = self.signatures[name]
+        raw = torch.empty(nbytes(signature), dtype=torch.uint8)
+        self.read_into(name, 0, bytes_of(raw))
+        return raw.view(signature.dtype).view(signature.shape)
+
+    def close(self) -> None:
+        self._close()
+
+
+def fill(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fills `buffer` from `offset` of the file on; EOFError where the file ends before.
+
+    preadv may read less than asked for (2 GiB at most).
+    """
+    while buffer:
+        count = os.preadv(fd, [buffer], offset)
+        if not count:
+            raise EOFError
+        buffer, offset = buffer[count:], offset + count

@@ -1,0 +1,57 @@
+"""The weight files of a result, one set for every point of a sweep, and their indices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .files import SafetensorsWriter, nbytes
+from .plan import Plan, Shard
+
+
+class Output:
+    """Files of final size below `root`; slices go where they belong as they are finished."""
+
+    def __init__(self, plan: Plan, root: Path) -> None:
+        self._plan, self._root = plan, root
+        self._where: list[dict[str, tuple[SafetensorsWriter, str]]] = []
+        signatures = {t.key: t.signature for t in plan.tasks}
+        for point in plan.points:
+            where: dict[str, tuple[SafetensorsWriter, str]] = {}
+            for shard in plan.shards:
+                path = root / point / shard.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                inside = {name: signatures[key] for key, name in shard.names.items()}
+                writer = SafetensorsWriter(path, inside, plan.metadata, keep=True)
+                where.update({key: (writer, name) for key, name in shard.names.items()})
+            self._where.append(where)
+
+    def write(self, point: int, task: int, index: int, data: memoryview) -> None:
+        """The bytes of a slice."""
+        t = self._plan.tasks[task]
+        writer, name = self._where[point][t.key]
+        if data:
+            writer.write_bytes(name, data, t.slices[index][0] * t.result.itemsize)
+
+    def read(self, point: int, task: int, index: int) -> bytes:
+        """What is there now of a slice."""
+        t = self._plan.tasks[task]
+        begin, end = (i * t.result.itemsize for i in t.slices[index])
+        writer, name = self._where[point][t.key]
+        return writer.read_bytes(name, begin, end - begin)
+
+    def write_indices(self) -> None:
+        folders: dict[Path, list[Shard]] = {}
+        for shard in self._plan.shards:
+            folders.setdefault(Path(shard.path).parent, []).append(shard)
+        sizes = {t.key: nbytes(t.signature) for t in self._plan.tasks}
+        for folder, shards in folders.items():
+            if len(shards) == 1:
+                continue
+            weight_map = {n: Path(s.path).name for s in shards for n in s.names.values()}
+            total = sum(sizes[key] for s in shards for key in s.names)
+            stem = Path(shards[0].path).name.partition("-0")[0]
+            about = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            for point in self._plan.points:
+                path = self._root / point / folder / f"{stem}.safetensors.index.json"
+                path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
