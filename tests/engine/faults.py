@@ -15,7 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergekern import MergekernError, merge_checkpoints
+from mergekern.engine import units
 from mergekern.methods import slices
 
 # What changes a disk: all of it that Python can ask the system for by name.
@@ -111,16 +112,20 @@ class Fault:
 
 @dataclass(frozen=True)
 class Job:
-    """A merge; slices of `slice` elements, so that small tensors have many."""
+    """A merge; of slices of `slice` elements, so that small tensors have many.
+
+    batch: bytes of tensors that travel together, small for the same reason.
+    """
 
     config: Mapping[str, Any]
     out: Path
     slice: int = 1000
+    batch: int = 10_000
     threads: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def given(self, **options: Any) -> Job:
-        return Job(self.config, self.out, self.slice, self.threads, {**self.options, **options})
+        return replace(self, options={**self.options, **options})
 
 
 class Log:
@@ -165,7 +170,7 @@ class Log:
 
 def _child(job: Job, fault: Fault | None, result: Connection) -> None:
     os.environ["MERGEKERN_THREADS"] = str(job.threads)
-    slices.SLICE = job.slice
+    slices.SLICE, units._BATCH = job.slice, job.batch
     log = Log(fault or Fault(kill, -1))
     log.install()
     error = ""

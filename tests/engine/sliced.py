@@ -28,7 +28,7 @@ def tensors(seed: int, size: int = 1) -> dict[str, Tensor]:
         "unused": normal(0, 3),
         "head.weight": normal(10, 100),
     }
-    for i in range(3):
+    for i in range(6):
         made[f"layers.{i}.weight"] = normal(37 * size, 41, dtype=torch.float16)
         made[f"layers.{i}.bias"] = normal(37)
     return made
