@@ -13,7 +13,8 @@ from .align.statistics.collect import collect_statistics
 from .align.statistics.statistics import Statistics
 from .align.zip_models import zip_models
 from .engine.manifest import Manifest
-from .engine.run import merge_checkpoints
+from .engine.run import merge_checkpoints, merge_sweep, plan_merge
+from .engine.verify import Verification, verify
 from .engine.zip_folder import load_zip
 from .errors import (
     ArgumentError,
@@ -61,6 +62,7 @@ __all__ = [
     "Spaces",
     "Statistics",
     "Threshold",
+    "Verification",
     "apply",
     "assign",
     "assign_heads",
@@ -81,15 +83,18 @@ __all__ = [
     "merge_checkpoints",
     "merge_deltas",
     "merge_state_dicts",
+    "merge_sweep",
     "merge_tensors",
     "methods",
     "permute",
     "permute_all",
+    "plan_merge",
     "rank_mask",
     "repair",
     "save_masks",
     "tall_masks",
     "variance_mask",
+    "verify",
     "weighted_rows",
     "weighted_sum",
     "zip_match",

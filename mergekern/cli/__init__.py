@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from ..errors import MergekernError
-from . import bench, demo, doctor, hook, inspect, merge, zip
+from . import bench, demo, doctor, hook, inspect, merge, verify, zip
 
 app = typer.Typer(
     name="mergekern",
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("merge")(merge.merge)
 app.command("zip")(zip.zip)
+app.command("verify")(verify.verify)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

@@ -110,6 +110,10 @@ class Checkpoint:
     def files(self) -> list[WeightFile]:
         return list({id(f): f for f, _ in self._where.values()}.values())
 
+    def name_of(self, file: WeightFile) -> str:
+        """Its path in the model's folder."""
+        return file.path.relative_to(self.folder).as_posix() if self.folder else file.path.name
+
     def locate(self, key: str) -> tuple[WeightFile, str]:
         """The file that holds a tensor, and its name there."""
         return self._where[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,19 @@ class MergeConfig:
     exceptions: tuple[ExceptionRule, ...]
     home: str  # the model whose files go along: the base, or the first
     text: str
+    swept: Mapping[str, Any] = field(default_factory=dict)  # parameters that a sweep has set
+
+    def with_parameters(self, chosen: Mapping[str, Any]) -> MergeConfig:
+        """These values for all models, whatever was said of them."""
+
+        def others(parameters: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                k: v for k, v in parameters.items() if self.method.parameter(k).name not in chosen
+            }
+
+        models = tuple(replace(m, parameters=others(m.parameters)) for m in self.models)
+        parameters = {**others(self.parameters), **chosen}
+        return replace(self, models=models, parameters=parameters, swept=dict(chosen))
 
     @property
     def paths(self) -> tuple[str, ...]:

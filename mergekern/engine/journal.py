@@ -13,7 +13,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ class Journal:
         self._synced = time.monotonic()
         self._write(head)
 
-    def add(self, entries: Iterable[Entry]) -> None:
+    def add(self, entries: Sequence[Entry]) -> None:
         self._write(*(list(entry) for entry in entries))
         if time.monotonic() - self._synced > _SYNC_EVERY:
             os.fdatasync(self._fd)

@@ -43,10 +43,16 @@ def describe(
     config: MergeConfig,
     entries: Entries,
     point: int,
-    carried: Mapping[str, Path],
+    folder: Path,
+    carried: Sequence[str],
     left_out: Sequence[str],
 ) -> dict[str, Any]:
-    """The manifest of one output: the same for every machine, memory, number of threads."""
+    """The manifest of one output: the same for every machine, memory, number of threads.
+
+    folder: the output, which has everything but the manifest.
+    """
+    shards = {shard.path for shard in plan.shards}
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     models: list[dict[str, Any]] = [{"path": path, "files": []} for path in config.paths]
     for source in plan.sources:
         about = {"name": source.name, "size": source.size, "layout": source.layout}
@@ -60,11 +66,17 @@ def describe(
         "host": plan.host,
         "seed": plan.seed,
         "config": config.text,
+        "swept": config.swept,
         "models": models,
         "slice": slices.SLICE,
         "tensors": _tensors(plan, entries, point),
         "weights": [shard.path for shard in plan.shards],
-        "carried": {name: digest_of(path.read_bytes()) for name, path in carried.items()},
+        "files": {
+            name: digest_of(path.read_bytes())
+            for name, path in sorted(found.items())
+            if name not in shards
+        },
+        "carried": list(carried),
         "dropped": list(plan.dropped),
         "left_out": list(left_out),
     }

@@ -25,8 +25,8 @@ class Window:
     into it; those that stand idle count, and go where others are wanted.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, *, pinned: bool = False) -> None:
+        self._limit, self._pinned = limit, pinned
         self._taken = self._idle_bytes = 0
         self._idle: dict[int, list[Tensor]] = {}
         self._closed = False
@@ -51,7 +51,7 @@ class Window:
             stack = next(stack for stack in self._idle.values() if stack)
             self._idle_bytes -= len(stack.pop())
         return [
-            torch.empty(g, dtype=torch.uint8) if x is None else x
+            torch.empty(g, dtype=torch.uint8, pin_memory=self._pinned) if x is None else x
             for g, x in zip(grains, found, strict=True)
         ]
 

@@ -23,7 +23,7 @@ from ..methods.slices import slices
 from ..version import __version__
 from .checkpoint import Checkpoint
 from .config import ExceptionRule, MergeConfig
-from .files import nbytes
+from .files import WeightFile, nbytes
 from .journal import digest_of
 from .parameters import arguments, layer_positions
 
@@ -108,6 +108,11 @@ class Plan:
         """Bytes without which the plan cannot run: those of its largest slice."""
         return max((t.cost(s) for t in self.tasks for s in t.slices), default=0)
 
+    def describe(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        plain: dict[str, Any] = json.loads(json.dumps(vars(self), default=_plain))
+        return plain
+
     @functools.cached_property
     def digest(self) -> str:
         """Equal for plans that give the same bytes."""
@@ -171,11 +176,14 @@ def make_plan(
 def _sources(checkpoints: Sequence[Checkpoint]) -> Iterator[Source]:
     for i, c in enumerate(checkpoints):
         for file in c.files:
-            entries = [[k, name_of(d), list(s)] for k, (d, s) in file.signatures.items()]
-            about = [entries, dict(file.ranges), dict(file.metadata)]
-            name = file.path.relative_to(c.folder).as_posix() if c.folder else file.path.name
-            layout = digest_of(json.dumps(about, sort_keys=True))
-            yield Source(i, name, file.path.stat().st_size, layout)
+            yield Source(i, c.name_of(file), file.path.stat().st_size, layout_of(file))
+
+
+def layout_of(file: WeightFile) -> str:
+    """The digest of names, types, shapes and places of the tensors of a file."""
+    entries = [[k, name_of(d), list(s)] for k, (d, s) in file.signatures.items()]
+    about = [entries, dict(file.ranges), dict(file.metadata)]
+    return digest_of(json.dumps(about, sort_keys=True))
 
 
 def _listing(problems: dict[str, str]) -> str:

@@ -1,10 +1,8 @@
-"""merge_checkpoints: configuration -> plan -> stream, into a folder that appears when complete."""
+"""merge_checkpoints and merge_sweep: configuration -> plan -> stream -> a folder, when complete."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import time
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,19 +12,13 @@ import torch
 
 from ..check import parse_size
 from ..errors import ArgumentError, ConfigWarning
-from .checkpoint import Checkpoint
 from .config import MergeConfig, load_config
-from .control import Control, check_space, check_target, held, writing_failed
-from .folder import carry, write_card
-from .journal import Entries, Journal, read_journals
-from .manifest import Manifest, describe, read_manifest, write_manifest
-from .output import Output
+from .job import Job, Options
+from .manifest import Manifest
+from .outlook import Outlook, outlook
 from .parameters import idle
-from .plan import Plan, make_plan
+from .plan import Plan
 from .progress import bar
-from .reading import Reader
-from .resume import finished, head_of, intact, require_same_inputs
-from .stream import Settings, Stream
 
 DEFAULT_MEMORY = "4GiB"
 DEFAULT_SHARD_SIZE = "5GB"
@@ -47,12 +39,15 @@ def merge_checkpoints(
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
 
-    Tensors are merged one by one: reading, computing and writing overlap while the bytes of the
-    tensors under way stay within `memory` (beside what the process holds anyway). Names are
-    preserved; a tensor that one input lacks, or has in another shape or class of dtype, is an
-    error that lists all of them. Integer buffers are copied if equal. Files that are no weights
-    are copied from the base model (or the first); a model card and the configuration are added.
-    `out` appears, complete and synced to disk, or not at all.
+    Tensors are cut into slices wherever the method allows: reading, computing and writing overlap
+    while the bytes of the slices under way stay within `memory` (beside what the process holds
+    anyway). The result does not depend on it. Names are preserved; a tensor that one input lacks,
+    or has in another shape or class of dtype, is an error that lists all of them. Integer buffers
+    are copied if equal. Files that are no weights are copied from the base model (or the first); a
+    model card, the configuration and a manifest with checksums are added.
+    `out` appears, complete and synced to disk, or not at all. A run that ended early leaves
+    `.NAME.mergekern` beside it, and the same call goes on from there (resume=False begins anew);
+    if `out` is complete already, by the same plan, nothing is done.
 
     dtype in the configuration only sets the dtype of the result (out_dtype goes before it):
     inputs are never rounded, the result is, once. float64 computes in float64.
@@ -61,129 +56,111 @@ def merge_checkpoints(
     random masks are drawn from torch's generator, seeded with `seed`.
     Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
-    Raises: ConfigError, CheckpointError, ArgumentError; OSError where the disk refuses.
+    Raises: ConfigError, CheckpointError, ArgumentError.
     Source: mergekit `mergekit-yaml`, `mergekit-pytorch`.
     """
-    started = time.perf_counter()
+    options = _options(memory, shard_size, device, seed, backend, host, resume)
+    with _job({"": load_config(config)}, options) as job, bar(shown=progress) as shown:
+        return job.run(Path(out), shown)[0]
+
+
+def merge_sweep(
+    config: str | Path | Mapping[str, Any],
+    out: str | Path,
+    sweep: Mapping[str, Sequence[Any]],
+    *,
+    memory: int | str = DEFAULT_MEMORY,
+    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    device: str = "cpu",
+    seed: int = 0,
+    backend: str = "auto",
+    host: str | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> dict[str, Manifest]:
+    """Many merges from one read of the inputs: every combination of the values in `sweep`.
+
+    sweep: parameter of the method -> its values, in place of what the configuration says of it,
+    for all models. Each result goes to a folder of its own in `out`, named after its values, such
+    as "density=0.2,lambda=1"; it is what `merge_checkpoints` makes with them, to the bit.
+    Result: the manifest of each folder, by name. Memory: one result per combination is held of
+    each slice. Otherwise as `merge_checkpoints`.
+    Raises: as it does; ArgumentError for parameters that the method lacks.
+    """
+    options = _options(memory, shard_size, device, seed, backend, host, resume)
+    points = swept(load_config(config), sweep)
+    with _job(points, options) as job, bar(shown=progress) as shown:
+        return dict(zip(points, job.run(Path(out), shown), strict=True))
+
+
+def plan_merge(
+    config: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    memory: int | str = DEFAULT_MEMORY,
+    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    device: str = "cpu",
+    seed: int = 0,
+    backend: str = "auto",
+    host: str | None = None,
+) -> tuple[Plan, Outlook]:
+    """What `merge_checkpoints` (with sweep, `merge_sweep`) would do, and how long it would take.
+
+    Nothing is merged or left behind; for the rates, one slice is read and computed, and a file
+    without a name is written where `out` would be.
+    Result: the plan, whose `describe()` is JSON, and the `Outlook`.
+    Raises: as the merge would, as far as can be known before it begins.
+    """
     parsed = load_config(config)
-    parsed.method.check_host(host)
-    target = Path(out)
+    points = {"": parsed} if sweep is None else swept(parsed, sweep)
+    with _job(points, _options(memory, shard_size, device, seed, backend, host, True)) as job:
+        return job.plan, outlook(job, Path(out))
+
+
+def swept(config: MergeConfig, sweep: Mapping[str, Sequence[Any]]) -> dict[str, MergeConfig]:
+    """The configuration of each combination, by the name of its folder."""
+    names = [config.method.parameter(name).name for name in sweep]
+    for name, values in zip(names, sweep.values(), strict=True):
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ArgumentError.of(
+                "merge_sweep", f"no values of {name}", repr(values), "a list of at least one"
+            )
+    if not names or len(set(names)) < len(names):
+        got = ", ".join(sweep) or "none"
+        raise ArgumentError.of("merge_sweep", "no parameters to sweep", got, "each once")
+    points = {}
+    for values in itertools.product(*sweep.values()):
+        chosen = dict(zip(names, values, strict=True))
+        label = ",".join(f"{name}={value}" for name, value in chosen.items()).replace("/", "_")
+        points[label] = config.with_parameters(chosen)
+    return points
+
+
+def _options(
+    memory: int | str,
+    shard_size: int | str,
+    device: str,
+    seed: int,
+    backend: str,
+    host: str | None,
+    resume: bool,
+) -> Options:
     check_device(device)
     limit, largest = parse_size("memory", memory), parse_size("shard_size", shard_size)
-    with contextlib.ExitStack() as stack:
-        checkpoints = []
-        for path in parsed.paths:
-            checkpoints.append(Checkpoint(path))
-            stack.callback(checkpoints[-1].close)
-        plan = make_plan({"": parsed}, checkpoints, limit, largest, host=host, seed=seed)
-        _warn_of_idle(parsed, plan)
-        outcome = functools.partial(_outcome, target, plan, started)
-        if _is_complete(target, plan):
-            return outcome(read_manifest(target) or {}, 0)
-        check_target(target)
-        control = stack.enter_context(held(target))
-        shown = stack.enter_context(bar(shown=progress))
-        settings = Settings(parsed, device, seed, backend, host, limit, shown)
-        about, bytes_read = _make(plan, checkpoints, control, settings, resume)
-    return outcome(about, bytes_read)
+    return Options(limit, largest, device, seed, backend, host, resume)
 
 
-def _outcome(
-    target: Path, plan: Plan, started: float, about: Mapping[str, Any], bytes_read: int
-) -> Manifest:
-    merged = sum(t.arguments is not None for t in plan.tasks)
-    return Manifest(
-        out=target,
-        method=plan.method,
-        merged=merged,
-        copied=len(plan.tasks) - merged,
-        dropped=plan.dropped,
-        bytes_read=bytes_read,
-        bytes_written=plan.bytes_written if bytes_read else 0,
-        seconds=time.perf_counter() - started,
-        weights=tuple(s.path for s in plan.shards),
-        carried=tuple(about["carried"]),
-        left_out=tuple(about["left_out"]),
-    )
-
-
-def _is_complete(target: Path, plan: Plan) -> bool:
-    """Whether the output is there, made by this plan."""
-    found = read_manifest(target / plan.points[0])
-    return found is not None and found.get("plan") == plan.digest
-
-
-def _warn_of_idle(config: MergeConfig, plan: Plan) -> None:
-    merged = [t.key for t in plan.tasks if t.arguments is not None]
+def _job(points: Mapping[str, MergeConfig], options: Options) -> Job:
+    """Opened and planned, with a warning of settings that have no effect."""
+    config = next(iter(points.values()))
+    config.method.check_host(options.host)
+    job = Job(points, options)
+    merged = [t.key for t in job.plan.tasks if t.arguments is not None]
     if without_effect := idle(config, merged):
         lines = "".join(f"\n  {what}" for what in without_effect)
         warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
-
-
-def _make(
-    plan: Plan,
-    checkpoints: Sequence[Checkpoint],
-    control: Control,
-    settings: Settings,
-    resume: bool,
-) -> tuple[dict[str, Any], int]:
-    """All slices that are not there yet, the files beside them, the commit.
-
-    An error leaves the control folder, so that another run can go on, if there is a slice in it.
-    """
-    reader = Reader(plan, checkpoints)
-    stream = Stream(plan, checkpoints, reader, settings)
-    entries: Entries = {}
-    begun = False
-    try:
-        if not resume:
-            control.clear()
-        entries, stamped_anew = finished(plan, checkpoints, control)
-        begun = bool(entries)
-        if not begun:
-            control.clear()
-            check_space(control.target, plan.bytes_written)
-        output = Output(plan, control.out)
-        if stamped_anew:
-            require_same_inputs(plan, reader, entries, control.target)
-        entries = intact(output, plan, entries)
-        journal = Journal(control.folder, head_of(plan, checkpoints))
-        try:
-            made = stream.merge(output, journal, entries)
-        finally:
-            journal.close()
-        about = _finish(plan, checkpoints, control, settings.config, output, {**entries, **made})
-    except OSError as error:
-        raise writing_failed(control.target, error) from error
-    finally:
-        if not begun and not read_journals(control.folder)[1]:
-            control.remove()
-    return about, stream.bytes_read
-
-
-def _finish(
-    plan: Plan,
-    checkpoints: Sequence[Checkpoint],
-    control: Control,
-    config: MergeConfig,
-    output: Output,
-    entries: Entries,
-) -> dict[str, Any]:
-    """What lies beside the weights; then the output takes its name. The manifest of the first."""
-    home = checkpoints[config.paths.index(config.home)]
-    output.write_indices()
-    first: dict[str, Any] = {}
-    for i, point in enumerate(plan.points):
-        folder = control.out / point
-        carried, left_out = carry(home, folder, config.out_dtype or config.dtype)
-        write_card(config, folder)
-        files = {name: folder / name for name in carried}
-        about = describe(plan, config, entries, i, files, left_out)
-        write_manifest(folder, about)
-        first = first or about
-    control.commit()
-    control.remove()
-    return first
+    return job
 
 
 def check_device(device: str) -> None:

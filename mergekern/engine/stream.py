@@ -7,22 +7,21 @@ import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..methods.registry import Inputs
-from .checkpoint import Checkpoint
 from .config import MergeConfig
 from .files.formats import bytes_of
-from .journal import Entries, Entry, Journal, digest_of
+from .journal import Entries, Entry, digest_of
 from .memory import Window, window
-from .output import Output
+from .place import Sent, place_of
 from .plan import Plan, Task
 from .progress import Bar
 from .reading import Loaded, Reader
-from .units import Apart, Unit, merge_units, slice_units, visit_units
+from .units import Apart, Part, Unit, merge_units, slice_units, visit_units
 
 
 @dataclass(frozen=True)
@@ -41,23 +40,35 @@ class _Arrived(NamedTuple):
 
     unit: Unit
     loaded: list[Loaded]
+    sent: list[Sent]  # the tensors of each, where they are computed
     buffers: list[Tensor]
+
+
+class Sink(Protocol):
+    """Where results go."""
+
+    def write(self, point: int, task: int, index: int, data: memoryview) -> None: ...
+
+
+class Record(Protocol):
+    """Where what is done is noted."""
+
+    def add(self, entries: Sequence[Entry]) -> None: ...
 
 
 class Stream:
     """The work of one plan: `merge` it, with the passes before that its method needs."""
 
-    def __init__(
-        self, plan: Plan, checkpoints: Sequence[Checkpoint], reader: Reader, settings: Settings
-    ) -> None:
+    def __init__(self, plan: Plan, reader: Reader, settings: Settings) -> None:
         self._plan, self._settings, self._reader = plan, settings, reader
         self._method = settings.config.method
-        self._limit = window(settings.memory)
+        self._place = place_of(settings.device)
+        self._limit = self._place.window(window(settings.memory), plan.peak)
         self.bytes_read = 0
 
     # ---- the passes --------------------------------------------------------------------------
 
-    def merge(self, output: Output, journal: Journal, done: Entries) -> Entries:
+    def merge(self, output: Sink, journal: Record, done: Entries) -> Entries:
         """Everything that is not done, and its entries."""
         tasks = self._plan.tasks
         units = list(merge_units(tasks, self._limit, lambda i, j: (i, j) in done))
@@ -107,13 +118,16 @@ class Stream:
         def visit(visitor: Callable[..., None]) -> None:
             self._settings.bar.expect(sum(map(self._read, units)))
             with self._ahead(units) as (ready, under_way):
-                for unit, loaded, buffers in ready:
-                    for each in loaded:
+                for arrived in ready:
+                    for each, sent in zip(arrived.loaded, arrived.sent, strict=True):
                         task = self._plan.tasks[each.part.task]
                         assert task.arguments is not None
-                        visitor(self._inputs(each), **task.arguments[point])
-                    del loaded
-                    under_way.give(unit.cost, buffers)
+                        inputs = self.inputs(each.part, self._place.receive(sent))
+                        visitor(inputs, **task.arguments[point])
+                        sent.wait()  # its buffers will be read into again
+                        del inputs
+                    under_way.give(arrived.unit.cost, arrived.buffers)
+                    del arrived, sent
 
         return visit
 
@@ -121,15 +135,15 @@ class Stream:
         self,
         units: Sequence[Unit],
         found: Sequence[Any],
-        output: Output,
-        journal: Journal,
+        output: Sink,
+        journal: Record,
         made: Entries,
     ) -> None:
         """Reader and writer threads around the computing one; any error ends all three."""
         if not units:
             return
 
-        def write(arrived: _Arrived, results: list[list[Tensor]]) -> None:
+        def write(arrived: _Arrived, results: list[Sent]) -> None:
             with contextlib.ExitStack() as failed:
                 failed.callback(under_way.close)  # else the others wait for bytes for ever
                 entries = self._write(arrived, results, output)
@@ -145,7 +159,10 @@ class Stream:
         ):
             writing: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
             for arrived in ready:
-                results = [self._compute(each, found) for each in arrived.loaded]
+                results = [
+                    self._compute(each.part, sent, found)
+                    for each, sent in zip(arrived.loaded, arrived.sent, strict=True)
+                ]
                 writing.put(writer.submit(write, arrived, results))
                 del results, arrived
                 while not writing.empty():  # raises what the writer raised
@@ -165,7 +182,7 @@ class Stream:
 
         Who has done a unit gives its cost back. Any error, here or there, ends both.
         """
-        under_way = Window(self._limit)
+        under_way = Window(self._limit, pinned=self._place.pinned)
         ready: queue.SimpleQueue[_Arrived | None] = queue.SimpleQueue()
 
         def read() -> None:
@@ -174,8 +191,9 @@ class Stream:
                     buffers = under_way.take(unit.cost, self._reader.sizes(unit))
                     if buffers is None:
                         return
-                    ready.put(_Arrived(unit, self._reader.load(unit, buffers), buffers))
-                    del buffers
+                    loaded = self._reader.load(unit, buffers)
+                    ready.put(_Arrived(unit, loaded, list(map(self._send, loaded)), buffers))
+                    del buffers, loaded
                     size = self._read(unit)
                     self.bytes_read += size
                     self._settings.bar.advance(size)
@@ -205,53 +223,54 @@ class Stream:
     def _moved(self, unit: Unit) -> int:
         return self._read(unit) + self._written(unit)
 
-    def _compute(self, each: Loaded, found: Sequence[Any]) -> list[Tensor]:
-        """The result of a part, flat, for each point."""
-        task = self._plan.tasks[each.part.task]
-        if task.arguments is None:
-            copied = each.tensors[0].to(task.compute).to(task.result)
-            return [copied] * len(self._plan.points)
-        inputs = self._inputs(each)
-        return [
-            self._method.merge(replace(inputs, survey=survey), **arguments)
-            .cpu()
-            .to(task.result)
-            .view(-1)
-            for arguments, survey in zip(task.arguments, found, strict=True)
-        ]
+    def _send(self, each: Loaded) -> Sent:
+        """What is copied stays here."""
+        merged = self._plan.tasks[each.part.task].arguments is not None
+        return self._place.send(each.tensors) if merged else Sent(each.tensors)
 
-    def _inputs(self, each: Loaded) -> Inputs:
-        settings, part = self._settings, each.part
+    def _compute(self, part: Part, sent: Sent, found: Sequence[Any]) -> Sent:
+        """The result of a part, flat, for each point."""
         task = self._plan.tasks[part.task]
-        offset = task.slices[part.first][0]
+        if task.arguments is None:
+            copied = sent.tensors[0].to(task.compute).to(task.result)
+            return Sent([copied] * len(self._plan.points))
+        inputs = self.inputs(part, self._place.receive(sent))
+        merge = self._method.merge
+        return self._place.fetch(
+            [
+                merge(replace(inputs, survey=survey), **arguments).to(task.result).view(-1)
+                for arguments, survey in zip(task.arguments, found, strict=True)
+            ]
+        )
+
+    def inputs(self, part: Part, tensors: Sequence[Tensor]) -> Inputs:
+        """A part as its method takes it, of flat tensors as they are stored."""
+        settings, task = self._settings, self._plan.tasks[part.task]
         whole = part.last - part.first == len(task.slices)
-        shape = _shape(task, whole)
-        tensors = [
-            x.view(shape).to(device=settings.device, dtype=task.compute) for x in each.tensors
-        ]
+        shaped = [x.view(_shape(task, whole)).to(dtype=task.compute) for x in tensors]
         apart = settings.config.base_apart
         return Inputs(
-            xs=tensors[apart:],
-            base=tensors[0] if apart else None,
+            xs=shaped[apart:],
+            base=shaped[0] if apart else None,
             name=task.key,
             seed=settings.seed,
             out_dtype=task.compute if settings.host == "mergekit" else task.result,
             backend=settings.backend,
             host=settings.host,
             models=[i - apart for i in task.sources[apart:]],
-            offset=offset,
+            offset=task.slices[part.first][0],
             shape=None if whole else task.shape,
         )
 
-    def _write(self, arrived: _Arrived, results: list[list[Tensor]], output: Output) -> list[Entry]:
+    def _write(self, arrived: _Arrived, results: list[Sent], output: Sink) -> list[Entry]:
         entries = []
-        for each, points in zip(arrived.loaded, results, strict=True):
+        for each, sent in zip(arrived.loaded, results, strict=True):
             part, task = each.part, self._plan.tasks[each.part.task]
             origin = task.slices[part.first][0]
             for i, read in zip(range(part.first, part.last), each.digests, strict=True):
                 begin, end = (j - origin for j in task.slices[i])
                 digests = []
-                for point, result in enumerate(points):
+                for point, result in enumerate(sent.wait()):
                     data = bytes_of(result[begin:end])
                     output.write(point, part.task, i, data)
                     digests.append(digest_of(data))

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 SLICE = 1 << 22  # elements, of a row if it has more
 
 
-def slices(shape: Sequence[int], cut: str | None) -> list[tuple[int, int]]:
+def slices(shape: Sequence[int], cut: str | None, size: int | None = None) -> list[tuple[int, int]]:
     """Ranges of flat indices that make up the tensor, in order; one of an empty one.
 
     cut "elements": `SLICE` each. "rows": as many rows of the first axis as fit in `SLICE`, at
-    least one. None: all at once.
+    least one. None: all at once. size: in place of `SLICE`.
 
     >>> slices([5 * SLICE // 2], "elements") == [
     ...     (0, SLICE), (SLICE, 2 * SLICE), (2 * SLICE, 5 * SLICE // 2)
@@ -26,12 +26,13 @@ def slices(shape: Sequence[int], cut: str | None) -> list[tuple[int, int]]:
     True
     """
     total = math.prod(shape)
+    size = SLICE if size is None else size
     step = total
     if cut == "elements":
-        step = SLICE
+        step = size
     elif cut == "rows" and shape and total:
         row = total // shape[0]
-        step = max(1, SLICE // row) * row
+        step = max(1, size // row) * row
     if total <= step:
         return [(0, total)]
     return [(begin, min(begin + step, total)) for begin in range(0, total, step)]
