@@ -82,6 +82,13 @@ def held(target: Path) -> Iterator[Control]:
         os.close(fd)
 
 
+def forget(target: Path) -> None:
+    """Removes what a run left that was killed after its output had the name."""
+    if control_folder(target).exists():
+        with held(target) as control:
+            control.remove()
+
+
 @contextlib.contextmanager
 def staged(target: Path, size: int) -> Iterator[Path]:
     """A folder that takes the name `target` at the end, or vanishes on any error."""

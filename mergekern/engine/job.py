@@ -10,7 +10,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .config import MergeConfig
-from .control import Control, check_space, check_target, held, writing_failed
+from .control import Control, check_space, check_target, forget, held, writing_failed
 from .folder import carry, write_card
 from .journal import Entries, Journal, read_journals
 from .manifest import Manifest, describe, read_manifest, write_manifest
@@ -78,6 +78,7 @@ class Job:
         abouts = [read_manifest(target / point) for point in points]
         done = [about for about in abouts if about and about.get("plan") == self.plan.digest]
         if len(done) == len(points):
+            forget(target)
             return [self._outcome(target / p, d, 0, 0.0) for p, d in zip(points, done, strict=True)]
         check_target(target)
         with held(target) as control:
@@ -125,6 +126,7 @@ class Job:
     def _finish(self, control: Control, output: Output, entries: Entries) -> list[dict[str, Any]]:
         """What lies beside the weights; then the output takes its name. The manifests."""
         home = self.checkpoints[self.config.paths.index(self.config.home)]
+        output.clear_rest()
         output.write_indices()
         abouts = []
         for i, (point, config) in enumerate(self.configs.items()):

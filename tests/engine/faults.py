@@ -267,5 +267,6 @@ def same(out: Path, whole: Mapping[str, bytes]) -> None:
     """The output is what an uninterrupted run makes, and nothing is beside it."""
     got = content(out)
     differing = sorted(k for k in got.keys() | whole.keys() if got.get(k) != whole.get(k))
-    assert not differing
-    assert not list(out.parent.glob(f".{out.name}.*"))
+    assert not differing, differing
+    left = list(out.parent.glob(f".{out.name}.*"))
+    assert not left, left
