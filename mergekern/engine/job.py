@@ -18,7 +18,7 @@ from .output import Output
 from .plan import make_plan
 from .progress import Bar
 from .reading import Reader
-from .resume import finished, head_of, intact, require_same_inputs
+from .resume import finished, head_of, intact, require_same_inputs, require_unwritten
 from .stream import Settings, Stream
 
 
@@ -101,15 +101,15 @@ class Job:
         try:
             if not self.options.resume:
                 control.clear()
-            entries, stamped_anew = finished(plan, checkpoints, control)
-            begun = bool(entries)
+            left, stamped_anew = finished(plan, checkpoints, control)
+            begun = bool(left.entries)
             if not begun:
                 control.clear()
                 check_space(control.target, plan.bytes_written)
             output = Output(plan, control.out)
             if stamped_anew:
-                require_same_inputs(plan, reader, entries, control.target)
-            entries = intact(output, plan, entries)
+                require_same_inputs(plan, reader, left, control.target)
+            entries = intact(output, plan, left.entries)
             journal = Journal(control.folder, head_of(plan, checkpoints))
             try:
                 entries.update(stream.merge(output, journal, entries))
@@ -119,12 +119,13 @@ class Job:
         except OSError as error:
             raise writing_failed(control.target, error) from error
         finally:
-            if not begun and not read_journals(control.folder)[1]:
+            if not begun and not read_journals(control.folder).entries:
                 control.remove()
         return made, stream.bytes_read
 
     def _finish(self, control: Control, output: Output, entries: Entries) -> list[dict[str, Any]]:
         """What lies beside the weights; then the output takes its name. The manifests."""
+        require_unwritten(self.checkpoints, control.target)
         home = self.checkpoints[self.config.paths.index(self.config.home)]
         output.clear_rest()
         output.write_indices()

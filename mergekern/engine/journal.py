@@ -38,7 +38,7 @@ def joined(digests: Iterable[str]) -> str:
 
 
 class Entry(NamedTuple):
-    """A slice that is in the output."""
+    """A slice that is in the output; or, without results, one that was read before the merge."""
 
     task: int
     slice: int
@@ -48,6 +48,14 @@ class Entry(NamedTuple):
 
 
 Entries = dict[tuple[int, int], Entry]
+
+
+class Left(NamedTuple):
+    """What earlier runs left."""
+
+    heads: list[dict[str, Any]]  # of their journals, the oldest first
+    entries: Entries  # of slices that are in the output
+    seen: list[Entry]  # of slices that a survey read, on which all of the output depends
 
 
 class Journal:
@@ -85,19 +93,21 @@ class Journal:
         os.close(self._fd)
 
 
-def read_journals(folder: Path) -> tuple[list[dict[str, Any]], Entries]:
-    """The heads of all journals, the oldest first, and what they say is done."""
-    heads: list[dict[str, Any]] = []
-    entries: Entries = {}
+def read_journals(folder: Path) -> Left:
+    left = Left([], {}, [])
     for path in sorted(folder.glob("journal-*")):
         values = _values(path.read_bytes())
         head = next(values, None)
         if not isinstance(head, dict):
             continue  # died while it wrote the first line
-        heads.append(head)
+        left.heads.append(head)
         for task, index, results, inputs, numbers in values:
-            entries[task, index] = Entry(task, index, tuple(results), tuple(inputs), numbers)
-    return heads, entries
+            entry = Entry(task, index, tuple(results), tuple(inputs), numbers)
+            if results:
+                left.entries[task, index] = entry
+            else:
+                left.seen.append(entry)
+    return left
 
 
 def _values(data: bytes) -> Iterator[Any]:

@@ -65,12 +65,18 @@ class Stream:
         self._place = place_of(settings.device)
         self._limit = self._place.window(window(settings.memory), plan.peak)
         self.bytes_read = 0
+        self._seen: set[tuple[int, int]] = set()
 
     # ---- the passes --------------------------------------------------------------------------
 
     def merge(self, output: Sink, journal: Record, done: Entries) -> Entries:
-        """Everything that is not done, and its entries."""
+        """Everything that is not done, and its entries.
+
+        Under a host all is done again: it draws the masks of all tensors one after the other from
+        torch's generator.
+        """
         tasks = self._plan.tasks
+        done = done if self._settings.host is None else {}
         units = list(merge_units(tasks, self._limit, lambda i, j: (i, j) in done))
         if not units:
             return {}
@@ -78,7 +84,7 @@ class Stream:
         for apart in (u for u in units if isinstance(u, Apart)):
             left += slice_units(tasks, apart.task, self._pending(apart, done))
         self._settings.bar.expect(sum(map(self._moved, left)))
-        found = self._surveys()
+        found = self._surveys(journal)
         made: Entries = {}
         with contextlib.ExitStack() as draws:
             if self._settings.host is not None:  # hosts draw masks from torch's own generator
@@ -92,7 +98,8 @@ class Stream:
                 self._merge_units(together, found, output, journal, made)
                 together = []
                 slices = slice_units(tasks, unit.task, self._pending(unit, done))
-                self._merge_units(list(slices), self._measures(unit), output, journal, made)
+                found_here = self._measures(unit, journal)
+                self._merge_units(list(slices), found_here, output, journal, made)
             self._merge_units(together, found, output, journal, made)
         return made
 
@@ -100,21 +107,25 @@ class Stream:
         count = len(self._plan.tasks[apart.task].slices)
         return [j for j in range(count) if (apart.task, j) not in done]
 
-    def _surveys(self) -> list[Any]:
+    def _surveys(self, journal: Record) -> list[Any]:
         """What the method's survey of the whole model finds, for each point."""
         if self._method.survey is None:
             return [None] * len(self._plan.points)
         units = [u for u in visit_units(self._plan.tasks) if isinstance(u, Unit)]
-        return [self._method.survey(self._visit(units, p)) for p in range(len(self._plan.points))]
+        visits = [self._visit(units, p, journal) for p in range(len(self._plan.points))]
+        return [self._method.survey(visit) for visit in visits]
 
-    def _measures(self, apart: Apart) -> list[Any]:
+    def _measures(self, apart: Apart, journal: Record) -> list[Any]:
         """What the method measures of one tensor, for each point."""
         assert self._method.measure is not None
         tasks = self._plan.tasks
         units = list(slice_units(tasks, apart.task, range(len(tasks[apart.task].slices))))
-        return [self._method.measure(self._visit(units, p)) for p in range(len(self._plan.points))]
+        visits = [self._visit(units, p, journal) for p in range(len(self._plan.points))]
+        return [self._method.measure(visit) for visit in visits]
 
-    def _visit(self, units: Sequence[Unit], point: int) -> Callable[[Callable[..., None]], None]:
+    def _visit(
+        self, units: Sequence[Unit], point: int, journal: Record
+    ) -> Callable[[Callable[..., None]], None]:
         def visit(visitor: Callable[..., None]) -> None:
             self._settings.bar.expect(sum(map(self._read, units)))
             with self._ahead(units) as (ready, under_way):
@@ -126,10 +137,21 @@ class Stream:
                         visitor(inputs, **task.arguments[point])
                         sent.wait()  # its buffers will be read into again
                         del inputs
+                    journal.add(self._seen_first(arrived.loaded))
                     under_way.give(arrived.unit.cost, arrived.buffers)
                     del arrived, sent
 
         return visit
+
+    def _seen_first(self, loaded: Sequence[Loaded]) -> list[Entry]:
+        """Slices that no pass has read before: what it finds depends on them."""
+        fresh = []
+        for each in loaded:
+            for i, read in zip(range(each.part.first, each.part.last), each.digests, strict=True):
+                if (each.part.task, i) not in self._seen:
+                    self._seen.add((each.part.task, i))
+                    fresh.append(Entry(each.part.task, i, (), read))
+        return fresh
 
     def _merge_units(
         self,

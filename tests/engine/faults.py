@@ -82,6 +82,17 @@ def shorten(path: Path, size: int) -> Strike:
     return partial(_shorten, path, size)
 
 
+def _overwrite(path: Path, at: int, real: Call, arguments: tuple[Any, ...]) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes(1000))
+
+
+def overwrite(path: Path, at: int) -> Strike:
+    """Another process writes into the file."""
+    return partial(_overwrite, path, at)
+
+
 def _fill(path: Path, real: Call, arguments: tuple[Any, ...]) -> None:
     with path.open("ab", buffering=0) as file:
         for block in (1 << 16, 1 << 12, 1):

@@ -52,13 +52,17 @@ def configs(models: list[Path]) -> dict[str, dict[str, Any]]:
         "ties": ties(*models, density=0.3),
         "dare_ties": ties(*models, method="dare_ties", density=0.6),
         "della": ties(*models, method="della", density=0.6, epsilon=0.2),
+        "dare_ties of mergekit": ties(*models, method="dare_ties", density=0.6),
         "karcher": {**plain, "merge_method": "karcher"},
         "ties_global": ties(*models, method="ties_global", density=0.3),
     }
 
 
-METHODS = ("linear", "ties", "dare_ties", "della", "karcher", "ties_global")
+METHODS = (
+    *("linear", "ties", "dare_ties", "dare_ties of mergekit", "della", "karcher", "ties_global"),
+)
 
 
 def job(models: list[Path], out: Path, method: str = "ties", **options: Any) -> Job:
-    return Job(configs(models)[method], out, options={"shard_size": SHARD, **options})
+    host = "mergekit" if method.endswith("mergekit") else None
+    return Job(configs(models)[method], out, options={"shard_size": SHARD, "host": host, **options})

@@ -27,6 +27,7 @@ from engine.faults import (
     fill,
     interrupt,
     kill,
+    overwrite,
     refuse,
     run,
     same,
@@ -200,7 +201,7 @@ def test_a_disk_that_is_filled_by_others_meanwhile(
 ) -> None:
     whole = Whole(sliced.job(models, tmp_path / "whole" / "out"))
     full = 0
-    for k in range(0, len(whole.calls), 6):
+    for k in range(1, len(whole.calls), 6):
         job = sliced.job(models, small_disk / f"{k}" / "out")
         job.out.parent.mkdir()
         others = small_disk / "others"
@@ -230,21 +231,51 @@ def test_an_input_that_cannot_be_read(models: list[Path], tmp_path: Path) -> Non
         resumed(job, whole)
 
 
-@pytest.mark.parametrize("at", [0, 5, 20])
+def reads(models: list[Path], tmp_path: Path) -> int:
+    """How often a run reads its inputs."""
+    count = len(done(sliced.job(models, tmp_path / "read" / "out"), Fault(kill, -1, READS)).calls)
+    assert count > 50
+    return count
+
+
+@pytest.mark.parametrize("share", [0, 0.2, 0.5, 0.7])
 @pytest.mark.parametrize("left", [0, 100, 0.5])
-def test_an_input_cut_off_while_it_is_read(tmp_path: Path, at: int, left: float) -> None:
+def test_an_input_cut_off_while_it_is_read(tmp_path: Path, share: float, left: float) -> None:
     models = sliced.write_models(tmp_path / "models")
-    job = sliced.job(models, tmp_path / "out")
     whole = Whole(sliced.job(models, tmp_path / "whole" / "out"))
+    job = sliced.job(models, tmp_path / "out")
+    at = int(share * reads(models, tmp_path))
     victim = models[1] / "model.safetensors"
     before = victim.read_bytes()
     size = int(len(before) * left) if left < 1 else int(left)
     end = run(job, Fault(shorten(victim, size), at, READS))
     assert end.code == 0, end
     assert str(victim) in end.error
+    assert "\n" not in end.error
     assert not job.out.exists()
     again = run(job)
     assert str(victim) in again.error
     assert not job.out.exists()
     victim.write_bytes(before)
     resumed(job, whole)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("place", [0.5, 0.9])
+def test_an_input_written_to_while_it_is_read(tmp_path: Path, share: float, place: float) -> None:
+    """Before the place is read, or after: what comes out would be of both."""
+    models = sliced.write_models(tmp_path / "models")
+    whole = Whole(sliced.job(models, tmp_path / "whole" / "out"))
+    job = sliced.job(models, tmp_path / "out")
+    at = int(share * reads(models, tmp_path))
+    victim = models[1] / "model.safetensors"
+    before = victim.read_bytes()
+    end = run(job, Fault(overwrite(victim, int(place * len(before))), at, READS))
+    assert str(victim) in end.error
+    assert not job.out.exists()
+    victim.write_bytes(before)
+    again = run(job)
+    if again.error:  # some of what was written had been merged
+        assert str(victim) in again.error
+        done(job.given(resume=False))
+    same(job.out, whole.content)

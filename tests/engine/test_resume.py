@@ -101,6 +101,11 @@ def test_what_does_not_change_the_result_may_change(
     same(job.out, whole)
 
 
+def test_a_run_that_finished_nothing_binds_to_nothing(models: list[Path], job: Job) -> None:
+    assert run(job, Fault(kill, 0, PARTS)).code == -9
+    done(sliced.job(models, job.out, "linear"))
+
+
 def test_two_runs_into_one_output(job: Job, whole: dict[str, bytes]) -> None:
     first = Run(job, Fault(stop, 10, PARTS))
     first.stopped()
@@ -202,6 +207,30 @@ def test_one_byte_of_an_input_changed(
     fresh = sliced.job(models, tmp_path / "fresh" / "out", method)
     done(fresh)
     same(job.out, content(fresh.out))
+
+
+@pytest.mark.parametrize("method", ["ties_global", "karcher"])
+def test_one_tensor_of_an_input_changed(models: list[Path], tmp_path: Path, method: str) -> None:
+    """What is done depends on tensors that were not merged yet, where all were surveyed."""
+    victim = models[1] / "model.safetensors"
+    before = sliced.tensors(1)
+    taken = []
+    for i, (name, x) in enumerate(before.items()):
+        if not (x.is_floating_point() and x.numel() > 1):
+            continue
+        write_file(victim, before)
+        job = sliced.job(models, tmp_path / f"{i}" / "out", method)
+        cut_short(job)
+        write_file(victim, {**before, name: x * 100})
+        end = run(job)
+        if end.error:
+            assert str(victim) in end.error
+            continue
+        fresh = sliced.job(models, tmp_path / f"fresh {i}" / "out", method)
+        done(fresh)
+        same(job.out, content(fresh.out))
+        taken.append(name)
+    assert bool(taken) == (method == "karcher")
 
 
 @pytest.mark.parametrize("change", ["more tensors", "fewer tensors", "other shape", "missing"])
