@@ -265,12 +265,12 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
           kw, "low"_a, "low_cut"_a, "high"_a, "high_cut"_a)
       .def_static(
           "random",
-          [](std::uint32_t k0, std::uint32_t k1, std::uint32_t limit) {
+          [](std::uint32_t k0, std::uint32_t k1, std::uint32_t limit, int64_t first) {
             mk::KeepRule rule{mk::Keep::random};
-            rule.key = {k0, k1}, rule.limit = limit;
+            rule.key = {k0, k1}, rule.limit = limit, rule.first = first;
             return rule;
           },
-          kw, "k0"_a, "k1"_a, "limit"_a)
+          kw, "k0"_a, "k1"_a, "limit"_a, "first"_a)
       .def_static(
           "bits",
           [](Address bits) {

@@ -149,6 +149,7 @@ void keep_block(const KeepRule& rule, std::int64_t begin, std::int64_t n, double
 void draw_block(const KeepRule& rule, std::int64_t begin, std::int64_t n, std::uint16_t* draws) {
   constexpr std::int64_t kRoom = kDeltaBlock + (1 + kDrawGroup) * kDraws;
   alignas(64) std::uint16_t whole[kRoom];
+  begin += rule.first;
   const std::int64_t first = begin / kDraws, blocks = (begin + n - 1) / kDraws + 1 - first;
   if (rule.kind == Keep::random) {
     const bool in_groups = begin % kDraws == 0 && n % (kDraws * kDrawGroup) == 0;

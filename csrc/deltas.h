@@ -26,7 +26,7 @@ enum class Keep : int { all = 0, interval = 1, random = 2, bits = 3 };
 // What survives of one task vector.
 // interval: low <= key of |d|, key == low only at flat indices below low_cut; and not above high:
 //   key < high, or key == high from flat index high_cut on (the largest go, lowest index first).
-// random: the 16-bit Philox draw of the element < limit (limit 65536 keeps all).
+// random: the 16-bit Philox draw of element `first` + e < limit (limit 65536 keeps all).
 // bits: bit 7 - e % 8 of byte e / 8 is set (numpy.packbits).
 struct KeepRule {
   Keep kind = Keep::all;
@@ -36,6 +36,7 @@ struct KeepRule {
   std::int64_t high_cut = 0;
   PhiloxKey key = {0, 0};
   std::uint32_t limit = 0;
+  std::int64_t first = 0;
   const std::uint8_t* bits = nullptr;
 };
 

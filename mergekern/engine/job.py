@@ -20,6 +20,7 @@ from .progress import Bar
 from .reading import Reader
 from .resume import finished, head_of, intact, require_same_inputs, require_unwritten
 from .stream import Settings, Stream
+from .studies import Studies
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Options:
     backend: str = "auto"
     host: str | None = None
     resume: bool = True
+    statistics: Path | None = None  # where those of earlier merges lie
 
 
 class Job:
@@ -43,8 +45,8 @@ class Job:
         self.config = next(iter(self.configs.values()))
         self.checkpoints: list[Checkpoint] = []
         try:
-            for path in self.config.paths:
-                self.checkpoints.append(Checkpoint(path))
+            for path, naming in zip(self.config.paths, self.config.namings, strict=True):
+                self.checkpoints.append(Checkpoint(path, naming))
             self.plan = make_plan(
                 self.configs,
                 self.checkpoints,
@@ -81,6 +83,11 @@ class Job:
             forget(target)
             return [self._outcome(target / p, d, 0, 0.0) for p, d in zip(points, done, strict=True)]
         check_target(target)
+        bar.plan(
+            tensors=len(self.plan.tasks),
+            bytes_read=self.plan.bytes_read,
+            bytes_written=self.plan.bytes_written,
+        )
         with held(target) as control:
             made, read = self._make(control, self.settings(bar))
         seconds = time.perf_counter() - started
@@ -96,30 +103,34 @@ class Job:
         """
         plan, checkpoints = self.plan, self.checkpoints
         reader = Reader(plan, checkpoints)
-        stream = Stream(plan, reader, settings)
+        head = head_of(plan, checkpoints)
+        folder = self.options.statistics
+        studies = Studies(folder, plan, checkpoints, self.config.method, head["stamps"])
+        stream = Stream(plan, reader, settings, studies)
         begun = False
         try:
             if not self.options.resume:
                 control.clear()
-            left, stamped_anew = finished(plan, checkpoints, control)
-            begun = bool(left.entries)
+            entries, stamped_anew = finished(plan, checkpoints, control)
+            begun = bool(entries)
             if not begun:
                 control.clear()
                 check_space(control.target, plan.bytes_written)
             output = Output(plan, control.out)
             if stamped_anew:
-                require_same_inputs(plan, reader, left, control.target)
-            entries = intact(output, plan, left.entries)
-            journal = Journal(control.folder, head_of(plan, checkpoints))
+                require_same_inputs(plan, reader, entries, control.target)
+            entries = intact(output, plan, entries)
+            journal = Journal(control.folder, head)
             try:
                 entries.update(stream.merge(output, journal, entries))
             finally:
                 journal.close()
+            studies.check({key: e.inputs for key, e in entries.items()}, control.target)
             made = self._finish(control, output, entries)
         except OSError as error:
             raise writing_failed(control.target, error) from error
         finally:
-            if not begun and not read_journals(control.folder).entries:
+            if not begun and not read_journals(control.folder)[1]:
                 control.remove()
         return made, stream.bytes_read
 

@@ -38,24 +38,17 @@ def joined(digests: Iterable[str]) -> str:
 
 
 class Entry(NamedTuple):
-    """A slice that is in the output; or, without results, one that was read before the merge."""
+    """A slice that is in the output."""
 
     task: int
     slice: int
     results: tuple[str, ...]  # digest of the result in each point of the sweep
     inputs: tuple[str, ...]  # digest of what was read of each source
+    found: str = ""  # digest of what a pass before had found, which the result depends on
     numbers: dict[str, list[float]] | None = None  # for the report
 
 
 Entries = dict[tuple[int, int], Entry]
-
-
-class Left(NamedTuple):
-    """What earlier runs left."""
-
-    heads: list[dict[str, Any]]  # of their journals, the oldest first
-    entries: Entries  # of slices that are in the output
-    seen: list[Entry]  # of slices that a survey read, on which all of the output depends
 
 
 class Journal:
@@ -93,21 +86,19 @@ class Journal:
         os.close(self._fd)
 
 
-def read_journals(folder: Path) -> Left:
-    left = Left([], {}, [])
+def read_journals(folder: Path) -> tuple[list[dict[str, Any]], Entries]:
+    """The heads of all journals, the oldest first, and what they say is done."""
+    heads: list[dict[str, Any]] = []
+    entries: Entries = {}
     for path in sorted(folder.glob("journal-*")):
         values = _values(path.read_bytes())
         head = next(values, None)
         if not isinstance(head, dict):
             continue  # died while it wrote the first line
-        left.heads.append(head)
-        for task, index, results, inputs, numbers in values:
-            entry = Entry(task, index, tuple(results), tuple(inputs), numbers)
-            if results:
-                left.entries[task, index] = entry
-            else:
-                left.seen.append(entry)
-    return left
+        heads.append(head)
+        for task, index, results, inputs, found, numbers in values:
+            entries[task, index] = Entry(task, index, tuple(results), tuple(inputs), found, numbers)
+    return heads, entries
 
 
 def _values(data: bytes) -> Iterator[Any]:

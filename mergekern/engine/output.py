@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from .files import SafetensorsWriter, nbytes
+from .files.formats import Piece
 from .plan import Plan, Shard
 
 
@@ -26,12 +28,16 @@ class Output:
                 where.update({key: (writer, name) for key, name in shard.names.items()})
             self._where.append(where)
 
-    def write(self, point: int, task: int, index: int, data: memoryview) -> None:
-        """The bytes of a slice."""
-        t = self._plan.tasks[task]
-        writer, name = self._where[point][t.key]
-        if data:
-            writer.write_bytes(name, data, t.slices[index][0] * t.result.itemsize)
+    def write(self, point: int, results: Sequence[tuple[int, int, memoryview]]) -> None:
+        """The bytes of slices: (task, index of the slice, bytes)."""
+        by_file: dict[SafetensorsWriter, list[Piece]] = {}
+        for task, index, data in results:
+            t = self._plan.tasks[task]
+            writer, name = self._where[point][t.key]
+            begin = t.slices[index][0] * t.result.itemsize
+            by_file.setdefault(writer, []).append((name, begin, data))
+        for writer, pieces in by_file.items():
+            writer.write_many(pieces)
 
     def read(self, point: int, task: int, index: int) -> bytes:
         """What is there now of a slice."""

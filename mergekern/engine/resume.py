@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 from .control import Control
-from .journal import Entries, Left, digest_of, read_journals
+from .journal import Entries, digest_of, read_journals
 from .output import Output
 from .plan import Plan
 from .reading import Reader
@@ -29,17 +29,19 @@ def _stamp(status: os.stat_result) -> list[int]:
     return [status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def finished(plan: Plan, checkpoints: Sequence[Checkpoint], control: Control) -> tuple[Left, bool]:
-    """What earlier runs of this plan have recorded; whether their inputs have new stamps.
+def finished(
+    plan: Plan, checkpoints: Sequence[Checkpoint], control: Control
+) -> tuple[Entries, bool]:
+    """Slices that an earlier run of this plan has recorded; whether its inputs have new stamps.
 
     Raises: CheckpointError where the control folder belongs to another merge, or an input is
     another file than it was.
     """
-    left = read_journals(control.folder)
-    if not left.entries:
-        return left, False
+    heads, entries = read_journals(control.folder)
+    if not entries:  # nothing to go on with, and nothing to lose
+        return {}, False
     now = head_of(plan, checkpoints)
-    for head in left.heads:
+    for head in heads:
         if head["plan"] == now["plan"]:
             continue
         for then, is_now in zip(head["sources"], now["sources"], strict=False):
@@ -53,7 +55,7 @@ def finished(plan: Plan, checkpoints: Sequence[Checkpoint], control: Control) ->
             f"{control.target}: {control.folder.name} holds an unfinished merge of another "
             f"configuration; finish that, or {_ADVICE}"
         )
-    return left, any(head["stamps"] != now["stamps"] for head in left.heads)
+    return entries, any(head["stamps"] != now["stamps"] for head in heads)
 
 
 def _file(path: os.PathLike[str], name: str) -> str:
@@ -81,9 +83,9 @@ def intact(output: Output, plan: Plan, entries: Entries) -> Entries:
     return good
 
 
-def require_same_inputs(plan: Plan, reader: Reader, left: Left, target: object) -> None:
+def require_same_inputs(plan: Plan, reader: Reader, entries: Entries, target: object) -> None:
     """Whether what was read for these slices is still what the inputs hold."""
-    for entry in (*left.seen, *left.entries.values()):
+    for entry in entries.values():
         for source, digest in enumerate(entry.inputs):
             if digest_of(reader.slice_bytes(entry.task, entry.slice, source)) != digest:
                 raise CheckpointError(

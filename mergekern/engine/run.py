@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,14 @@ import torch
 from ..check import parse_size
 from ..errors import ArgumentError, ConfigWarning
 from .config import MergeConfig, load_config
+from .defaults import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE
 from .job import Job, Options
 from .manifest import Manifest
 from .outlook import Outlook, outlook
 from .parameters import idle
 from .plan import Plan
-from .progress import bar
-
-DEFAULT_MEMORY = "4GiB"
-DEFAULT_SHARD_SIZE = "5GB"
+from .progress import Bar, bar
+from .studies import FOLDER
 
 
 def merge_checkpoints(
@@ -34,8 +34,11 @@ def merge_checkpoints(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
     resume: bool = True,
-    progress: bool = True,
+    statistics: str | Path | bool = True,
+    progress: bool | Bar = True,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
 
@@ -54,13 +57,23 @@ def merge_checkpoints(
     host: reproduce that tool's selection, rounding and sign rules, as in `merge_tensors`; with
     "mergekit" the inputs are rounded to dtype first, the result to it and then to out_dtype, and
     random masks are drawn from torch's generator, seeded with `seed`.
+    statistics: where thresholds and dot products that take a pass of their own are kept for the
+    next merge of these inputs, which then skips the pass: a folder, True for one beside `out`
+    (".mergekern_statistics"), or False.
+    progress: a bar on stderr, lines where that is no terminal; or a `Bar` of your own.
+    only, skip: patterns of names, as the keys of the configuration: what does not fit `only`, or
+    fits `skip`, is copied from the base model (or the first).
     Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
     Raises: ConfigError, CheckpointError, ArgumentError.
     Source: mergekit `mergekit-yaml`, `mergekit-pytorch`.
     """
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    with _job({"": load_config(config)}, options) as job, bar(shown=progress) as shown:
+    options = replace(options, statistics=_folder(statistics, out))
+    with (
+        _job({"": load_config(config, only=only, skip=skip)}, options) as job,
+        bar(shown=progress) as shown,
+    ):
         return job.run(Path(out), shown)[0]
 
 
@@ -75,8 +88,11 @@ def merge_sweep(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
     resume: bool = True,
-    progress: bool = True,
+    statistics: str | Path | bool = True,
+    progress: bool | Bar = True,
 ) -> dict[str, Manifest]:
     """Many merges from one read of the inputs: every combination of the values in `sweep`.
 
@@ -88,7 +104,8 @@ def merge_sweep(
     Raises: as it does; ArgumentError for parameters that the method lacks.
     """
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    points = swept(load_config(config), sweep)
+    options = replace(options, statistics=_folder(statistics, out))
+    points = swept(load_config(config, only=only, skip=skip), sweep)
     with _job(points, options) as job, bar(shown=progress) as shown:
         return dict(zip(points, job.run(Path(out), shown), strict=True))
 
@@ -104,6 +121,8 @@ def plan_merge(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
 ) -> tuple[Plan, Outlook]:
     """What `merge_checkpoints` (with sweep, `merge_sweep`) would do, and how long it would take.
 
@@ -112,7 +131,7 @@ def plan_merge(
     Result: the plan, whose `describe()` is JSON, and the `Outlook`.
     Raises: as the merge would, as far as can be known before it begins.
     """
-    parsed = load_config(config)
+    parsed = load_config(config, only=only, skip=skip)
     points = {"": parsed} if sweep is None else swept(parsed, sweep)
     with _job(points, _options(memory, shard_size, device, seed, backend, host, True)) as job:
         return job.plan, outlook(job, Path(out))
@@ -161,6 +180,12 @@ def _job(points: Mapping[str, MergeConfig], options: Options) -> Job:
         lines = "".join(f"\n  {what}" for what in without_effect)
         warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
     return job
+
+
+def _folder(statistics: str | Path | bool, out: str | Path) -> Path | None:
+    if isinstance(statistics, bool):
+        return Path(out).absolute().parent / FOLDER if statistics else None
+    return Path(statistics)
 
 
 def check_device(device: str) -> None:

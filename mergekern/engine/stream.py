@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..methods.passes import Study
+from ..methods.found import dump
 from ..methods.registry import Inputs
 from .config import MergeConfig
 from .files.formats import bytes_of
@@ -21,6 +24,7 @@ from .place import Sent, place_of
 from .plan import Plan, Task
 from .progress import Bar
 from .reading import Loaded, Reader
+from .studies import Studies
 from .units import Apart, Part, Unit, merge_units, slice_units, visit_units
 
 
@@ -44,10 +48,13 @@ class _Arrived(NamedTuple):
     buffers: list[Tensor]
 
 
+Slice = tuple[int, int, memoryview]  # task, index, bytes of the result
+
+
 class Sink(Protocol):
     """Where results go."""
 
-    def write(self, point: int, task: int, index: int, data: memoryview) -> None: ...
+    def write(self, point: int, results: Sequence[Slice]) -> None: ...
 
 
 class Record(Protocol):
@@ -59,13 +66,15 @@ class Record(Protocol):
 class Stream:
     """The work of one plan: `merge` it, with the passes before that its method needs."""
 
-    def __init__(self, plan: Plan, reader: Reader, settings: Settings) -> None:
+    def __init__(
+        self, plan: Plan, reader: Reader, settings: Settings, studies: Studies | None = None
+    ) -> None:
         self._plan, self._settings, self._reader = plan, settings, reader
+        self._studies = studies
         self._method = settings.config.method
         self._place = place_of(settings.device)
         self._limit = self._place.window(window(settings.memory), plan.peak)
         self.bytes_read = 0
-        self._seen: set[tuple[int, int]] = set()
 
     # ---- the passes --------------------------------------------------------------------------
 
@@ -77,14 +86,16 @@ class Stream:
         """
         tasks = self._plan.tasks
         done = done if self._settings.host is None else {}
-        units = list(merge_units(tasks, self._limit, lambda i, j: (i, j) in done))
+        units = self._units(done)
         if not units:
             return {}
         left = [u for u in units if isinstance(u, Unit)]
         for apart in (u for u in units if isinstance(u, Apart)):
             left += slice_units(tasks, apart.task, self._pending(apart, done))
         self._settings.bar.expect(sum(map(self._moved, left)))
-        found = self._surveys(journal)
+        found = self._surveys()
+        if self._method.survey is not None:
+            units = self._units(_of_the_same(found, done))
         made: Entries = {}
         with contextlib.ExitStack() as draws:
             if self._settings.host is not None:  # hosts draw masks from torch's own generator
@@ -97,61 +108,80 @@ class Stream:
                     continue
                 self._merge_units(together, found, output, journal, made)
                 together = []
-                slices = slice_units(tasks, unit.task, self._pending(unit, done))
-                found_here = self._measures(unit, journal)
-                self._merge_units(list(slices), found_here, output, journal, made)
+                here = self._measures(unit)
+                pending = self._pending(unit, _of_the_same(here, done))
+                slices = list(slice_units(tasks, unit.task, pending))
+                self._merge_units(slices, here, output, journal, made)
             self._merge_units(together, found, output, journal, made)
         return made
+
+    def _units(self, done: Entries) -> list[Unit | Apart]:
+        return list(merge_units(self._plan.tasks, self._limit, lambda i, j: (i, j) in done))
 
     def _pending(self, apart: Apart, done: Entries) -> list[int]:
         count = len(self._plan.tasks[apart.task].slices)
         return [j for j in range(count) if (apart.task, j) not in done]
 
-    def _surveys(self, journal: Record) -> list[Any]:
+    def _surveys(self) -> list[Any]:
         """What the method's survey of the whole model finds, for each point."""
         if self._method.survey is None:
             return [None] * len(self._plan.points)
         units = [u for u in visit_units(self._plan.tasks) if isinstance(u, Unit)]
-        visits = [self._visit(units, p, journal) for p in range(len(self._plan.points))]
-        return [self._method.survey(visit) for visit in visits]
+        merged = [i for i, t in enumerate(self._plan.tasks) if t.arguments is not None]
+        return self._study(self._method.survey, units, merged)
 
-    def _measures(self, apart: Apart, journal: Record) -> list[Any]:
+    def _measures(self, apart: Apart) -> list[Any]:
         """What the method measures of one tensor, for each point."""
         assert self._method.measure is not None
         tasks = self._plan.tasks
         units = list(slice_units(tasks, apart.task, range(len(tasks[apart.task].slices))))
-        visits = [self._visit(units, p, journal) for p in range(len(self._plan.points))]
-        return [self._method.measure(visit) for visit in visits]
+        return self._study(self._method.measure, units, [apart.task])
+
+    def _study(self, study: Study, units: Sequence[Unit], tasks: Sequence[int]) -> list[Any]:
+        """For each point what is known from an earlier merge, or what the passes find."""
+        points = range(len(self._plan.points))
+        known = {p: found for p in points for there, found in [self._recall(tasks, p)] if there}
+        left = [p for p in points if p not in known]
+        if left:
+            digests: dict[tuple[int, int], tuple[str, ...]] = {}
+            found = study.sweep(self._visit(units, left, digests), len(left))
+            for p, each in zip(left, found, strict=True):
+                known[p] = each
+                if self._studies is not None:
+                    self._studies.remember(tasks, p, each, digests)
+        return [known[p] for p in points]
+
+    def _recall(self, tasks: Sequence[int], point: int) -> tuple[bool, Any]:
+        return (False, None) if self._studies is None else self._studies.recall(tasks, point)
 
     def _visit(
-        self, units: Sequence[Unit], point: int, journal: Record
+        self,
+        units: Sequence[Unit],
+        points: Sequence[int],
+        digests: dict[tuple[int, int], tuple[str, ...]],
     ) -> Callable[[Callable[..., None]], None]:
+        """Calls f(inputs, i, **arguments) for the i-th of the points, of all that units hold.
+
+        The digests of what is read come out, too.
+        """
+
         def visit(visitor: Callable[..., None]) -> None:
             self._settings.bar.expect(sum(map(self._read, units)))
             with self._ahead(units) as (ready, under_way):
                 for arrived in ready:
                     for each, sent in zip(arrived.loaded, arrived.sent, strict=True):
-                        task = self._plan.tasks[each.part.task]
-                        assert task.arguments is not None
                         inputs = self.inputs(each.part, self._place.receive(sent))
-                        visitor(inputs, **task.arguments[point])
+                        given = self._plan.tasks[each.part.task].arguments or ()
+                        for i, point in enumerate(points):
+                            visitor(inputs, i, **given[point])
+                        for i, read in enumerate(each.digests, each.part.first):
+                            digests[each.part.task, i] = read
                         sent.wait()  # its buffers will be read into again
                         del inputs
-                    journal.add(self._seen_first(arrived.loaded))
                     under_way.give(arrived.unit.cost, arrived.buffers)
                     del arrived, sent
 
         return visit
-
-    def _seen_first(self, loaded: Sequence[Loaded]) -> list[Entry]:
-        """Slices that no pass has read before: what it finds depends on them."""
-        fresh = []
-        for each in loaded:
-            for i, read in zip(range(each.part.first, each.part.last), each.digests, strict=True):
-                if (each.part.task, i) not in self._seen:
-                    self._seen.add((each.part.task, i))
-                    fresh.append(Entry(each.part.task, i, (), read))
-        return fresh
 
     def _merge_units(
         self,
@@ -164,11 +194,12 @@ class Stream:
         """Reader and writer threads around the computing one; any error ends all three."""
         if not units:
             return
+        of = _token(found)
 
         def write(arrived: _Arrived, results: list[Sent]) -> None:
             with contextlib.ExitStack() as failed:
                 failed.callback(under_way.close)  # else the others wait for bytes for ever
-                entries = self._write(arrived, results, output)
+                entries = [e._replace(found=of) for e in self._write(arrived, results, output)]
                 results.clear()
                 journal.add(entries)
                 made.update({(e.task, e.slice): e for e in entries})
@@ -231,16 +262,23 @@ class Stream:
                 under_way.close()
 
     def _read(self, unit: Unit) -> int:
-        return sum(self._reader.sizes(unit))
+        """Bytes of the inputs of a unit."""
+        return sum(
+            (end - begin) * dtype.itemsize
+            for part in unit.parts
+            for task in [self._plan.tasks[part.task]]
+            for begin, end in [task.span(part.first, part.last)]
+            for dtype in task.stored
+        )
 
     def _written(self, unit: Unit) -> int:
         """Bytes of the results of a unit."""
-        size = 0
-        for part in unit.parts:
-            task = self._plan.tasks[part.task]
-            begin, end = task.slices[part.first][0], task.slices[part.last - 1][1]
-            size += (end - begin) * task.result.itemsize
-        return size * len(self._plan.points)
+        return len(self._plan.points) * sum(
+            (end - begin) * task.result.itemsize
+            for part in unit.parts
+            for task in [self._plan.tasks[part.task]]
+            for begin, end in [task.span(part.first, part.last)]
+        )
 
     def _moved(self, unit: Unit) -> int:
         return self._read(unit) + self._written(unit)
@@ -282,23 +320,38 @@ class Stream:
             models=[i - apart for i in task.sources[apart:]],
             offset=task.slices[part.first][0],
             shape=None if whole else task.shape,
+            order=part.task,
         )
 
     def _write(self, arrived: _Arrived, results: list[Sent], output: Sink) -> list[Entry]:
         entries = []
+        pieces: list[list[Slice]] = [[] for _ in self._plan.points]
         for each, sent in zip(arrived.loaded, results, strict=True):
             part, task = each.part, self._plan.tasks[each.part.task]
-            origin = task.slices[part.first][0]
+            origin, size = task.slices[part.first][0], task.result.itemsize
+            data = [bytes_of(x) for x in sent.wait()]
             for i, read in zip(range(part.first, part.last), each.digests, strict=True):
-                begin, end = (j - origin for j in task.slices[i])
-                digests = []
-                for point, result in enumerate(sent.wait()):
-                    data = bytes_of(result[begin:end])
-                    output.write(point, part.task, i, data)
-                    digests.append(digest_of(data))
-                entries.append(Entry(part.task, i, tuple(digests), read))
+                begin, end = ((j - origin) * size for j in task.slices[i])
+                here = [result[begin:end] for result in data]
+                for point, result in enumerate(here):
+                    pieces[point].append((part.task, i, result))
+                entries.append(Entry(part.task, i, tuple(map(digest_of, here)), read))
+        for point, made in enumerate(pieces):
+            output.write(point, made)
         self._settings.bar.advance(self._written(arrived.unit))
         return entries
+
+
+def _token(found: Sequence[Any]) -> str:
+    """What results that depend on it are recorded with; empty if nothing was found."""
+    known = any(each is not None for each in found)
+    return digest_of(json.dumps([dump(each) for each in found])) if known else ""
+
+
+def _of_the_same(found: Sequence[Any], done: Entries) -> Entries:
+    """What is done on the same findings. They differ where an input has changed meanwhile."""
+    of = _token(found)
+    return {key: entry for key, entry in done.items() if entry.found == of}
 
 
 def _shape(task: Task, whole: bool) -> tuple[int, ...]:

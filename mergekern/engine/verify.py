@@ -23,11 +23,12 @@ from .files import SafetensorsFile, WeightFile, nbytes
 from .files.formats import bytes_of
 from .job import Job, Options
 from .journal import Entries, Entry, digest_of, joined
+from .keys import Naming
 from .manifest import MANIFEST, read_manifest
 from .plan import FORMAT, layout_of
 from .progress import Bar, bar
 from .reading import Reader
-from .stream import Stream
+from .stream import Slice, Stream
 
 _CARD = "README.md"  # may be edited
 
@@ -77,7 +78,7 @@ def verify(
         )
     problems: list[str] = []
     notes: list[str] = []
-    with bar(shown=progress) as shown:
+    with bar(shown=progress, doing="verifying") as shown:
         shown.expect(sum(nbytes(_signature(t)) for t in about["tensors"].values()))
         problems += _weights(root, about, shown)
         problems += _files(root, about, notes)
@@ -173,7 +174,7 @@ def _opened(
     """An input, if it is there and its files are those of the merge."""
     model = about["models"][i]
     try:
-        checkpoint = Checkpoint(model["path"])
+        checkpoint = Checkpoint(model["path"], Naming.of(model), model["commit"])
     except CheckpointError as error:
         notes.append(f"input {error}")
         yield None
@@ -212,7 +213,7 @@ def _inputs(about: Mapping[str, Any], shown: Bar, problems: list[str], notes: li
 class _Nowhere:
     """Takes results and entries, and keeps none."""
 
-    def write(self, point: int, task: int, index: int, data: memoryview) -> None:
+    def write(self, point: int, results: Sequence[Slice]) -> None:
         """Digests are all that is compared."""
 
     def add(self, entries: Sequence[Entry]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,9 +44,9 @@ def merge_deltas(
     keep: None, or per model None, a `Threshold` (of `kth_magnitude`), a `Band`, a `Bernoulli` or
     a `Mask`.
     rescale: r_i = 1 (None); "l1": sum |delta_i| / sum |kept delta_i|, as mergekit, 1 where either
-    norm is below 1e-7 or not finite; "density": one over the probability of a Bernoulli, as DARE;
-    or one number per model, which `divide` makes a divisor (a step of its own where roundings are
-    those of a host).
+    norm is below 1e-7 or not finite, or r_i is not; "density": one over the probability of a
+    Bernoulli, as DARE; or one number per model, which `divide` makes a divisor (a step of its own
+    where roundings are those of a host).
     elect: who takes part, per element. None: all. "present": the kept deltas that are not 0.
     "sum": those of the sign of sum_i v_i (v_i the weighted deltas), "count": those of the sign
     that more of them have. zero: the sign of a tied vote; with "none" nobody takes part then.
@@ -182,12 +183,24 @@ def l1_factor(everything: float, kept: float, dtype: torch.dtype = torch.float64
     """What restores an L1 norm; `dtype`: that of a tool that holds its norms in it.
 
     Rounded to float32, so that backends with another order of summation agree on it. 1 where
-    either norm is below 1e-7 or not finite.
+    either norm is below 1e-7 or not finite, or the factor is not.
     """
     norms = torch.tensor([everything, kept], dtype=torch.float64).to(dtype)
     if not bool((norms >= 1e-7).all()) or not bool(norms.isfinite().all()):
         return 1.0
-    return float((norms[0] / norms[1]).to(torch.float32))
+    factor = float((norms[0] / norms[1]).to(torch.float32))
+    return factor if math.isfinite(factor) else 1.0
+
+
+def l1_norms(
+    xs: list[Tensor], keep: Sequence[Keep], *, base: Tensor | None = None, backend: str = "auto"
+) -> list[tuple[float, float]]:
+    """Per model sum |x - base| and the same over what is kept, in float64; xs have been checked."""
+    chosen = dispatch.select(backend, "merge_deltas", xs[0].device, xs[0].dtype)
+    norms: list[tuple[float, float]] = dispatch.load(chosen, "merge_deltas", "l1_norms")(
+        base, xs, list(keep), False
+    )
+    return norms
 
 
 def _probability(keep: Keep) -> float:

@@ -28,7 +28,7 @@ def _rule(keep: Keep, acc: torch.dtype) -> object:
         )
     if isinstance(keep, Bernoulli):
         k0, k1 = keep.key
-        return _cpu.KeepRule.random(k0=k0, k1=k1, limit=keep.limit)
+        return _cpu.KeepRule.random(k0=k0, k1=k1, limit=keep.limit, first=keep.first)
     if isinstance(keep, Mask):
         return _cpu.KeepRule.bits(bits=keep.bits.data_ptr())
     return _cpu.KeepRule()

@@ -110,7 +110,7 @@ def kept(keep: Keep, d: Tensor, first: int) -> Tensor:
     if isinstance(keep, Band):
         return kept(keep.least, d, first) & ~kept(keep.most, d, first)
     if isinstance(keep, Bernoulli) and keep.limit < 65536:
-        return draws(keep.key, first, d.numel(), d.device) < keep.limit
+        return draws(keep.key, keep.first + first, d.numel(), d.device) < keep.limit
     if isinstance(keep, Mask):
         return bits.unpack(keep.bits, first, d.numel())
     return torch.ones((), dtype=torch.bool, device=d.device)
