@@ -31,8 +31,13 @@ void count_matching(const K* keys, std::int64_t n, K prefix, int shift, std::int
   for (std::int64_t at = 0; at < n; at += kGroup) {
     const std::int64_t end = std::min(n, at + kGroup);
     if (!any_matches(keys + at, end - at, prefix, shift + 16)) continue;
-    for (std::int64_t i = at; i < end; ++i)
-      if (K(keys[i] >> (shift + 16)) == prefix) ++histogram[(keys[i] >> shift) & 0xffffu];
+    K found[kGroup];
+    int count = 0;  // no branch on a key: it would be mispredicted
+    for (std::int64_t i = at; i < end; ++i) {
+      found[count] = keys[i];
+      count += K(keys[i] >> (shift + 16)) == prefix;
+    }
+    for (int i = 0; i < count; ++i) ++histogram[(found[i] >> shift) & 0xffffu];
   }
 }
 
