@@ -18,6 +18,7 @@ from .. import check
 from ..errors import ArgumentError
 from ._prices import priced
 
+_GLANCE = 256  # rows from which on it is worth a look whether all have columns of their own
 _LARGE = 1024  # rows from which on prices pay: of 768 the search is as short without
 _EASY = 0.9  # share of the columns that are best for some row, from which on few rows compete
 
@@ -33,12 +34,13 @@ def assign(
     Shapes: score [n, m] with n <= m, any floating dtype; index int64 [n] on its device, with
     score[i, index[i]] matched. A list of matrices, of any sizes, or one tensor [B, n, m] gives a
     list, solved side by side.
-    Result: an optimal matching of the scores in float64; which of several is not said.
+    Result: an optimal matching of the scores in float64; which of several, scipy decides for
+    float64 scores, and is left open for others.
     workers: threads that solve, by default MERGEKERN_THREADS or torch's number. scipy's solver
     releases the GIL.
     Cost: O(n^2 m) at worst; each worker holds a float64 copy of its matrix. Square matrices of
     1024 rows and more, other than float64, are searched from prices of their columns, which leave
-    the optimum where it is: normal scores of 3072 then take a quarter of the time.
+    the optimum where it is: the scores of random layers of 3072 take a quarter of the time.
     Raises: ArgumentError for more rows than columns, NaN or infinities.
     Source: `scipy.optimize.linear_sum_assignment` (Crouse, 2016), prices by the auction of
     Bertsekas (1988); Permute of ZipIt and Git Re-Basin.
@@ -133,16 +135,17 @@ def _matrices(op: str, score: Any) -> tuple[bool, dict[str, Tensor]]:
 
 
 def _match(x: Tensor, maximize: bool) -> Tensor:
-    """The best matching; of a large square matrix with prices, unless that is found at once.
+    """The best matching: found by a glance, with prices, or by the solver alone.
 
     float64 scores go to the solver as they are: their differences from prices may round.
     """
-    if _LARGE <= x.shape[0] == x.shape[1] and x.dtype != torch.float64:
+    rows, columns = x.shape
+    if rows >= _GLANCE and x.dtype != torch.float64:
         favourite = x.argmax(1) if maximize else x.argmin(1)
-        distinct = int((torch.bincount(favourite, minlength=len(x)) > 0).sum())
-        if distinct == len(x):
+        wanted = int((torch.bincount(favourite, minlength=columns) > 0).sum())
+        if wanted == rows:
             return favourite
-        if distinct < _EASY * len(x):
+        if _LARGE <= rows == columns and wanted < _EASY * rows:
             return torch.from_numpy(_solve(priced(x, maximize), False))
     return torch.from_numpy(_solve(_float64(x), maximize))
 
