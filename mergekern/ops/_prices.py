@@ -24,8 +24,8 @@ def priced(score: Tensor, maximize: bool) -> np.ndarray:
     rows that it has placed.
 
     Shapes: score [n, n] on the CPU, not float64; the costs are float64.
-    Result: prices are float32 numbers times a power of two, so the costs are exact, except of
-    scores below 2**-29 of the highest price or score, which round as in any sum with it.
+    Result: prices are float32 numbers times a power of two, so a cost is exact where its price and
+    its score of up to 24 bits lie within 2**28 of each other; others round as the solver's sums do.
     Cost: the 32 best of each row, some milliseconds of bids, a float64 copy.
     """
     sign = -1 if maximize else 1
