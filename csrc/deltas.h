@@ -26,7 +26,7 @@ enum class Keep : int { all = 0, interval = 1, random = 2, bits = 3 };
 // What survives of one task vector.
 // interval: low <= key of |d|, key == low only at flat indices below low_cut; and not above high:
 //   key < high, or key == high from flat index high_cut on (the largest go, lowest index first).
-// random: the 16-bit Philox draw of the element < limit (limit 65536 keeps all).
+// random: the 16-bit Philox draw of element `first` + e < limit (limit 65536 keeps all).
 // bits: bit 7 - e % 8 of byte e / 8 is set (numpy.packbits).
 struct KeepRule {
   Keep kind = Keep::all;
@@ -36,6 +36,7 @@ struct KeepRule {
   std::int64_t high_cut = 0;
   PhiloxKey key = {0, 0};
   std::uint32_t limit = 0;
+  std::int64_t first = 0;
   const std::uint8_t* bits = nullptr;
 };
 
@@ -105,5 +106,10 @@ class LaneSum {
 // sums[2 i] += sum |d_i|, sums[2 i + 1] += sum |d_i| over kept elements, i < n.
 void l1_norms(const View* xs, std::int64_t n, const Deltas& from, const KeepRule* keep,
               std::int64_t begin, std::int64_t end, double* sums);
+
+// counts[i] += kept elements of d_i, i < n; counts[n] += elements where the kept d_i have both
+// signs. Zeros and NaN have none.
+void count_kept(const View* xs, std::int64_t n, const Deltas& from, const KeepRule* keep,
+                std::int64_t begin, std::int64_t end, std::int64_t* counts);
 
 }  // namespace mk

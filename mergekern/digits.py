@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+
+from .errors import ArgumentError
+
+# What every process gives, in one order for all of them; plain data and numpy arrays.
+Gather = Callable[[Any], list[Any]]
 
 Selection = tuple[int, int, int]  # key of the k-th largest, count above it, count equal to it
 
@@ -63,3 +69,58 @@ def value_key(value: float, acc: torch.dtype) -> int:
     if acc == torch.float64:
         return int(np.array(value, np.float64).view(np.uint64))
     return int(np.array(value, np.float32).view(np.uint32))
+
+
+def alone(mine: Any) -> list[Any]:
+    """The gather of one process."""
+    return [mine]
+
+
+class Descent:
+    """Radix selection of several ranks among keys that are seen piece by piece, a digit per pass.
+
+    ranks: each k, 0 for none, from the number of keys; with `nonzero` of those that are not 0.
+    While `unfinished`: `add` every piece, then `end_pass`. The keys may be those of several
+    processes: `gather` gives the counts of all of them.
+    """
+
+    def __init__(self, ranks: Sequence[Callable[[int], int]], *, nonzero: bool = False) -> None:
+        self._ranks, self._nonzero = ranks, nonzero
+        self._counts = {0: np.zeros(1 << 16, np.int64)}  # by the digits above
+        self._zeros = 0
+        self._shift: int | None = None
+        self.bits = 0  # of a key; 0: no piece seen
+        self.total = 0
+        self.found: list[tuple[int, int, int, int]] = []  # k, key so far, count above, equal
+
+    @property
+    def unfinished(self) -> bool:
+        return self._shift is None or self._shift >= 0
+
+    def add(self, bits: int, histogram: Callable[[int, int], np.ndarray]) -> None:
+        """A piece of keys of so many bits; `histogram` as in `by_digits`."""
+        self.bits = bits
+        shift = bits - 16 if self._shift is None else self._shift
+        if self._shift is None and self._nonzero:
+            self._zeros += int(histogram(0, 0)[0])
+        for prefix, counts in self._counts.items():
+            counts += histogram(prefix, shift)
+
+    def end_pass(self, gather: Gather = alone) -> None:
+        all_bits, all_zeros, all_counts = zip(*gather((self.bits, self._zeros, self._counts)))
+        if len({*all_bits} - {0}) > 1:
+            what = "float64 in one process, narrower types in another"
+            raise ArgumentError.of("kth_magnitude", what, [*all_bits], "one of both")
+        self.bits = max(all_bits)
+        counts = {p: sum(c[p] for c in all_counts) for p in self._counts}
+        if self._shift is None:
+            self._shift = self.bits - 16
+            self.total = int(counts[0].sum())
+            population = self.total - sum(all_zeros)
+            self.found = [(rank(population), 0, 0, 0) for rank in self._ranks]
+        for i, (k, key, above, _) in enumerate(self.found):
+            if k:
+                digit, larger, equal = in_histogram(counts[key], k - above)
+                self.found[i] = k, key << 16 | digit, above + larger, equal
+        self._counts = {f[1]: np.zeros(1 << 16, np.int64) for f in self.found}
+        self._shift -= 16

@@ -49,6 +49,10 @@ class Band(NamedTuple):
     least: Threshold
     most: Threshold
 
+    def from_index(self, first: int) -> Band:
+        """The same band for a part that begins at that index."""
+        return Band(self.least.from_index(first), self.most.from_index(first))
+
 
 class Bernoulli(NamedTuple):
     """Keep each element with probability `density`, independently.
@@ -56,13 +60,19 @@ class Bernoulli(NamedTuple):
     The probability is rounded to a multiple of 2**-16, and to at least 2**-16 unless it is 0.
     Random bits are Philox4x32-10 (Salmon et al., SC 2011) keyed by seed, name and model: element e
     takes 16 bits of the block with counter e // 8, so the same key gives the same mask on every
-    backend, thread count and shard. Source: DARE (Yu et al., 2311.03099).
+    backend, thread count and shard. `first`: the number e of the first element, for a part of a
+    tensor. Source: DARE (Yu et al., 2311.03099).
     """
 
     density: float
     seed: int = 0
     name: str = ""
     model: int = 0
+    first: int = 0
+
+    def from_index(self, first: int) -> Bernoulli:
+        """The same draws for a part that begins at that index."""
+        return self._replace(first=self.first + first)
 
     @property
     def limit(self) -> int:
@@ -123,6 +133,11 @@ class Mask(NamedTuple):
 
 
 Keep = Threshold | Band | Bernoulli | Mask | None
+
+
+def from_index(keep: Keep, first: int) -> Keep:
+    """The same rule for a part that begins at that index; stored masks are those of a part."""
+    return keep if keep is None or isinstance(keep, Mask) else keep.from_index(first)
 
 
 class Recipe(NamedTuple):

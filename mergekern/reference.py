@@ -105,7 +105,7 @@ def kept(keep: Keep, x: Tensor, base: Tensor | None, rounded: bool = False) -> l
         least, most = (kept(t, x, base, rounded) for t in keep)
         return [low and not high for low, high in zip(least, most, strict=True)]
     if isinstance(keep, Bernoulli):
-        return [_draw(keep.key, i) < keep.limit for i in range(len(d))]
+        return [_draw(keep.key, keep.first + i) < keep.limit for i in range(len(d))]
     if isinstance(keep, Mask):
         bits = np.unpackbits(keep.bits.cpu().numpy(), count=len(d))
         return [bool(b) for b in bits]
@@ -214,6 +214,23 @@ def l1_norms(
     return norms
 
 
+def count_kept(
+    base: Tensor | None,
+    xs: list[Tensor],
+    keep: list[Keep],
+    rounded: bool,
+    first: int,
+    last: int,
+) -> tuple[list[int], int]:
+    masks = [kept(k, x, base, rounded)[first:last] for k, x in zip(keep, xs, strict=True)]
+    deltas = [_subtract(x, base, rounded).reshape(-1)[first:last].tolist() for x in xs]
+    conflicts = 0
+    for values, survives in zip(zip(*deltas), zip(*masks), strict=True):
+        survivors = [v for v, mask in zip(values, survives, strict=True) if mask]
+        conflicts += any(v > 0 for v in survivors) and any(v < 0 for v in survivors)
+    return [sum(mask) for mask in masks], conflicts
+
+
 def _pack(mask: list[bool], bits: Tensor) -> None:
     bits.copy_(torch.from_numpy(np.packbits(np.array(mask, dtype=bool))))
 
@@ -238,24 +255,33 @@ def rank_mask(
     return _sum(d), _sum([v for v, m in zip(d, mask, strict=True) if m])
 
 
-def variance_mask(
-    bits: Tensor | None, xs: list[Tensor], base: Tensor | None, share: float
-) -> list[float]:
-    acc = torch.float64 if xs[0].dtype == torch.float64 else torch.float32
-    ds = [_subtract(x, base) for x in xs]
+def _variance(ds: list[Tensor]) -> Tensor:
+    n = torch.tensor(len(ds), dtype=ds[0].dtype)
     mean = torch.zeros_like(ds[0])
     for d in ds:
         mean = mean + d
-    mean = mean / torch.tensor(len(ds), dtype=acc)
+    mean = mean / n
     variance = torch.zeros_like(mean)
     for d in ds:
         variance = variance + (d - mean) * (d - mean)
-    variance = variance / torch.tensor(len(ds), dtype=acc)
-    mask = [True] * mean.numel()
+    return variance / n
+
+
+def variance_threshold(
+    xs: list[Tensor], base: Tensor | None, share: float
+) -> tuple[float, int, int, int]:
+    variance = _variance([_subtract(x, base) for x in xs])
+    k = int(int((variance != 0).sum()) * share)
+    return _select(variance, k) if k else NOTHING
+
+
+def variance_mask(
+    bits: Tensor | None, xs: list[Tensor], base: Tensor | None, threshold: Threshold
+) -> list[float]:
+    ds = [_subtract(x, base) for x in xs]
+    mask = [True] * xs[0].numel()
     if bits is not None:
-        k = int(int((variance != 0).sum()) * share)
-        threshold = Threshold(*_select(variance, k)) if k else NOTHING
-        mask = kept(threshold, variance, None)
+        mask = kept(threshold, _variance(ds), None)
         _pack(mask, bits)
     return [
         _sum([v * v for v, m in zip(d.double().reshape(-1).tolist(), mask, strict=True) if m])

@@ -13,6 +13,7 @@ from torch import Tensor
 import mergekern as mk
 from mergekern import reference
 from mergekern.check import accumulator, name_of
+from mergekern.keep import Threshold
 
 import cases
 from cases import CATALOGUE, CHUNK, Case, values
@@ -121,7 +122,9 @@ def test_agrees_with_the_reference(backend: str, device: str) -> None:
     *xs, base = Case(shape=(5, 23), values="mixed", n=4).tensors(device)
     got = mk.variance_mask(xs, 0.5, base=base, backend=backend)
     bits = torch.zeros((base.numel() + 7) // 8, dtype=torch.uint8)
-    reference.variance_mask(bits, [x.cpu() for x in xs], base.cpu(), 0.5)
+    plain = [x.cpu() for x in xs]
+    threshold = Threshold(*reference.variance_threshold(plain, base.cpu(), 0.5))
+    reference.variance_mask(bits, plain, base.cpu(), threshold)
     assert got.mask is not None
     assert torch.equal(got.mask.bits.cpu(), bits)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,8 @@ from ..errors import ArgumentError
 from ..keep import NOTHING, Keep, MagPrune
 from ..ops.merge_deltas import l1_factor, merge_deltas
 from ..ops.rank_mask import rank_mask
-from . import host_masks
+from . import host_masks, slices
+from .passes import Gather, Passes, Study
 from .registry import Inputs, Method, Parameter
 from .task_vectors import combine, host_factors, parameters
 
@@ -45,27 +48,27 @@ def _recipe(elect: str | None) -> Callable[..., Tensor]:
             restored = host_factors(inputs, keep) if rescale else None
             return combine(inputs, weight, keep, restored, elect, normalize, lambda_)
 
-        slabs = _slabs(base, len(inputs.xs))
-        drawn = [_masks(inputs, chances, slab) for slab in slabs[:1]]
-        factors = [1.0] * len(inputs.xs)
-        if rescale:
-            norms = torch.zeros(len(inputs.xs), 2, dtype=torch.float64)
-            for i, slab in enumerate(slabs):  # only the first is held: one is enough as a rule
-                of_slab = (drawn[0] if i == 0 else _masks(inputs, chances, slab))[1]
-                norms += torch.tensor(of_slab, dtype=torch.float64)
-            factors = [l1_factor(everything, kept) for everything, kept in norms.tolist()]
+        how = cut({"density": density}, base.shape, None)
+        parts = list(slices.parts(inputs, how))
+        held = max(1, _MASKS // max(1, len(inputs.xs) * parts[0].xs[0].numel() // 8))
+        drawn = [_masks(one, chances) for one in parts[:held]]
+        factors: list[float] | None = inputs.survey
+        if rescale and factors is None:
+            rest = (_masks(one, chances)[1] for one in parts[held:])
+            norms = functools.reduce(_added, [*(of_part for _, of_part in drawn), *rest])
+            factors = [l1_factor(everything, kept) for everything, kept in norms]
         out = torch.empty(base.shape, dtype=inputs.out_dtype, device=base.device)
-        for i, slab in enumerate(slabs):
+        for i, one in enumerate(parts):
             merge_deltas(
-                base[slab],
-                [x[slab] for x in inputs.xs],
+                one.base,
+                one.xs,
                 weight,
-                keep=(drawn[0] if i == 0 else _masks(inputs, chances, slab))[0],
-                rescale=factors,
+                keep=(drawn[i] if i < held else _masks(one, chances))[0],
+                rescale=factors if rescale else None,
                 elect=elect,
                 normalize=normalize,
                 scale=lambda_,
-                out=out[slab],
+                out=out if len(parts) == 1 else slices.of(out, one, how),
                 backend=inputs.backend,
             )
         return out
@@ -77,22 +80,11 @@ def _certain(density: float) -> Keep:
     return None if density >= 1 else NOTHING
 
 
-def _slabs(x: Tensor, models: int) -> list[tuple[slice, ...]]:
-    """Parts of x along its first axis whose masks fit the memory; rows lie along the second."""
-    if x.ndim < 2:
-        return [()]
-    needed = models * x.numel() // 8
-    step = max(1, x.shape[0] // -(-needed // _MASKS)) if needed else max(1, x.shape[0])
-    return [(slice(at, at + step),) for at in range(0, x.shape[0], step)] or [()]
+Norms = list[tuple[float, float]]
 
 
-def _masks(
-    inputs: Inputs, chances: list[tuple[float, float]], slab: tuple[slice, ...]
-) -> tuple[list[Keep], list[tuple[float, float]]]:
-    """What is kept of each model in a slab, and the L1 norms before and after."""
-    base = inputs.base
-    assert base is not None
-    first = slab[0].start * base[:1].numel() if slab else 0
+def _masks(inputs: Inputs, chances: list[tuple[float, float]]) -> tuple[list[Keep], Norms]:
+    """What is kept of each model in a slice, and the L1 norms before and after."""
     keep: list[Keep] = []
     norms = []
     for i, (x, (d, e)) in enumerate(zip(inputs.xs, chances, strict=True)):
@@ -102,11 +94,40 @@ def _masks(
             continue
         rule = MagPrune(d, e, inputs.seed, inputs.name, i)
         mask, everything, kept = rank_mask(
-            x[slab], rule, base=base[slab], first=first, backend=inputs.backend
+            x, rule, base=inputs.base, first=inputs.offset, backend=inputs.backend
         )
         keep.append(mask)
         norms.append((everything, kept))
     return keep, norms
+
+
+def _added(a: Norms, b: Norms) -> Norms:
+    return [(p + r, q + s) for (p, q), (r, s) in zip(a, b, strict=True)]
+
+
+def cut(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> str | None:
+    """Ranks are those of a row, along the second axis: slices are made of whole rows of the first.
+
+    A tensor without a second axis is one row; masks from torch's generator are of whole tensors.
+    """
+    if all(not 0 < d < 1 for d in arguments["density"]):
+        return "elements"
+    return None if host is not None or len(shape) < 2 else "rows"
+
+
+def needs(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> bool:
+    return arguments["rescale"] and any(0 < d < 1 for d in arguments["density"])
+
+
+def _measure(gather: Gather) -> Passes:
+    norms: Norms = []
+
+    def add(inputs: Inputs, *, density: list[float], epsilon: list[float], **_: Any) -> None:
+        more = _masks(inputs, list(zip(density, epsilon, strict=True)))[1]
+        norms[:] = _added(norms, more) if norms else more
+
+    yield add
+    return [l1_factor(everything, kept) for everything, kept in norms]
 
 
 _EPSILON = Parameter(
@@ -128,6 +149,10 @@ DELLA = Method(
     parameters=parameters("by rank and chance", True, True, _EPSILON),
     merge=_recipe("sum"),
     parity=_PARITY,
+    cut=cut,
+    measure=Study(_measure),
+    needs=needs,
+    draws=frozenset({"mergekit"}),
 )
 DELLA_LINEAR = Method(
     "della_linear",
@@ -137,4 +162,8 @@ DELLA_LINEAR = Method(
     parameters=parameters("by rank and chance", False, True, _EPSILON),
     merge=_recipe(None),
     parity=_PARITY,
+    cut=cut,
+    measure=Study(_measure),
+    needs=needs,
+    draws=frozenset({"mergekit"}),
 )

@@ -16,7 +16,7 @@ from .chunked import Part, chunks_for, number, select
 from .compat import require_fit
 from .deltas import SCALE, checked, deltas, merge_chunks, total_of
 from .masks import masked
-from .registry import Inputs, Method
+from .registry import Inputs, Method, anywhere
 
 
 class EMR(NamedTuple):
@@ -164,4 +164,5 @@ EMR_MERGING = Method(
     models=(1, None),
     parameters=(SCALE,),
     merge=_merge_emr,
+    cut=anywhere,
 )

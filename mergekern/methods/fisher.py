@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,43 @@ from torch import Tensor
 from .. import check
 from ..errors import ArgumentError
 from ..ops.gram import gram
+from . import slices
 from .chunked import Part, elementwise, number
-from .registry import REQUIRED, Inputs, Method, Parameter
+from .passes import Gather, Passes, Study
+from .registry import REQUIRED, Inputs, Method, Parameter, anywhere
+
+
+def _square(x: Tensor, backend: str) -> float:
+    return float(gram([x], backend=backend)[0, 0])
 
 
 def _norm(tensors: Sequence[Tensor], backend: str) -> float:
     """The L2 norm of tensors taken as one vector, in float64."""
-    return math.sqrt(math.fsum(float(gram([x], backend=backend)[0, 0]) for x in tensors))
+    return math.sqrt(math.fsum(_square(x, backend) for x in tensors))
+
+
+def _norm_of(x: Tensor, backend: str) -> float:
+    """The same of one tensor, summed by the slice."""
+    ranges = slices.slices(x.shape, "elements")
+    return _norm(
+        [slices.part(x, b, e, "elements") if len(ranges) > 1 else x for b, e in ranges], backend
+    )
+
+
+def _measure(gather: Gather) -> Passes:
+    """The norms of whole tensors that are among the arguments: one slice is enough."""
+    norms: list[float] = []
+
+    def take(inputs: Inputs, *, fisher: list[Tensor], **_: Any) -> None:
+        if not norms:
+            norms[:] = [_norm_of(f, inputs.backend) for f in fisher]
+
+    yield take
+    return norms
+
+
+def _needs(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> bool:
+    return arguments["normalize"] and arguments["norm"] is None
 
 
 def whole_models(parameters: dict[str, Any], names: Sequence[str], backend: str) -> dict[str, Any]:
@@ -52,9 +82,11 @@ def fisher(
 ) -> Tensor:
     xs, n = inputs.xs, len(inputs.xs)
     if normalize:
-        sizes = [_norm([f], inputs.backend) for f in fisher] if norm is None else norm
+        sizes = norm or inputs.survey or [_norm_of(f, inputs.backend) for f in fisher]
         sizes = check.numbers("fisher", "norm", sizes, n)
         weight = coefficients(weight, sizes, minimal)
+    if inputs.shape is not None:
+        fisher = [slices.of(f, inputs, "elements").view(xs[0].shape) for f in fisher]
 
     def step(part: Part) -> Tensor:
         total = divisor = torch.zeros_like(part(0))
@@ -86,5 +118,8 @@ FISHER = Method(
         Parameter("norm", float, "model", None, "those norms, where they are known"),
     ),
     merge=fisher,
+    cut=anywhere,
+    measure=Study(_measure),
+    needs=_needs,
     whole_models=whole_models,
 )

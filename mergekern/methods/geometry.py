@@ -15,13 +15,15 @@ the elements tell no smaller one from 0, and the plane the two span is unknown.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .registry import REQUIRED, Inputs, Method, Parameter
-from .two_passes import alone, vectors, whole
+from .registry import REQUIRED, Inputs, Method, Parameter, anywhere
+from .two_passes import alone, measured, vectors, whole
 
 _OPPOSITE = 2.0**-40
 
@@ -57,6 +59,9 @@ SLERP = Method(
     models=(2, 2),
     parameters=(Parameter("t", float, "tensor", REQUIRED, "0 gives the base, 1 the other model"),),
     merge=slerp,
+    cut=anywhere,
+    measure=measured(),
+    studied=(),
 )
 
 # ---- nuslerp ---------------------------------------------------------------------------------
@@ -93,6 +98,26 @@ def nuslerp(
     return vectors(inputs, 0 if nuslerp_row_wise else -1, coefficients)
 
 
+_SHORT = 64  # of vectors whose dot products would take more memory than a slice
+
+
+def _nuslerp_cut(
+    arguments: Mapping[str, Any], shape: Sequence[int], host: str | None
+) -> str | None:
+    """Rows hold whole vectors along the last axis, and a part of all those along the first."""
+    if arguments["nuslerp_flatten"] or len(shape) < 2:
+        return "elements"
+    return None if arguments["nuslerp_row_wise"] and shape[0] < _SHORT else "rows"
+
+
+def _along_first(arguments: Mapping[str, Any]) -> bool:
+    return arguments["nuslerp_row_wise"] and not arguments["nuslerp_flatten"]
+
+
+def _nuslerp_needs(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> bool:
+    return _nuslerp_cut(arguments, shape, host) == "elements" or _along_first(arguments)
+
+
 NUSLERP = Method(
     "nuslerp",
     "slerp at t = weight_1 / (weight_0 + weight_1) (1/2 for a sum within 1e-6 of 0), of two models "
@@ -108,9 +133,16 @@ NUSLERP = Method(
         Parameter("nuslerp_row_wise", bool, "tensor", False, "vectors along the first axis"),
     ),
     merge=nuslerp,
+    cut=_nuslerp_cut,
+    measure=measured(_along_first),
+    needs=_nuslerp_needs,
 )
 
 # ---- multislerp ------------------------------------------------------------------------------
+
+
+def _multislerp_needs(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> bool:
+    return len(arguments["weight"]) > 1
 
 
 def multislerp_coefficients(
@@ -170,6 +202,10 @@ MULTISLERP = Method(
         ),
     ),
     merge=multislerp,
+    cut=anywhere,
+    measure=measured(),
+    studied=(),
+    needs=_multislerp_needs,
 )
 
 # ---- karcher ---------------------------------------------------------------------------------
@@ -233,6 +269,9 @@ KARCHER = Method(
         Parameter("tol", float, "tensor", 1e-5, "angles below are nothing", (0, math.inf)),
     ),
     merge=karcher,
+    cut=anywhere,
+    measure=measured(),
+    studied=(),
     parity={"mergekit": "the same vectors left out (those up to `tol` long); within rounding"},
 )
 
@@ -254,6 +293,18 @@ def model_stock_coefficients(dots: Tensor) -> Tensor:
     return share.expand(*dots.shape[:-1]).clone()
 
 
+def _model_stock_cut(
+    arguments: Mapping[str, Any], shape: Sequence[int], host: str | None
+) -> str | None:
+    return "rows" if arguments["filter_wise"] and len(shape) > 1 else "elements"
+
+
+def _model_stock_needs(
+    arguments: Mapping[str, Any], shape: Sequence[int], host: str | None
+) -> bool:
+    return _model_stock_cut(arguments, shape, host) == "elements"
+
+
 def model_stock(inputs: Inputs, *, filter_wise: bool) -> Tensor:
     if filter_wise:
         return vectors(inputs, -1, model_stock_coefficients)
@@ -272,4 +323,8 @@ MODEL_STOCK = Method(
         Parameter("filter_wise", bool, "tensor", False, "a share for each vector of the last axis"),
     ),
     merge=model_stock,
+    cut=_model_stock_cut,
+    measure=measured(),
+    studied=(),
+    needs=_model_stock_needs,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..check import accumulator
 from ..ops.weighted_sum import weighted_sum
-from .registry import REQUIRED, Inputs, Method, Parameter
+from .registry import REQUIRED, Inputs, Method, Parameter, anywhere
 
 
 def _by_chunks(inputs: Inputs, merge: Callable[[list[Tensor]], Tensor]) -> Tensor:
@@ -86,6 +86,7 @@ LINEAR = Method(
         Parameter("normalize", bool, "tensor", True, "divide by the sum of the weights"),
     ),
     merge=linear,
+    cut=anywhere,
     parity={
         "mergekit": "The bits of `linear` on the same device.",
         "fusion_bench": "The bits of SimpleAverageAlgorithm where every weight is 1 and "
@@ -109,5 +110,6 @@ PASSTHROUGH = Method(
     models=(1, 1),
     parameters=(Parameter("scale", float, "model", 1.0, "factor"),),
     merge=passthrough,
+    cut=anywhere,
     parity={"mergekit": "The bits of `passthrough` on the same device."},
 )

@@ -19,7 +19,7 @@ from ..keep import Mask
 from .bits import Packer
 from .chunked import Part, chunks_for, number, select
 from .deltas import SCALE, checked, deltas, merge_chunks, total_of
-from .registry import REQUIRED, Inputs, Method, Parameter
+from .registry import REQUIRED, Inputs, Method, Parameter, anywhere
 
 # ---- MagMax ----------------------------------------------------------------------------------
 
@@ -47,6 +47,7 @@ MAGMAX = Method(
     models=(1, None),
     parameters=(SCALE,),
     merge=magmax,
+    cut=anywhere,
     parity={
         "fusion_bench": "the same bits: of equal magnitudes the last model's, a NaN wins only if "
         "the first model has it, every step rounded to the tensors' dtype"
@@ -200,4 +201,5 @@ CONSENSUS = Method(
         Parameter("k", int, "tensor", 2, "fewest masks that must be set", bounds=(0, math.inf)),
     ),
     merge=consensus,
+    cut=anywhere,
 )

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..check import accumulator
-from ..keep import above
+from ..keep import Keep, above
 from ..ops.merge_deltas import merge_deltas
-from .registry import Inputs, Method, Parameter
+from .passes import Gather, Passes, Study
+from .registry import Inputs, Method, Parameter, anywhere
 
 _CHUNK = 1 << 18
+
+
+def kept(inputs: Inputs, *, epsilon: float, **_: Any) -> list[Keep]:
+    return [above(_rounded(epsilon, inputs))] * len(inputs.xs)
 
 
 def _merge(inputs: Inputs, epsilon: float, alone: list[float] | None) -> Tensor:
@@ -20,7 +26,7 @@ def _merge(inputs: Inputs, epsilon: float, alone: list[float] | None) -> Tensor:
         inputs.base,
         inputs.xs,
         [1.0] * len(inputs.xs),
-        keep=[above(_rounded(epsilon, inputs))] * len(inputs.xs),
+        keep=kept(inputs, epsilon=epsilon),
         elect="present",
         normalize="count",
         alone=alone,
@@ -42,14 +48,31 @@ def ram(inputs: Inputs, *, epsilon: float) -> Tensor:
 
 
 def ramplus_tl(inputs: Inputs, *, epsilon: float, r: float, alpha: float) -> Tensor:
-    shared, unique = _counts(inputs, _rounded(epsilon, inputs))
+    known: Counts | None = inputs.survey
+    shared, unique = _counts(inputs, epsilon) if known is None else known
     # Where a model changed nothing alone, its factor is used nowhere.
     ratios = [s / max(u, epsilon) if u else 0.0 for s, u in zip(shared, unique, strict=True)]
     return _merge(inputs, epsilon, [1 + r * min(max(ratio, 0.0), alpha) for ratio in ratios])
 
 
-def _counts(inputs: Inputs, epsilon: float) -> tuple[list[int], list[int]]:
+Counts = tuple[list[int], list[int]]
+
+
+def _measure(gather: Gather) -> Passes:
+    shared: list[int] = []
+    unique: list[int] = []
+
+    def count(inputs: Inputs, *, epsilon: float, **_: Any) -> None:
+        for total, more in zip((shared, unique), _counts(inputs, epsilon), strict=True):
+            total[:] = [a + b for a, b in zip(total or [0] * len(more), more, strict=True)]
+
+    yield count
+    return shared, unique
+
+
+def _counts(inputs: Inputs, epsilon: float) -> Counts:
     """Per model, how many of its changed elements others changed too, and how many it alone."""
+    epsilon = _rounded(epsilon, inputs)
     acc, n = accumulator(inputs.xs[0].dtype), len(inputs.xs)
     flat = [x.reshape(-1) for x in inputs.xs]
     base = torch.zeros_like(flat[0]) if inputs.base is None else inputs.base.reshape(-1)
@@ -79,6 +102,8 @@ RAM = Method(
     models=(1, None),
     parameters=(_EPSILON,),
     merge=ram,
+    cut=anywhere,
+    kept=kept,
 )
 RAMPLUS_TL = Method(
     "ramplus_tl",
@@ -91,4 +116,7 @@ RAMPLUS_TL = Method(
         Parameter("alpha", float, "tensor", 0.2, "its limit"),
     ),
     merge=ramplus_tl,
+    cut=anywhere,
+    measure=Study(_measure),
+    kept=kept,
 )

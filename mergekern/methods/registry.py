@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from .. import check
 from ..errors import ArgumentError
+from ..keep import Keep
+from .passes import Study
 
 REQUIRED: Any = object()
 
@@ -96,16 +99,33 @@ class Inputs:
     survey: Any = None  # what the method's survey, or its measure, found
     offset: int = 0  # flat index of the slice's first element in the tensor
     shape: tuple[int, ...] | None = None  # of the whole tensor; None: the xs are all of it
+    order: int | None = None  # place of the tensor in the plan; None: that of the visit
+    shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # see Study
+
+    @property
+    def total(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.xs[0].shape if self.shape is None else self.shape)
 
 
-def never(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> str | None:
-    """The cut of a method that needs a tensor whole."""
+# Of (arguments, shape, host).
+Cut = Callable[[Mapping[str, Any], Sequence[int], str | None], str | None]
+Needs = Callable[[Mapping[str, Any], Sequence[int], str | None], bool]
+
+
+def whole(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> str | None:
+    """The cut of a method that needs a tensor at once."""
     return None
 
 
-# `visit(f)` reads every tensor that is merged once, in the order of the plan, and calls
-# `f(inputs, **arguments)`, with what `merge` will get. Each call is one more pass over the models.
-Visit = Callable[[Callable[..., None]], None]
+def anywhere(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> str | None:
+    """The cut of a method that takes each element by itself."""
+    return "elements"
+
+
+def always(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> bool:
+    """That a measure is needed, whatever the arguments."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -118,11 +138,20 @@ class Method:
     survey: for methods that must know the whole model before they merge its first tensor, such as
     a threshold over all tensors. It takes a `Visit`, may call it as often as it needs, and what it
     returns is `inputs.survey` in `merge`. A visitor that keeps `inputs` keeps its memory: it takes
-    numbers out. `merge_tensors` surveys its one tensor.
+    numbers out. `merge_tensors` surveys its one tensor. A tensor may be visited whole or slice by
+    slice, by one process or by several that gather what they count.
 
     cut: how a tensor of that shape may be cut (see `slices`); `merge` of each slice gives what
     `merge` of the whole gives there, to the bit. measure: as survey, over the slices of one tensor;
     called for tensors of more than one, and `inputs.survey` in `merge` of each is what it returns.
+    needs: whether `measure` is needed with these arguments; without, it finds None.
+    draws: hosts for which it draws from torch's generator, so that what a tensor gets depends on
+    those before it: such a merge is made in one go, by one process.
+    studied: the parameters on which survey or measure depend; None: all.
+
+    kept: what `merge` keeps of each task vector, with the same inputs and arguments, for reports.
+    It returns None where that cannot be told without a change to the result, as of draws from
+    torch's generator. No `kept`: the method has no such rules.
     """
 
     name: str
@@ -132,9 +161,13 @@ class Method:
     parameters: tuple[Parameter, ...]
     merge: Callable[..., Tensor]
     parity: Mapping[str, str] = field(default_factory=dict)  # host -> what equals its result
-    survey: Callable[[Visit], Any] | None = None
-    cut: Callable[[Mapping[str, Any], Sequence[int], str | None], str | None] = never
-    measure: Callable[[Visit], Any] | None = None
+    survey: Study | None = None
+    cut: Cut = whole
+    measure: Study | None = None
+    needs: Needs = always
+    draws: frozenset[str] = frozenset()
+    studied: tuple[str, ...] | None = None
+    kept: Callable[..., list[Keep] | None] | None = None
 
     # (parameters, names of floating tensors, backend) -> parameters, once before the first tensor
     whole_models: Callable[[dict[str, Any], Sequence[str], str], dict[str, Any]] | None = None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .chunked import Part, elementwise, number
 from .fusion import fuse, fuse_as_mergekit
-from .registry import REQUIRED, Inputs, Method, Parameter
+from .registry import REQUIRED, Inputs, Method, Parameter, anywhere
 
 _LEAST = 1e-6  # mergekit's floor of |base - x|, below which the step shrinks with it
 
@@ -55,6 +55,7 @@ NEARSWAP = Method(
     models=(1, 1),
     parameters=(Parameter("t", float, "tensor", REQUIRED, "the most an element may move"),),
     merge=nearswap,
+    cut=anywhere,
     parity={"mergekit": "the same bits: every step rounded to the tensors' dtype"},
 )
 
@@ -81,4 +82,5 @@ ARCEE_FUSION = Method(
         "mergekit": "the same elements under the same torch seed, which it takes its sample with; "
         "of 16-bit tensors its float32 result rounded to their dtype"
     },
+    draws=frozenset({"mergekit"}),
 )

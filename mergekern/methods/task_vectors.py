@@ -9,99 +9,33 @@ host="mergekit", "peft" and "sd_mecha" take the other side of these.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..keep import NOTHING, Band, Bernoulli, Keep, Threshold
-from ..ops.kth_magnitude import kth_magnitudes
+from ..keep import Keep
 from ..ops.merge_deltas import merge_deltas
 from . import host_masks
 from .registry import REQUIRED, Inputs, Method, Parameter
+from .trims import (
+    Kept,
+    Trim,
+    cut_of,
+    factors,
+    largest,
+    measure_of,
+    needs_of,
+    without_outliers,
+)
 
-
-@dataclass(frozen=True)
-class Trim:
-    """How a method chooses what to keep: parameters beside density, and the rules they give."""
-
-    doc: str
-    parameters: tuple[Parameter, ...]
-    rules: Callable[..., list[Keep]]
-
-
-# ---- what to keep ----------------------------------------------------------------------------
-
-
-def by_magnitude(inputs: Inputs, density: list[float]) -> list[Keep]:
-    """int(density * numel) of the largest magnitudes of each x - base, at least one.
-
-    sd-mecha keeps those not below the smallest of the rest, and so at least one more.
-    """
-    least = 0 if inputs.host == "peft" else 1
-    total = inputs.xs[0].numel()
-    if inputs.host == "sd_mecha":
-        ranks = [(total + 1 - max(1, int((1 - d) * total)), 0) for d in density]
-        keep = _between(inputs, density, ranks)
-        return [k._replace(cut=total) if isinstance(k, Threshold) else k for k in keep]
-    ranks = [(max(least, int(d * total)) if d > 0 else 0, 0) for d in density]
-    return _between(inputs, density, ranks)
-
-
-def without_outliers(inputs: Inputs, density: list[float], gamma: list[float]) -> list[Keep]:
-    """int(density * numel) magnitudes below the int(gamma * numel) largest ones.
-
-    Fewer outliers go where the rest would not be enough.
-    """
-    total = inputs.xs[0].numel()
-    ranks = []
-    for d, g in zip(density, gamma, strict=True):
-        target = int(d * total)
-        last = total - max(0, total - target - int(g * total))
-        ranks.append((last, last - target))
-    return _between(inputs, density, ranks)
-
-
-def _between(inputs: Inputs, density: list[float], ranks: list[tuple[int, int]]) -> list[Keep]:
-    """Per model, the largest magnitudes up to the first rank without those up to the second."""
-    keep: list[Keep] = [None] * len(inputs.xs)
-    chosen = []
-    for i, (d, (last, outliers)) in enumerate(zip(density, ranks, strict=True)):
-        if last <= outliers:
-            keep[i] = NOTHING
-        elif d < 1 and inputs.xs[i].numel():
-            chosen.append((i, [r for r in (last, outliers) if r]))
-    if chosen:
-        found = kth_magnitudes(
-            [inputs.xs[i] for i, _ in chosen],
-            [r for _, r in chosen],
-            base=inputs.base,
-            rounded=inputs.host == "mergekit",
-            backend=inputs.backend,
-        )
-        for (i, _), thresholds in zip(chosen, found, strict=True):
-            keep[i] = Band(*thresholds) if len(thresholds) == 2 else thresholds[0]
-    return keep
-
-
-def at_random(inputs: Inputs, density: list[float]) -> list[Keep]:
-    """Each element with probability density."""
-    if inputs.host is None:
-        return [Bernoulli(d, inputs.seed, inputs.name, i) for i, d in enumerate(density)]
-    return [
-        None if d >= 1 else host_masks.bernoulli(x, d)
-        for x, d in zip(inputs.xs, density, strict=True)
-    ]
-
-
-MAGNITUDE = Trim("the largest magnitudes", (), by_magnitude)
+MAGNITUDE = Trim("the largest magnitudes", (), largest)
 OUTLIERS = Trim(
     "large magnitudes but not the largest",
     (Parameter("gamma", float, "model", 0.01, "share of outliers to drop", bounds=(0, 1)),),
     without_outliers,
 )
-RANDOM = Trim("elements at random", (), at_random)
+RANDOM = Trim("elements at random", (), None)
 
 
 # ---- the recipe ------------------------------------------------------------------------------
@@ -111,7 +45,7 @@ def combine(
     inputs: Inputs,
     weight: list[float],
     keep: list[Keep] | None,
-    rescale: str | list[float] | None,
+    rescale: list[float] | None,
     elect: str | None,
     normalize: bool,
     scale: float,
@@ -143,6 +77,24 @@ def combine(
     )
 
 
+def _kept(
+    trim: Trim, inputs: Inputs, density: list[float], special: dict[str, Any]
+) -> tuple[list[Keep], list[float] | None]:
+    """What to keep, and what restores the norms if it was measured."""
+    known: Kept | None = inputs.survey
+    if known is None:
+        return trim.rules(inputs, density, **special), None
+    return known.keep(inputs, density), known.factors
+
+
+def _restoring(inputs: Inputs, keep: list[Keep], density: list[float]) -> list[float]:
+    if inputs.host == "mergekit":
+        return host_factors(inputs, keep)
+    if inputs.host == "peft":  # by the probability, not the norm
+        return [d or 1.0 for d in density]
+    return factors(inputs, keep)
+
+
 def host_factors(inputs: Inputs, keep: list[Keep]) -> list[float]:
     """What restores the L1 norms as mergekit sums them."""
     assert inputs.base is not None  # base="required"
@@ -162,15 +114,26 @@ def _recipe(trim: Trim | None, elect: str | None) -> Callable[..., Tensor]:
         int8_mask: bool,
         **special: Any,
     ) -> Tensor:
-        keep = trim.rules(inputs, density, **special) if trim else None
-        restored: str | list[float] | None = "l1" if rescale and keep else None
-        if keep and restored and inputs.host == "mergekit":
-            restored = host_factors(inputs, keep)
-        elif restored and inputs.host == "peft":  # by the probability, not the norm
-            restored = [d or 1.0 for d in density]
+        keep, restored = None, None
+        if trim:
+            keep, known = _kept(trim, inputs, density, special)
+            if rescale:
+                restored = known or _restoring(inputs, keep, density)
         return combine(inputs, weight, keep, restored, elect, normalize, lambda_)
 
     return merge
+
+
+def _kept_by(trim: Trim | None) -> Callable[..., list[Keep] | None]:
+    def kept(inputs: Inputs, *, density: list[float], **others: Any) -> list[Keep] | None:
+        if trim is None:
+            return [None] * len(inputs.xs)
+        if trim is RANDOM and inputs.host is not None:  # drawn from torch's generator, once
+            return None
+        special = {p.name: others[p.name] for p in trim.parameters}
+        return _kept(trim, inputs, density, special)[0]
+
+    return kept
 
 
 # ---- the methods -----------------------------------------------------------------------------
@@ -210,6 +173,9 @@ def parameters(
     )
 
 
+TRIMMED_BY = ("density", "gamma", "rescale")  # on these a measure depends
+
+
 def _method(
     name: str,
     doc: str,
@@ -219,6 +185,7 @@ def _method(
     normalize: bool,
     rescale: bool,
     parity: dict[str, str],
+    draws: frozenset[str] = frozenset(),
 ) -> Method:
     special = trim.parameters if trim else ()
     return Method(
@@ -229,6 +196,12 @@ def _method(
         parameters=parameters(trim.doc if trim else None, normalize, rescale, *special),
         merge=_recipe(trim, elect),
         parity=parity,
+        cut=cut_of(trim),
+        measure=None if trim is None else measure_of(trim),
+        needs=needs_of(trim),
+        draws=draws,
+        studied=TRIMMED_BY,
+        kept=_kept_by(trim),
     )
 
 
@@ -266,6 +239,7 @@ DARE_LINEAR = _method(
     normalize=False,
     rescale=True,
     parity={"mergekit": _MERGEKIT.format(_DRAWS), "peft": _PEFT.format(_PEFT_DRAWS)},
+    draws=frozenset({"mergekit", "peft"}),
 )
 DARE_TIES = _method(
     "dare_ties",
@@ -275,6 +249,7 @@ DARE_TIES = _method(
     normalize=False,
     rescale=True,
     parity={"mergekit": _MERGEKIT.format(_DRAWS), "peft": _PEFT.format(_PEFT_DRAWS)},
+    draws=frozenset({"mergekit", "peft"}),
 )
 BREADCRUMBS = _method(
     "breadcrumbs",
@@ -300,7 +275,8 @@ BREADCRUMBS_TIES = _method(
 def _magnitude_prune(
     inputs: Inputs, *, weight: list[float], density: list[float], lambda_: float
 ) -> Tensor:
-    return combine(inputs, weight, by_magnitude(inputs, density), None, None, False, lambda_)
+    keep, _ = _kept(MAGNITUDE, inputs, density, {})
+    return combine(inputs, weight, keep, None, None, False, lambda_)
 
 
 MAGNITUDE_PRUNE = Method(
@@ -314,5 +290,10 @@ MAGNITUDE_PRUNE = Method(
         Parameter("lambda", float, "tensor", 1.0, "factor on the merged task vector"),
     ),
     merge=_magnitude_prune,
+    kept=_kept_by(MAGNITUDE),
     parity={"peft": _PEFT.format(_TIES)},
+    cut=cut_of(MAGNITUDE),
+    measure=measure_of(MAGNITUDE),
+    needs=needs_of(MAGNITUDE),
+    studied=TRIMMED_BY,
 )

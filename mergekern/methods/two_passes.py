@@ -11,8 +11,11 @@ A NaN or infinity in a vector leaves its angles undefined and makes the whole of
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ from .. import check
 from ..ops.gram import gram
 from ..ops.weighted_rows import weighted_rows
 from ..ops.weighted_sum import weighted_sum
+from . import slices
+from .passes import Gather, Passes, Study
 from .registry import Inputs
 
 Coefficients = Callable[[Tensor], Tensor]  # float64 dot products [..., N, N] -> [..., N]
@@ -28,7 +33,9 @@ Coefficients = Callable[[Tensor], Tensor]  # float64 dot products [..., N, N] ->
 
 def whole(inputs: Inputs, coefficients: Coefficients) -> Tensor:
     """b + sum_i c_i (x_i - b), or sum_i c_i x_i, with c from the dot products of whole tensors."""
-    dots = gram(inputs.xs, base=inputs.base, backend=inputs.backend).cpu()
+    dots = inputs.survey
+    if dots is None:
+        dots = functools.reduce(operator.add, map(_dots, slices.parts(inputs, "elements")))
     if not dots.isfinite().all():
         return torch.full_like(inputs.xs[0], math.nan, dtype=inputs.out_dtype)
     tensors, weights = _with_base(inputs.xs, inputs.base, coefficients(dots))
@@ -37,7 +44,57 @@ def whole(inputs: Inputs, coefficients: Coefficients) -> Tensor:
     )
 
 
+def _dots(inputs: Inputs) -> Tensor:
+    """Counted once for all points of a sweep."""
+    if "dots" not in inputs.shared:
+        found = gram(inputs.xs, base=inputs.base, backend=inputs.backend)
+        inputs.shared["dots"] = found.cpu()
+    dots: Tensor = inputs.shared["dots"]
+    return dots
+
+
 _DOTS = 1 << 20  # dot products held at a time
+
+
+class _Part(NamedTuple):
+    """Some of the vectors of a tensor: a range of one of the other axes."""
+
+    axis: int
+    begin: int
+    length: int
+
+    def of(self, x: Tensor) -> Tensor:
+        return x.narrow(*self)
+
+
+def _parts(shape: Sequence[int], n: int, dim: int) -> list[_Part]:
+    """Each vector has a matrix of dot products, many times its own size where it is short."""
+    others = range(len(shape))[1:] if dim == 0 else range(len(shape))[:-1]
+    count = math.prod(shape[d] for d in others)
+    parts = min(count, -(-count * n * n // _DOTS))
+    longest = max(others, key=lambda d: shape[d])
+    axis = next((d for d in others if shape[d] >= parts), longest)
+    size = max(1, shape[axis] // max(1, parts))
+    begins = range(0, shape[axis], size)
+    return [_Part(axis, begin, min(size, shape[axis] - begin)) for begin in begins]
+
+
+def _dots_along(inputs: Inputs, dim: int, part: _Part) -> Tensor:
+    """Dot products of vectors along `dim`, those along the first axis added up by the slice."""
+    n = len(inputs.xs)
+    base = inputs.base
+
+    def dots(begin: int, end: int) -> Tensor:
+        xs = [part.of(x[begin:end]) for x in inputs.xs]
+        origin = None if base is None else part.of(base[begin:end])
+        return gram(xs, base=origin, dim=dim, backend=inputs.backend).view(-1, n, n)
+
+    shape = inputs.xs[0].shape
+    row = math.prod(shape[1:])
+    if dim != 0 or not row:
+        return dots(0, shape[0])
+    ranges = slices.slices(shape, "rows")
+    return functools.reduce(operator.add, (dots(b // row, e // row) for b, e in ranges))
 
 
 def vectors(inputs: Inputs, dim: int, coefficients: Coefficients) -> Tensor:
@@ -46,28 +103,44 @@ def vectors(inputs: Inputs, dim: int, coefficients: Coefficients) -> Tensor:
     if first.ndim < 2:
         return whole(inputs, coefficients)
     out = check.output("merge", None, first, dtype=inputs.out_dtype)
-    # Each vector has a matrix of dot products, many times its own size where it is short.
-    others = range(first.ndim)[1:] if dim == 0 else range(first.ndim)[:-1]
-    count = math.prod(first.shape[d] for d in others)
-    parts = min(count, -(-count * n * n // _DOTS))
-    longest = max(others, key=lambda d: first.shape[d])
-    cut = next((d for d in others if first.shape[d] >= parts), longest)
-    size = max(1, first.shape[cut] // max(1, parts))
-    for begin in range(0, first.shape[cut], size):
-        length = min(size, first.shape[cut] - begin)
-        xs = [x.narrow(cut, begin, length) for x in inputs.xs]
-        base = None if inputs.base is None else inputs.base.narrow(cut, begin, length)
-        dots = gram(xs, base=base, dim=dim, backend=inputs.backend).view(-1, n, n)
+    for i, part in enumerate(_parts(first.shape, n, dim)):
+        xs = [part.of(x) for x in inputs.xs]
+        base = None if inputs.base is None else part.of(inputs.base)
+        dots = inputs.survey[i] if inputs.survey else _dots_along(inputs, dim, part)
         tensors, weights = _with_base(xs, base, coefficients(dots))
         weights[~dots.isfinite().all(-1).all(-1)] = math.nan
-        weighted_rows(
-            tensors,
-            weights,
-            axis=-1 - dim,
-            out=out.narrow(cut, begin, length),
-            backend=inputs.backend,
-        )
+        weighted_rows(tensors, weights, axis=-1 - dim, out=part.of(out), backend=inputs.backend)
     return out
+
+
+def _along_first(inputs: Inputs) -> list[Tensor]:
+    """Dot products of the vectors along the first axis, part by part."""
+    parts = _parts(inputs.xs[0].shape, len(inputs.xs), 0)
+    if "along" not in inputs.shared:
+        inputs.shared["along"] = [_dots_along(inputs, 0, part) for part in parts]
+    dots: list[Tensor] = inputs.shared["along"]
+    return dots
+
+
+def measured(columns: Callable[[Mapping[str, Any]], bool] = lambda arguments: False) -> Study:
+    """Dot products of one tensor, added up slice by slice: of all of it, or along its first axis
+    with arguments for which `columns` is so."""
+
+    def passes(gather: Gather) -> Passes:
+        total: Any = None
+
+        def add(inputs: Inputs, **arguments: Any) -> None:
+            nonlocal total
+            if columns(arguments) and len(inputs.shape or ()) > 1:
+                dots = _along_first(inputs)
+                total = [a + b for a, b in zip(total, dots, strict=True)] if total else dots
+            else:
+                total = _dots(inputs) if total is None else total + _dots(inputs)
+
+        yield add
+        return total
+
+    return Study(passes)
 
 
 def _with_base(

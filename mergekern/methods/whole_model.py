@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..check import accumulator
-from ..keep import NOTHING, Keep, Threshold
-from ..ops.kth_magnitude import WholeModel, ties_of
+from ..keep import NOTHING, Keep, Threshold, from_index
+from ..ops.kth_magnitude import WholeModel
 from ..ops.merge_deltas import merge_deltas
-from .registry import Inputs, Method, Parameter, Visit
+from .passes import Gather, Passes, Study
+from .registry import Inputs, Method, Parameter, anywhere
 
 _CHUNK = 1 << 18
 _PLUS_ONE = ("fusion_bench", "knots")  # hosts that keep one more, and every tie with it
@@ -41,59 +42,120 @@ def _rank(host: str | None, density: float) -> Callable[[int], int]:
     return lambda total: max(1, int(density * total))
 
 
-def survey(visit: Visit) -> Found:
-    wholes: dict[int, WholeModel] = {}
-    keep: dict[tuple[str, int], Keep] = {}
-    hosts: set[str | None] = set()
+Group = tuple[int, float]  # model and density: its tensors of one density are one vector
+_Ties = dict[Group, list[tuple[tuple[int, int], int]]]  # ((order, offset), ties) of every piece
 
-    def count(inputs: Inputs, *, density: list[float], **_: Any) -> None:
-        hosts.add(inputs.host)
+
+class _Survey:
+    """The passes over the tensors of one process."""
+
+    def __init__(self, gather: Gather) -> None:
+        self._gather = gather
+        self._hosts: set[str | None] = set()
+        self._keep: dict[tuple[str, int], Keep] = {}
+        self._groups: dict[tuple[str, int], Group] = {}
+        self._wholes: dict[Group, WholeModel] = {}
+        self._cuts: dict[tuple[str, int], int] = {}
+        self._orders: dict[str, int] = {}
+        self._ties: _Ties = {}
+        self._balance = 0
+
+    def passes(self) -> Passes:
+        yield self._count
+        self._hosts = set().union(*self._gather(self._hosts))
+        for group in sorted(set().union(*self._gather(set(self._wholes)))):
+            self._wholes.setdefault(group, self._whole(group))
+        yield from self._descend()
+        every_tie = bool(self._hosts & set(_PLUS_ONE))
+        if not every_tie and any(w.splits_ties for w in self._wholes.values()):
+            if len(self._gather(None)) > 1:
+                yield self._tally
+                self._gather_ties()
+            yield self._place
+        keep = self._rules()
+        if not every_tie:
+            return Found(keep, "positive")
+        self._keep = keep
+        yield self._weigh
+        return Found(keep, "positive" if sum(self._gather(self._balance)) > 0 else "negative")
+
+    def _descend(self) -> Passes:
+        while True:
+            for group in sorted(self._wholes):
+                if self._wholes[group].unfinished:
+                    self._wholes[group].end_pass(self._gather)
+            if not any(w.unfinished for w in self._wholes.values()):
+                return
+            yield self._count
+
+    def _whole(self, group: Group, backend: str = "auto") -> WholeModel:
+        host = next(iter(self._hosts))
+        return WholeModel([_rank(host, group[1])], backend)
+
+    def _count(self, inputs: Inputs, *, density: list[float], **_: Any) -> None:
+        self._hosts.add(inputs.host)
         for i, x, d in zip(_models(inputs), inputs.xs, density, strict=True):
             if d >= 1 or (d <= 0 and inputs.host not in _PLUS_ONE):
-                keep[inputs.name, i] = None if d >= 1 else NOTHING
+                self._keep[inputs.name, i] = None if d >= 1 else NOTHING
             elif x.numel():
-                whole = wholes.setdefault(i, WholeModel(_rank(inputs.host, d), inputs.backend))
-                if whole.unfinished:
-                    whole.update(x, inputs.base)
+                self._groups[inputs.name, i] = i, d
+                if (i, d) not in self._wholes:
+                    self._wholes[i, d] = self._whole((i, d), inputs.backend)
+                if self._wholes[i, d].unfinished:
+                    self._wholes[i, d].update([x], inputs.base, inputs.shared)
 
-    visit(count)
-    while unfinished := [w for w in wholes.values() if w.unfinished]:
-        for whole in unfinished:
-            whole.end_pass()
-        if any(w.unfinished for w in unfinished):
-            visit(count)
+    # Of equal magnitudes the first in the order of the plan stay, and within a tensor by index.
 
-    left = {i: whole.ties for i, whole in wholes.items()}
-
-    def place(inputs: Inputs, **_: Any) -> None:
-        """Ties are kept in the order of the tensors, and within them by index."""
+    def _vectors(self, inputs: Inputs) -> Iterator[tuple[int, Tensor, Group, tuple[int, int]]]:
+        """(model, tensor, group, place) of those whose equal magnitudes are divided."""
+        seen = self._orders.setdefault(inputs.name, len(self._orders))
+        place = (seen if inputs.order is None else inputs.order, inputs.offset)
         for i, x in zip(_models(inputs), inputs.xs, strict=True):
-            if i not in wholes or (inputs.name, i) in keep:
-                continue
-            threshold = wholes[i].threshold
-            if inputs.host not in _PLUS_ONE and left[i] < threshold.equal and x.numel():
-                ties, cut = ties_of(x, threshold.value, left[i], inputs.base, inputs.backend)
-                left[i] -= ties
-                threshold = threshold._replace(cut=cut)
-            keep[inputs.name, i] = threshold
+            group = self._groups.get((inputs.name, i))
+            if group is not None and self._wholes[group].splits_ties:
+                yield i, x, group, place
 
-    visit(place)
-    if not hosts & set(_PLUS_ONE):
-        return Found(keep, "positive")
-    return Found(keep, _majority(visit, keep))
+    def _tally(self, inputs: Inputs, **others: Any) -> None:
+        for _, x, group, place in self._vectors(inputs):
+            (ties,) = self._wholes[group].count_ties([x], inputs.base)
+            self._ties.setdefault(group, []).append((place, ties))
 
+    def _gather_ties(self) -> None:
+        every: _Ties = {}
+        for theirs in self._gather(self._ties):
+            for group, ties in theirs.items():
+                every.setdefault(group, []).extend(ties)
+        self._ties = every
 
-def _majority(visit: Visit, keep: dict[tuple[str, int], Keep]) -> str:
-    """The sign that more elements of the whole vector have after the sum; negative if neither."""
-    balance = 0
+    def _place(self, inputs: Inputs, **_: Any) -> None:
+        for i, x, group, place in self._vectors(inputs):
+            before = None
+            if self._ties:
+                before = [sum(ties for at, ties in self._ties[group] if at < place)]
+            (rule,) = self._wholes[group].rules([x], inputs.base, before)
+            if rule.cut:
+                self._cuts[inputs.name, i] = inputs.offset + rule.cut
 
-    def count(inputs: Inputs, **_: Any) -> None:
-        nonlocal balance
-        for s in _sums(inputs, [keep.get((inputs.name, i)) for i in _models(inputs)]):
-            balance += int((s > 0).sum()) - int((s < 0).sum())
+    def _rules(self) -> dict[tuple[str, int], Keep]:
+        """Of the tensors of all processes."""
+        keep: dict[tuple[str, int], Keep] = {}
+        cuts: dict[tuple[str, int], int] = {}
+        groups: dict[tuple[str, int], Group] = {}
+        for its_keep, its_groups, its_cuts in self._gather((self._keep, self._groups, self._cuts)):
+            keep |= its_keep
+            groups |= its_groups
+            for name, cut in its_cuts.items():
+                cuts[name] = max(cut, cuts.get(name, 0))
+        for name, group in groups.items():
+            (found,) = self._wholes[group].thresholds
+            split = self._wholes[group].splits_ties and not self._hosts & set(_PLUS_ONE)
+            keep[name] = found._replace(cut=cuts.get(name, 0)) if split else found
+        return dict(sorted(keep.items()))
 
-    visit(count)
-    return "positive" if balance > 0 else "negative"
+    def _weigh(self, inputs: Inputs, **_: Any) -> None:
+        """Signs of the sum of the whole vector: a tied vote takes that of more elements."""
+        for s in _sums(inputs, [self._keep.get((inputs.name, i)) for i in _models(inputs)]):
+            self._balance += int((s > 0).sum()) - int((s < 0).sum())
 
 
 def _sums(inputs: Inputs, keep: list[Keep]) -> Iterator[Tensor]:
@@ -113,6 +175,11 @@ def _sums(inputs: Inputs, keep: list[Keep]) -> Iterator[Tensor]:
         yield total
 
 
+def kept(inputs: Inputs, **_: Any) -> list[Keep]:
+    found: Found = inputs.survey
+    return [from_index(found.keep.get((inputs.name, i)), inputs.offset) for i in _models(inputs)]
+
+
 def ties_global(
     inputs: Inputs,
     *,
@@ -126,7 +193,7 @@ def ties_global(
         inputs.base,
         inputs.xs,
         weight,
-        keep=[found.keep.get((inputs.name, i)) for i in _models(inputs)],
+        keep=kept(inputs),
         elect="sum",
         zero=found.zero,
         scale=lambda_,
@@ -156,11 +223,14 @@ TIES_GLOBAL = Method(
         Parameter("lambda", float, "tensor", 1.0, "factor on the merged task vector"),
     ),
     merge=ties_global,
+    cut=anywhere,
     parity={
         "fusion_bench": "bits for float32 up to 4 models: keeps int(density n) + 1 of n and every "
         "tie, a tied vote takes the majority sign of the whole vector, negative if it has none "
         "(with merge_func max the result is 0 there)",
         "knots": "the rules of fusion_bench",
     },
-    survey=survey,
+    survey=Study(lambda gather: _Survey(gather).passes()),
+    studied=("density",),
+    kept=kept,
 )

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import check, digits, dispatch
+from ..digits import Gather, alone
 from ..errors import ArgumentError
-from ..keep import Threshold
+from ..keep import NOTHING, Threshold
 from ._cost import Cost
 
 _OP = "kth_magnitude"
@@ -82,54 +83,109 @@ def kth_magnitudes(
 
 
 class WholeModel:
-    """The threshold of a vector that is seen piece by piece, once per pass.
+    """The thresholds of a vector that is seen piece by piece, once per pass, for several ranks.
 
-    `rank` gives k from the number of elements. While `unfinished`: `update` with every piece, in
-    the same order in every pass, then `end_pass`.
+    Each of `ranks` gives a k from the number of elements, 0 to keep nothing. While `unfinished`:
+    `update` with every piece, then `end_pass`. Where `splits_ties`, one more pass: `rules` of every
+    piece, in the same order for all who count. Several processes have pieces of one vector:
+    `gather` gives what each has counted.
     """
 
-    def __init__(self, rank: Callable[[int], int], backend: str = "auto") -> None:
-        self._rank, self._backend = rank, backend
-        self._histogram = np.zeros(1 << 16, np.int64)
-        self._prefix = self._above = 0
-        self._equal, self._total, self._k = 0, 0, 0
-        self._bits = self._shift = 0
-        self._acc = torch.float32
-        self.unfinished = True
+    _op = _OP
 
-    def update(self, x: Tensor, base: Tensor | None = None) -> None:
-        if not self._bits:
-            self._acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-            self._bits = 64 if x.dtype == torch.float64 else 32
-            self._shift = self._bits - 16
-        elif (x.dtype == torch.float64) != (self._bits == 64):
-            got = check.name_of(x.dtype)
+    def __init__(
+        self,
+        ranks: Sequence[Callable[[int], int]],
+        backend: str = "auto",
+        *,
+        rounded: bool = False,
+        nonzero: bool = False,
+    ) -> None:
+        self._descent = digits.Descent(ranks, nonzero=nonzero)
+        self._backend, self._rounded = backend, rounded
+        self._passed = [0] * len(ranks)  # ties in the pieces before
+
+    @property
+    def unfinished(self) -> bool:
+        return self._descent.unfinished
+
+    def update(
+        self, xs: Sequence[Tensor], base: Tensor | None = None, shared: dict | None = None
+    ) -> None:
+        """One tensor, in a list; of a variance, one of each model. shared: what others counted."""
+        bits = 64 if xs[0].dtype == torch.float64 else 32
+        if self._descent.bits not in (0, bits):
+            got = check.name_of(xs[0].dtype)
             raise ArgumentError.of(_OP, "float64 mixed with narrower types", got, "one of both")
-        chosen = dispatch.select(self._backend, _OP, x.device, x.dtype)
-        count = dispatch.load(chosen, _OP, "digit_histogram")
-        self._histogram += count(x, base, self._prefix, self._shift)
+        chosen = dispatch.select(self._backend, self._op, xs[0].device, xs[0].dtype)
+        count = dispatch.load(chosen, self._op, "digit_histogram")
+        known: dict = {} if shared is None else shared
 
-    def end_pass(self) -> None:
-        if not self._k:
-            self._total = int(self._histogram.sum())
-            self._k = _rank(self._rank(self._total), self._total)
-        digit, above, self._equal = digits.in_histogram(self._histogram, self._k - self._above)
-        self._prefix = self._prefix << 16 | digit
-        self._above += above
-        self._histogram[:] = 0
-        self._shift -= 16
-        self.unfinished = self._shift >= 0
+        def histogram(prefix: int, shift: int) -> np.ndarray:
+            key = (self._op, id(xs[0]), prefix, shift, self._rounded)
+            if key not in known:
+                known[key] = count(list(xs), base, prefix, shift, self._rounded)
+            return known[key]
 
-    @property
-    def threshold(self) -> Threshold:
-        """Keeps every tie: `cut` is past the end."""
-        value = digits.key_value(self._prefix, self._acc)
-        return Threshold(value, self._above, self._equal, self._total)
+        self._descent.add(bits, histogram)
+
+    def end_pass(self, gather: Gather = alone) -> None:
+        self._descent.end_pass(gather)
 
     @property
-    def ties(self) -> int:
-        """How many of the equal ones are within the k."""
-        return self._k - self._above
+    def thresholds(self) -> list[Threshold]:
+        """One per rank; keeps every tie: `cut` is past the end."""
+        d = self._descent
+        acc = torch.float64 if d.bits == 64 else torch.float32
+        return [
+            Threshold(digits.key_value(key, acc), above, equal, d.total) if k else NOTHING
+            for k, key, above, equal in d.found
+        ]
+
+    @property
+    def ties(self) -> list[int]:
+        """How many of the equal ones are within each k."""
+        return [k - above for k, _, above, _ in self._descent.found]
+
+    @property
+    def splits_ties(self) -> bool:
+        """Whether some of the equal ones are not kept, for any rank."""
+        return any(t.equal > ties for t, ties in zip(self.thresholds, self.ties, strict=True))
+
+    def count_ties(self, xs: Sequence[Tensor], base: Tensor | None = None) -> list[int]:
+        """How many magnitudes of a piece equal each value."""
+        n = xs[0].numel()
+        return [self._place(xs, base, t.value, n + 1)[0] if n else 0 for t in self.thresholds]
+
+    def rules(
+        self,
+        xs: Sequence[Tensor],
+        base: Tensor | None = None,
+        before: Sequence[int] | None = None,
+    ) -> list[Threshold]:
+        """The thresholds for the next piece: of the equal ones, the first in the vector stay.
+
+        before: ties in the pieces before this one, where others hold some of them.
+        """
+        n, result = xs[0].numel(), []
+        passed = self._passed if before is None else before
+        for i, (found, ties) in enumerate(zip(self.thresholds, self.ties, strict=True)):
+            left = max(0, ties - passed[i])
+            there, cut = 0, 0
+            if left and n:
+                there, index = self._place(xs, base, found.value, left)
+                cut = n if there < left else index + 1
+            self._passed[i] += min(there, left)
+            result.append(found._replace(cut=cut))
+        return result
+
+    def _place(
+        self, xs: Sequence[Tensor], base: Tensor | None, value: float, rank: int
+    ) -> tuple[int, int]:
+        chosen = dispatch.select(self._backend, self._op, xs[0].device, xs[0].dtype)
+        place = dispatch.load(chosen, self._op, "place_of_tie")
+        found: tuple[int, int] = place(list(xs), base, value, rank, self._rounded)
+        return found
 
 
 def _of_sequence(given: Sequence[Tensor], k: int, base: Any, backend: str) -> Threshold:
@@ -144,32 +200,20 @@ def _of_sequence(given: Sequence[Tensor], k: int, base: Any, backend: str) -> Th
             check.same(_OP, f"base[{i}]", b, f"x[{i}]", x)
             bases[i] = b
     pairs: list[tuple[Tensor, Tensor | None]] = list(zip(xs, bases, strict=True))
-    whole = WholeModel(lambda total: _rank(k, total), backend)
+    whole = WholeModel([lambda total: _rank(k, total)], backend)
     while whole.unfinished:
         for x, origin in pairs:
-            whole.update(x, origin)
+            whole.update([x], origin)
         whole.end_pass()
-    found, left, first = whole.threshold, whole.ties, 0
-    if found.equal == left:
+    (found,) = whole.thresholds
+    if not whole.splits_ties:
         return found
+    first = cut = 0
     for x, origin in pairs:
-        ties, cut = ties_of(x, found.value, left, origin, backend)
-        if ties >= left:
-            return found._replace(cut=first + cut)
-        left -= ties
+        (rule,) = whole.rules([x], origin)
+        cut = max(cut, first + rule.cut if rule.cut else 0)
         first += x.numel()
-    raise AssertionError("fewer ties than were counted")
-
-
-def ties_of(
-    x: Tensor, value: float, left: int, base: Tensor | None = None, backend: str = "auto"
-) -> tuple[int, int]:
-    """How many magnitudes equal `value`, at most `left`, and the cut that keeps so many."""
-    if not left or not x.numel():
-        return 0, 0
-    chosen = dispatch.select(backend, _OP, x.device, x.dtype)
-    ties, index = dispatch.load(chosen, _OP, "place_of_tie")(x, base, value, left)
-    return min(ties, left), x.numel() if ties < left else index + 1
+    return found._replace(cut=cut)
 
 
 def cost(numel: int, itemsize: int, *, base: bool = False) -> Cost:

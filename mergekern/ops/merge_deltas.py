@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,9 +45,9 @@ def merge_deltas(
     keep: None, or per model None, a `Threshold` (of `kth_magnitude`), a `Band`, a `Bernoulli` or
     a `Mask`.
     rescale: r_i = 1 (None); "l1": sum |delta_i| / sum |kept delta_i|, as mergekit, 1 where either
-    norm is below 1e-7 or not finite; "density": one over the probability of a Bernoulli, as DARE;
-    or one number per model, which `divide` makes a divisor (a step of its own where roundings are
-    those of a host).
+    norm is below 1e-7 or not finite, or r_i is not; "density": one over the probability of a
+    Bernoulli, as DARE; or one number per model, which `divide` makes a divisor (a step of its own
+    where roundings are those of a host).
     elect: who takes part, per element. None: all. "present": the kept deltas that are not 0.
     "sum": those of the sign of sum_i v_i (v_i the weighted deltas), "count": those of the sign
     that more of them have. zero: the sign of a tied vote; with "none" nobody takes part then.
@@ -178,16 +180,73 @@ def _factors(
     return [1.0] * len(xs)
 
 
+class Counts(NamedTuple):
+    """Kept elements of each task vector, and the places where kept ones have both signs."""
+
+    kept: list[int]
+    conflicts: int
+
+
+def count_kept(
+    base: Tensor | None,
+    xs: Sequence[Tensor],
+    keep: Sequence[Keep] | None = None,
+    *,
+    rounded: bool = False,
+    first: int = 0,
+    last: int | None = None,
+    backend: str = "auto",
+) -> Counts:
+    """How much of each x - base is kept, and where the kept differ in sign; 0 and NaN have none.
+
+    Shapes: all of one shape, any strides. keep: as in `merge_deltas`. rounded: differences are
+    rounded to the dtype of the xs, as with rounding="host". Counted are the elements of flat
+    indices `first` to `last`, all by default.
+    Result: exact. Cost: one read of every input.
+    Raises: ArgumentError for unequal inputs, rules that do not fit and ranges outside.
+    Source: the sign conflicts of TIES (Yadav et al., 2306.01708).
+
+    >>> import torch
+    >>> count_kept(None, [torch.tensor([1.0, -2.0]), torch.tensor([0.0, 3.0])])
+    Counts(kept=[2, 2], conflicts=1)
+    """
+    op = "count_kept"
+    xs = check.tensors(op, xs)
+    if base is not None:
+        base = check.tensor(op, base, "base")
+        check.same(op, "base", base, "xs[0]", xs[0])
+    rules, total = _rules(op, keep, xs[0], len(xs)), xs[0].numel()
+    last = total if last is None else last
+    if not 0 <= first <= last <= total:
+        got = f"{first} to {last}"
+        raise ArgumentError.of(op, "range leaves the tensor", got, f"within 0 to {total}")
+    chosen = dispatch.select(backend, "merge_deltas", xs[0].device, xs[0].dtype)
+    count = dispatch.load(chosen, "merge_deltas", op)
+    return Counts(*count(base, xs, rules, rounded, first, last))
+
+
 def l1_factor(everything: float, kept: float, dtype: torch.dtype = torch.float64) -> float:
     """What restores an L1 norm; `dtype`: that of a tool that holds its norms in it.
 
     Rounded to float32, so that backends with another order of summation agree on it. 1 where
-    either norm is below 1e-7 or not finite.
+    either norm is below 1e-7 or not finite, or the factor is not.
     """
     norms = torch.tensor([everything, kept], dtype=torch.float64).to(dtype)
     if not bool((norms >= 1e-7).all()) or not bool(norms.isfinite().all()):
         return 1.0
-    return float((norms[0] / norms[1]).to(torch.float32))
+    factor = float((norms[0] / norms[1]).to(torch.float32))
+    return factor if math.isfinite(factor) else 1.0
+
+
+def l1_norms(
+    xs: list[Tensor], keep: Sequence[Keep], *, base: Tensor | None = None, backend: str = "auto"
+) -> list[tuple[float, float]]:
+    """Per model sum |x - base| and the same over what is kept, in float64; xs have been checked."""
+    chosen = dispatch.select(backend, "merge_deltas", xs[0].device, xs[0].dtype)
+    norms: list[tuple[float, float]] = dispatch.load(chosen, "merge_deltas", "l1_norms")(
+        base, xs, list(keep), False
+    )
+    return norms
 
 
 def _probability(keep: Keep) -> float:

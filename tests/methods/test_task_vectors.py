@@ -15,6 +15,7 @@ import mergekern as mk
 from mergekern import merge_tensors
 from mergekern.keep import Bernoulli
 from mergekern.methods import della as della_module
+from mergekern.methods import slices
 
 from accuracy import assert_bits_equal, assert_within, half_ulp
 from cases import values
@@ -190,6 +191,7 @@ def test_della_in_slabs_has_the_same_bits(
         called.append(1)
         return masks(*args)
 
+    monkeypatch.setattr(slices, "SLICE", 20)
     monkeypatch.setattr(della_module, "_MASKS", 20)
     monkeypatch.setattr(della_module, "_masks", counting)
     assert_bits_equal(merge_tensors(xs, method, **options), whole)

@@ -23,7 +23,7 @@ _RUNS = 1 << 13  # at most
 Found = tuple[float, int, int, int]  # value, above, equal, one past the index of the last kept tie
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """What is ranked, as the kernels take it."""
 
     keys: object  # _cpu.KeySource
@@ -35,9 +35,9 @@ class _Source(NamedTuple):
         return np.uint64 if self.acc == torch.float64 else np.uint32
 
 
-def _source(x: Tensor, base: Tensor | None, rounded: bool) -> _Source:
+def _source(x: Tensor, base: Tensor | None, rounded: bool) -> Source:
     keys = _cpu.KeySource(xs=[runtime.view(x)], base=runtime.optional_view(base), rounded=rounded)
-    return _Source(keys, x.numel(), accumulator(x.dtype))
+    return Source(keys, x.numel(), accumulator(x.dtype))
 
 
 def kth_magnitude(
@@ -63,9 +63,9 @@ def kth_magnitude(
     return [[_exact(s, k, next(counted)) for k in ks] for s, ks in zip(sources, ranks, strict=True)]
 
 
-def select_share(keys: object, total: int, acc: torch.dtype, share: float) -> Found:
+def select_share(source: Source, share: float) -> Found:
     """The same for k = int(share * number of keys that are not 0); keeps nothing where k is 0."""
-    source = _Source(keys, total, acc)
+    total, acc = source.total, source.acc
     if total <= _SMALL:
         gathered = _keys(source)
         k = int(np.count_nonzero(gathered) * share)
@@ -78,14 +78,22 @@ def select_share(keys: object, total: int, acc: torch.dtype, share: float) -> Fo
     return _exact(source, k, counted) if k else NOTHING
 
 
-def digit_histogram(x: Tensor, base: Tensor | None, prefix: int, shift: int) -> np.ndarray:
+def digit_histogram(
+    xs: list[Tensor], base: Tensor | None, prefix: int, shift: int, rounded: bool
+) -> np.ndarray:
     """Counts of the 16-bit digit at `shift` of the keys that equal `prefix` above it."""
-    return _histogram(_source(x, base, False), prefix, shift)
+    return histogram(_source(xs[0], base, rounded), prefix, shift)
 
 
-def place_of_tie(x: Tensor, base: Tensor | None, value: float, rank: int) -> tuple[int, int]:
+def place_of_tie(
+    xs: list[Tensor], base: Tensor | None, value: float, rank: int, rounded: bool
+) -> tuple[int, int]:
     """How many magnitudes equal `value`, and the index of the rank-th (from 1) of them or -1."""
-    source = _source(x, base, False)
+    return place(_source(xs[0], base, rounded), value, rank)
+
+
+def place(source: Source, value: float, rank: int) -> tuple[int, int]:
+    """The same of any keys."""
     key = digits.value_key(value, source.acc)
     counts = _count([source], [(0, key, key)])[0].counts[:, 1]
     ties = int(counts.sum())
@@ -95,7 +103,7 @@ def place_of_tie(x: Tensor, base: Tensor | None, value: float, rank: int) -> tup
 # ---- all keys at hand ------------------------------------------------------------------------
 
 
-def _keys(source: _Source) -> np.ndarray:
+def _keys(source: Source) -> np.ndarray:
     keys: np.ndarray = np.empty(source.total, source.dtype)
     _cpu.magnitude_keys(source=source.keys, out=keys.ctypes.data, begin=0, end=source.total)
     return keys
@@ -120,7 +128,7 @@ class _Counted(NamedTuple):
     kept: list[np.ndarray]  # shorter than the count where there was no room
 
 
-def _sample(source: _Source) -> np.ndarray:
+def _sample(source: Source) -> np.ndarray:
     """Sorted keys of short runs from all over the tensor."""
     runs = min(_RUNS, max(1 << 10, source.total // (1 << 11)))
     sample: np.ndarray = np.empty(runs * _RUN, source.dtype)
@@ -153,7 +161,7 @@ def _bracket_of(sample: np.ndarray, share: float, spread: float = 1) -> tuple[in
     return int(sample[first]), int(sample[last])
 
 
-def _count(sources: list[_Source], brackets: list[tuple[int, int, int]]) -> list[_Counted]:
+def _count(sources: list[Source], brackets: list[tuple[int, int, int]]) -> list[_Counted]:
     """One pass over all sources against brackets (source, low, high), side by side by source."""
     total, dtype = sources[0].total, sources[0].dtype
     chunks = -(-total // runtime.CHUNK)
@@ -186,7 +194,7 @@ def _count(sources: list[_Source], brackets: list[tuple[int, int, int]]) -> list
     ]
 
 
-def _exact(source: _Source, k: int, counted: _Counted) -> Found:
+def _exact(source: Source, k: int, counted: _Counted) -> Found:
     found = _by_bracket(source, k, counted)
     if found is None:
         return _by_digits(source, k)
@@ -194,7 +202,7 @@ def _exact(source: _Source, k: int, counted: _Counted) -> Found:
     return _found(source, key, k, above, counts)
 
 
-def _by_bracket(source: _Source, k: int, counted: _Counted) -> tuple[int, int, np.ndarray] | None:
+def _by_bracket(source: Source, k: int, counted: _Counted) -> tuple[int, int, np.ndarray] | None:
     """Key, count above and per-chunk count of ties; None where the sample was misleading."""
     low, high, counts, kept = counted
     above, at_high, inside, at_low = (int(v) for v in counts.sum(0))
@@ -217,14 +225,14 @@ def _by_bracket(source: _Source, k: int, counted: _Counted) -> tuple[int, int, n
     return key, above + more, np.where(counts[:, 2] > 0, ties, 0)
 
 
-def _found(source: _Source, key: int, k: int, above: int, counts: np.ndarray) -> Found:
+def _found(source: Source, key: int, k: int, above: int, counts: np.ndarray) -> Found:
     """From the ties of each chunk to the whole answer."""
     equal = int(counts.sum())
     cut = source.total if equal == k - above else _cut(source, key, counts, k - above)
     return digits.key_value(key, source.acc), above, equal, cut
 
 
-def _cut(source: _Source, key: int, counts: np.ndarray, ties: int) -> int:
+def _cut(source: Source, key: int, counts: np.ndarray, ties: int) -> int:
     """One past the index of the ties-th element whose key is `key`."""
     before = np.cumsum(counts)
     chunk = int(np.searchsorted(before, ties))
@@ -242,7 +250,7 @@ def _cut(source: _Source, key: int, counts: np.ndarray, ties: int) -> int:
 # ---- histograms ------------------------------------------------------------------------------
 
 
-def _by_patterns(x: Tensor, source: _Source, ranks: list[int]) -> list[Found]:
+def _by_patterns(x: Tensor, source: Source, ranks: list[int]) -> list[Found]:
     slots = runtime.threads()
     histograms = np.zeros((slots, 1 << 15), np.int64)
     part = -(-source.total // slots)
@@ -266,22 +274,22 @@ def _by_patterns(x: Tensor, source: _Source, ranks: list[int]) -> list[Found]:
     return found
 
 
-def _by_digits(source: _Source, k: int) -> Found:
+def _by_digits(source: Source, k: int) -> Found:
     bits = 64 if source.acc == torch.float64 else 32
     key, above, equal = digits.by_digits(
-        lambda prefix, shift: _histogram(source, prefix, shift), bits, k
+        lambda prefix, shift: histogram(source, prefix, shift), bits, k
     )
     return _with_ties(source, key, k, above, equal)
 
 
-def _with_ties(source: _Source, key: int, k: int, above: int, equal: int) -> Found:
+def _with_ties(source: Source, key: int, k: int, above: int, equal: int) -> Found:
     if equal == k - above:
         return digits.key_value(key, source.acc), above, equal, source.total
     counts = _count([source], [(0, key, key)])[0].counts[:, 1]
     return _found(source, key, k, above, counts)
 
 
-def _histogram(source: _Source, prefix: int, shift: int) -> np.ndarray:
+def histogram(source: Source, prefix: int, shift: int) -> np.ndarray:
     slots = runtime.threads()
     histograms = np.zeros((slots, 1 << 16), np.int64)
     part = -(-source.total // slots)

@@ -44,7 +44,7 @@ def select(keys: Keys, acc: torch.dtype, total: int, k: int) -> Found:
     """The k-th largest of any keys."""
     bits = 64 if acc == torch.float64 else 32
     key, above, equal = digits.by_digits(
-        lambda prefix, shift: _histogram(keys, prefix, shift), bits, k
+        lambda prefix, shift: histogram(keys, prefix, shift), bits, k
     )
     cut = _cut(keys, key, k - above, equal, total)
     return digits.key_value(key, acc), above, equal, cut
@@ -58,10 +58,10 @@ def select_share(keys: Keys, acc: torch.dtype, total: int, share: float) -> Foun
 
 def _cut(keys: Keys, key: int, ties: int, equal: int, total: int) -> int:
     """One past the index of the ties-th key that equals `key`."""
-    return total if equal == ties else _place(keys, key, ties)[1] + 1
+    return total if equal == ties else place(keys, key, ties)[1] + 1
 
 
-def _place(keys: Keys, key: int, rank: int) -> tuple[int, int]:
+def place(keys: Keys, key: int, rank: int) -> tuple[int, int]:
     """How many keys up to the rank-th equal `key`, and the index of that one or -1."""
     ties = 0
     for part, first in keys():
@@ -72,14 +72,19 @@ def _place(keys: Keys, key: int, rank: int) -> tuple[int, int]:
     return ties, -1
 
 
-def place_of_tie(x: Tensor, base: Tensor | None, value: float, rank: int) -> tuple[int, int]:
+def place_of_tie(
+    xs: list[Tensor], base: Tensor | None, value: float, rank: int, rounded: bool
+) -> tuple[int, int]:
     """How many magnitudes equal `value` (counted up to `rank`), the index of the rank-th or -1."""
-    return _place(lambda: _keys(x, base), digits.value_key(value, accumulator(x.dtype)), rank)
+    key = digits.value_key(value, accumulator(xs[0].dtype))
+    return place(lambda: _keys(xs[0], base, rounded), key, rank)
 
 
-def digit_histogram(x: Tensor, base: Tensor | None, prefix: int, shift: int) -> np.ndarray:
+def digit_histogram(
+    xs: list[Tensor], base: Tensor | None, prefix: int, shift: int, rounded: bool
+) -> np.ndarray:
     """Counts of the 16-bit digit at `shift` of the keys that equal `prefix` above it."""
-    return _histogram(lambda: _keys(x, base), prefix, shift)
+    return histogram(lambda: _keys(xs[0], base, rounded), prefix, shift)
 
 
 def _keys(x: Tensor, base: Tensor | None, rounded: bool = False) -> Iterator[tuple[Tensor, int]]:
@@ -94,7 +99,7 @@ def _keys(x: Tensor, base: Tensor | None, rounded: bool = False) -> Iterator[tup
         yield chunks.magnitude_keys(d), first
 
 
-def _histogram(keys: Keys, prefix: int, shift: int) -> np.ndarray:
+def histogram(keys: Keys, prefix: int, shift: int) -> np.ndarray:
     counts = np.zeros(1 << 16, np.int64)
     for part, _ in keys():
         chosen = part[part >> (shift + 16) == prefix] if shift + 16 < 64 else part

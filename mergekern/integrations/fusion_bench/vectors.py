@@ -100,12 +100,12 @@ def global_threshold(vectors: Vectors, rank: int) -> Threshold:
 
     `vectors` is called once per 16 bits of the keys, and yields the same pairs each time.
     """
-    whole = WholeModel(lambda total: rank)
+    whole = WholeModel([lambda total: rank])
     while whole.unfinished:
         for x, base in vectors():
-            whole.update(x, base)
+            whole.update([x], base)
         whole.end_pass()
-    return whole.threshold
+    return whole.thresholds[0]
 
 
 def trims(entries: Sequence[Entry], dtype: torch.dtype, share: float) -> list[Keep] | None:
