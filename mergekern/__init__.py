@@ -1,48 +1,58 @@
-"""mergekern: the compiled engine under model merging."""
+"""mergekern: the compiled engine under model merging.
+
+A public name is imported when it is first used: `import mergekern` by itself loads no torch.
+"""
 
 from __future__ import annotations
 
-from .align.declare import declare_spaces
-from .align.discover import discover_spaces
-from .align.matching.match import Match, match
-from .align.merging.apply import apply
-from .align.merging.partial import PartialZip
-from .align.merging.repair import repair
-from .align.spaces import Spaces
-from .align.statistics.collect import collect_statistics
-from .align.statistics.statistics import Statistics
-from .align.zip_models import zip_models
-from .engine.manifest import Manifest
-from .engine.run import merge_checkpoints, merge_sweep, plan_merge
-from .engine.verify import Verification, verify
-from .engine.zip_folder import load_zip
-from .errors import (
-    ArgumentError,
-    BackendError,
-    CheckpointError,
-    ConfigError,
-    ConfigWarning,
-    MergekernError,
-)
-from .keep import Band, Bernoulli, MagPrune, Mask, Threshold
-from .methods import methods
-from .methods.bits import load_masks, save_masks
-from .methods.emr import emr, emr_state_dicts
-from .methods.masks import consensus_mask, masked, tall_masks
-from .methods.merge import merge_state_dicts, merge_tensors
-from .ops.assign import assign, assign_heads
-from .ops.covariance import Covariance, correlation, covariance
-from .ops.gram import gram
-from .ops.kth_magnitude import kth_magnitude
-from .ops.merge_deltas import merge_deltas
-from .ops.permute import permute, permute_all
-from .ops.rank_mask import rank_mask
-from .ops.variance_mask import variance_mask
-from .ops.weighted_rows import weighted_rows
-from .ops.weighted_sum import weighted_sum
-from .ops.zip_match import zip_match
-from .ops.zip_weights import zip_weights, zip_weights_all
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .align.declare import declare_spaces
+    from .align.discover import discover_spaces
+    from .align.matching.match import Match, match
+    from .align.merging.apply import apply
+    from .align.merging.partial import PartialZip
+    from .align.merging.repair import repair
+    from .align.spaces import Spaces
+    from .align.statistics.collect import collect_statistics
+    from .align.statistics.statistics import Statistics
+    from .align.zip_models import zip_models
+    from .engine.manifest import Manifest
+    from .engine.run import merge_checkpoints, merge_sweep, plan_merge
+    from .engine.verify import Verification, verify
+    from .engine.zip_folder import load_zip
+    from .errors import (
+        ArgumentError,
+        BackendError,
+        CheckpointError,
+        ConfigError,
+        ConfigWarning,
+        MergekernError,
+    )
+    from .keep import Band, Bernoulli, MagPrune, Mask, Threshold
+    from .methods import methods
+    from .methods.bits import load_masks, save_masks
+    from .methods.emr import emr, emr_state_dicts
+    from .methods.masks import consensus_mask, masked, tall_masks
+    from .methods.merge import merge_state_dicts, merge_tensors
+    from .ops.assign import assign, assign_heads
+    from .ops.covariance import Covariance, correlation, covariance
+    from .ops.gram import gram
+    from .ops.kth_magnitude import kth_magnitude
+    from .ops.merge_deltas import merge_deltas
+    from .ops.permute import permute, permute_all
+    from .ops.rank_mask import rank_mask
+    from .ops.variance_mask import variance_mask
+    from .ops.weighted_rows import weighted_rows
+    from .ops.weighted_sum import weighted_sum
+    from .ops.zip_match import zip_match
+    from .ops.zip_weights import zip_weights, zip_weights_all
 
 __all__ = [
     "ArgumentError",
@@ -102,3 +112,62 @@ __all__ = [
     "zip_weights",
     "zip_weights_all",
 ]
+
+_MODULES = {
+    "align.declare": "declare_spaces",
+    "align.discover": "discover_spaces",
+    "align.matching.match": "Match match",
+    "align.merging.apply": "apply",
+    "align.merging.partial": "PartialZip",
+    "align.merging.repair": "repair",
+    "align.spaces": "Spaces",
+    "align.statistics.collect": "collect_statistics",
+    "align.statistics.statistics": "Statistics",
+    "align.zip_models": "zip_models",
+    "engine.manifest": "Manifest",
+    "engine.run": "merge_checkpoints merge_sweep plan_merge",
+    "engine.verify": "Verification verify",
+    "engine.zip_folder": "load_zip",
+    "errors": "ArgumentError BackendError CheckpointError ConfigError ConfigWarning MergekernError",
+    "keep": "Band Bernoulli MagPrune Mask Threshold",
+    "methods": "methods",
+    "methods.bits": "load_masks save_masks",
+    "methods.emr": "emr emr_state_dicts",
+    "methods.masks": "consensus_mask masked tall_masks",
+    "methods.merge": "merge_state_dicts merge_tensors",
+    "ops.assign": "assign assign_heads",
+    "ops.covariance": "Covariance correlation covariance",
+    "ops.gram": "gram",
+    "ops.kth_magnitude": "kth_magnitude",
+    "ops.merge_deltas": "merge_deltas",
+    "ops.permute": "permute permute_all",
+    "ops.rank_mask": "rank_mask",
+    "ops.variance_mask": "variance_mask",
+    "ops.weighted_rows": "weighted_rows",
+    "ops.weighted_sum": "weighted_sum",
+    "ops.zip_match": "zip_match",
+    "ops.zip_weights": "zip_weights zip_weights_all",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+class _Package(ModuleType):
+    """The package: a public name is looked up where it lives, and kept."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # `methods` is a function: the import of the folder of that name would put itself there.
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -20,6 +20,13 @@ from torch import Tensor
 from .errors import ArgumentError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# What files may hold and no op computes with; float32 holds all of their values.
+FLOATS8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -139,6 +139,50 @@ def test_kernels_own_nothing() -> None:
             assert not owns.search(path.read_text()), path
 
 
+def loaded(code: str) -> set[str]:
+    """The top-level names and the parts of mergekern that a fresh Python holds after `code`."""
+    code += "\nimport sys; print('loaded', *sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("module", ["mergekern", "mergekern.cli", "mergekern.errors"])
+def test_import_loads_no_torch(module: str) -> None:
+    assert not {"torch", "numpy", "scipy", "mergekern.check"} & loaded(f"import {module}")
+
+
+def test_a_name_loads_its_own_modules_alone() -> None:
+    modules = loaded("import mergekern; mergekern.gram")
+    assert "mergekern.ops.gram" in modules
+    assert not {"scipy", "mergekern.methods", "mergekern.ops.assign", "mergekern.align"} & modules
+
+
+def test_type_checkers_see_the_names_that_are_found_at_run_time() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {a.name: f"mergekern.{n.module}" for n in block.body for a in n.names}
+    assert sorted(seen) == mergekern.__all__
+    for name, module in seen.items():
+        assert getattr(mergekern, name) is getattr(importlib.import_module(module), name)
+
+
+def test_methods_stays_a_function() -> None:
+    """The import of the folder of that name, before or after, does not take its place."""
+    for first, second in (("", "import mergekern.methods.merge"), ("import mergekern.methods", "")):
+        code = f"{first}\nimport mergekern\n{second}\nassert 'ties' in mergekern.methods()"
+        code += "\nfrom mergekern import methods\nassert 'ties' in methods()"
+        loaded(code)
+
+
+def test_names_that_are_not_there() -> None:
+    assert not hasattr(mergekern, "grams")
+    with pytest.raises(AttributeError, match="module 'mergekern' has no attribute 'grams'"):
+        mergekern.grams  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'grams'"):
+        from mergekern import grams  # noqa: F401
+    assert {*mergekern.__all__, "__version__"} <= set(dir(mergekern))
+
+
 def test_import_loads_no_backend() -> None:
     code = (
         "import sys, mergekern; "

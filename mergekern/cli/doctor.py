@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import platform
 
-import torch
-
 from .. import __version__
-from ..dispatch import BACKENDS, OPS, why_not
 
 
 def doctor() -> None:
     """Say for every backend and op whether it is available here, or why not."""
+    import torch
     from rich.console import Console
     from rich.table import Table
+
+    from ..dispatch import BACKENDS, OPS, why_not
 
     console = Console()
     console.print(
@@ -37,6 +37,10 @@ def doctor() -> None:
 
 
 def _threads() -> int:
+    import torch
+
+    from ..dispatch import why_not
+
     if why_not("cpu", "weighted_sum", "cpu"):
         return torch.get_num_threads()
     from ..backends.cpu.runtime import threads

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..integrations.mergekit import hook as mergekit_hook
-
 
 class State(str, Enum):
     on = "on"
@@ -26,6 +24,8 @@ def hook(
     Writes (or removes) one start-up line in site-packages. It does nothing unless the variable is
     set when Python starts.
     """
+    from ..integrations.mergekit import hook as mergekit_hook
+
     if state is State.on:
         mergekit_hook.write()
     elif state is State.off:

@@ -6,12 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-
-from ..check import name_of
-from ..engine.checkpoint import Checkpoint
-from ..engine.files import nbytes
 
 
 def inspect(
@@ -19,9 +14,14 @@ def inspect(
     filter: Annotated[str, typer.Option(help="only tensors whose name contains this")] = "",
 ) -> None:
     """List the tensors of a checkpoint: name, dtype, shape, size."""
+    import torch
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from ..check import name_of
+    from ..engine.checkpoint import Checkpoint
+    from ..engine.files import nbytes
 
     checkpoint = Checkpoint(path)
     table = Table("tensor", "dtype", "shape")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..engine.defaults import DEFAULT_MEMORY
+
 
 def verify(
-    out: Annotated[Path, typer.Argument(help="folder that `mergekern merge` made")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder that `mergekern merge` made")],
     inputs: Annotated[
         bool, typer.Option("--inputs", help="read the inputs again, too, and compare them")
     ] = False,
@@ -18,7 +19,9 @@ def verify(
         list[str] | None,
         typer.Option(help='merge tensors of these names again and compare, such as "*.attn.*"'),
     ] = None,
-    memory: Annotated[str, typer.Option(help="bound on tensors under way in a replay")] = "4GiB",
+    memory: Annotated[
+        str, typer.Option(help="bound on tensors under way in a replay")
+    ] = DEFAULT_MEMORY,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="problems only")] = False,
 ) -> None:
     """Compare an output with its manifest: every tensor, every file; inputs and results if asked.
@@ -32,7 +35,7 @@ def verify(
         inputs=inputs,
         replay=replay or (),
         memory=memory,
-        progress=not quiet and sys.stderr.isatty(),
+        progress=not quiet,
     )
     for problem in found.problems:
         print(problem)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..engine.run import DEFAULT_MEMORY
-from ..engine.samples import Pixels
-from ..engine.zip import Source, Zip, discover, zip_checkpoints
-from ..engine.zip_manifest import ZipManifest
+from ..engine.defaults import DEFAULT_MEMORY
 from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    from ..engine.zip_manifest import ZipManifest
 
 _FILES = "files (.safetensors, .bin, .pt) or model folders, two or more"
 
@@ -78,6 +78,9 @@ def zip(
     Writes the weights, labels of features, a manifest (zip.json) and a picture; prints how well
     each space of features was matched.
     """
+    from ..engine.samples import Pixels
+    from ..engine.zip import Source, Zip, discover, zip_checkpoints
+
     given = outputs or ["fixed"]
     source = Source(
         model,

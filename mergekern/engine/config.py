@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from ..errors import ConfigError
 from ..methods.merge import method_named
 from ..methods.registry import Method
+from .keys import AS_STORED, Naming
 
 DTYPES = {
     "float32": torch.float32,
@@ -30,7 +32,11 @@ KEYS = (
     "out_dtype",
     "tokenizer_source",
     "exceptions",
+    "only",
+    "skip",
 )
+# only, skip; prefix and renames of a model are ours, not mergekit's.
+ENTRY_KEYS = ("model", "parameters", "prefix", "renames")
 # Keys of mergekit that are not served, with what to do instead.
 UNSUPPORTED = {
     "slices": "layers cannot be stacked or cut here; list whole models under 'models'",
@@ -45,6 +51,7 @@ ACTIONS = ("copy", "drop", "present")
 class ModelEntry:
     path: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    naming: Naming = AS_STORED
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,10 @@ class ExceptionRule:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """A merge as the user wrote it. `text` is the source, kept for the output folder."""
+    """A merge as the user wrote it. `text` is the source, kept for the output folder.
+
+    Tensors that do not fit `only` or that fit `skip` are those of `home`, as they are.
+    """
 
     method: Method
     models: tuple[ModelEntry, ...]
@@ -71,7 +81,10 @@ class MergeConfig:
     dtype: torch.dtype | None
     out_dtype: torch.dtype | None
     exceptions: tuple[ExceptionRule, ...]
+    only: tuple[str, ...]
+    skip: tuple[str, ...]
     home: str  # the model whose files go along: the base, or the first
+    base_naming: Naming
     text: str
     swept: Mapping[str, Any] = field(default_factory=dict)  # parameters that a sweep has set
 
@@ -93,6 +106,11 @@ class MergeConfig:
         return (*([self.base] if self.base else []), *(m.path for m in self.models))
 
     @property
+    def namings(self) -> tuple[Naming, ...]:
+        """How the tensors of each of `paths` are called in the merge."""
+        return (*([self.base_naming] if self.base else []), *(m.naming for m in self.models))
+
+    @property
     def base_apart(self) -> bool:
         """Whether the base is subtracted, rather than one of the models."""
         return self.base is not None and self.method.subtracts_base
@@ -101,12 +119,29 @@ class MergeConfig:
 # ---- reading ---------------------------------------------------------------------------------
 
 
-def load_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
-    """The configuration in a YAML file or a mapping; ConfigError names the key that is wrong."""
+def load_config(
+    source: str | Path | Mapping[str, Any], *, only: Sequence[str] = (), skip: Sequence[str] = ()
+) -> MergeConfig:
+    """The configuration in a YAML file or a mapping; ConfigError names the key that is wrong.
+
+    only, skip: as the keys of that name, which the configuration then must not have; they are
+    added to its text.
+    """
+    data, text = _read(source)
+    for key, patterns in (("only", only), ("skip", skip)):
+        if patterns and key in data:
+            raise ConfigError(f"config: key '{key}' is also given as an option; give one of them")
+        if patterns:
+            data = {**data, key: list(patterns)}
+            text = f"{text.rstrip()}\n{key}: {json.dumps(list(patterns))}\n"
+    return _parse(data, text)
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     if isinstance(source, Mapping):
         data = _plain(source)
         try:
-            return _parse(data, yaml.safe_dump(data, sort_keys=False))
+            return data, yaml.safe_dump(data, sort_keys=False)
         except yaml.YAMLError as error:
             raise ConfigError(f"config: {' '.join(map(str, error.args))}") from None
     path = Path(source)
@@ -121,7 +156,7 @@ def load_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
         ) from None
     if not isinstance(data, Mapping):
         raise ConfigError(f"config: {path} holds no mapping; got {type(data).__name__}")
-    return _parse(data, text)
+    return data, text
 
 
 class _Loader(yaml.SafeLoader):
@@ -185,7 +220,10 @@ def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
         exceptions=tuple(
             _exception(e, known) for e in _list(data.get("exceptions", []), "exceptions")
         ),
+        only=_patterns(data, "only"),
+        skip=_patterns(data, "skip"),
         home=base or models[0].path,
+        base_naming=next((e.naming for e in entries if e.path == base), AS_STORED),
         text=text,
     )
 
@@ -247,13 +285,51 @@ def _entry(value: Any, i: int, base: str | None) -> ModelEntry:
     key = f"models[{i}]"
     entry = _mapping(value, key)
     for k in entry:
-        if k not in ("model", "parameters"):
-            raise ConfigError(f"config: unknown key '{k}' in {key}; expected model, parameters")
+        if k not in ENTRY_KEYS:
+            raise ConfigError(
+                f"config: unknown key '{k}' in {key}; expected {', '.join(ENTRY_KEYS)}"
+            )
     if "model" not in entry:
         raise ConfigError(f"config: key 'model' is missing in {key}")
     parameters = _mapping(entry.get("parameters"), f"{key}.parameters")
     path = _path(entry["model"], f"{key}.model")
-    return ModelEntry(base if base is not None and _same(path, base) else path, parameters)
+    path = base if base is not None and _same(path, base) else path
+    return ModelEntry(path, parameters, _naming(entry, key))
+
+
+def _naming(entry: Mapping[str, Any], key: str) -> Naming:
+    prefix = entry.get("prefix", {"from": "", "to": ""})
+    fits = isinstance(prefix, Mapping) and set(prefix) == {"from", "to"}
+    if not fits or not all(isinstance(text, str) for text in prefix.values()):
+        raise ConfigError(
+            f"config: '{key}.prefix' is no prefix; got {prefix!r}; "
+            'expected such as {from: "module.", to: ""}'
+        )
+    renames = entry.get("renames", [])
+    if not isinstance(renames, list) or not all(map(_is_rename, renames)):
+        raise ConfigError(
+            f"config: '{key}.renames' is no list of renames; got {renames!r}; "
+            'expected such as [["LayerNorm.gamma", "LayerNorm.weight"]]'
+        )
+    return Naming((prefix["from"], prefix["to"]), tuple((old, new) for old, new in renames))
+
+
+def _is_rename(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(text, str) and text for text in value)
+    )
+
+
+def _patterns(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    patterns = _list(data.get(key, []), key)
+    if not all(isinstance(p, str) for p in patterns):
+        raise ConfigError(
+            f"config: '{key}' is no list of patterns; got {patterns!r}; "
+            'expected such as ["vision_model.*"]'
+        )
+    return tuple(patterns)
 
 
 def _dtype(data: Mapping[str, Any], key: str) -> torch.dtype | None:

@@ -53,7 +53,10 @@ def describe(
     """
     shards = {shard.path for shard in plan.shards}
     found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    models: list[dict[str, Any]] = [{"path": path, "files": []} for path in config.paths]
+    models: list[dict[str, Any]] = [
+        {"path": path, "commit": m.commit, **vars(m.naming), "files": []}
+        for path, m in zip(config.paths, plan.models, strict=True)
+    ]
     for source in plan.sources:
         about = {"name": source.name, "size": source.size, "layout": source.layout}
         models[source.checkpoint]["files"].append(about)
@@ -103,8 +106,20 @@ def _tensors(plan: Plan, entries: Entries, point: int) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    text = json.dumps(about, indent=1, default=repr)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    """JSON, a line for each tensor (whole lines at a time: json is slow where it indents)."""
+    lines = []
+    for key, value in about.items():
+        if key == "tensors":
+            each = ",\n".join(f"  {_json(name)}: {_json(t)}" for name, t in value.items())
+            lines.append(f" {_json(key)}: {{\n{each}\n }}")
+        else:
+            lines.append(f" {_json(key)}: {_json(value)}")
+    text = ",\n".join(lines)
+    (folder / MANIFEST).write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=repr)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from .files import SafetensorsWriter, nbytes
+from .files.formats import Piece
 from .plan import Plan, Shard
 
 
@@ -14,6 +16,7 @@ class Output:
 
     def __init__(self, plan: Plan, root: Path) -> None:
         self._plan, self._root = plan, root
+        self._written: set[SafetensorsWriter] = set()
         self._where: list[dict[str, tuple[SafetensorsWriter, str]]] = []
         signatures = {t.key: t.signature for t in plan.tasks}
         for point in plan.points:
@@ -26,12 +29,17 @@ class Output:
                 where.update({key: (writer, name) for key, name in shard.names.items()})
             self._where.append(where)
 
-    def write(self, point: int, task: int, index: int, data: memoryview) -> None:
-        """The bytes of a slice."""
-        t = self._plan.tasks[task]
-        writer, name = self._where[point][t.key]
-        if data:
-            writer.write_bytes(name, data, t.slices[index][0] * t.result.itemsize)
+    def write(self, point: int, results: Sequence[tuple[int, int, memoryview]]) -> None:
+        """The bytes of slices: (task, index of the slice, bytes)."""
+        by_file: dict[SafetensorsWriter, list[Piece]] = {}
+        for task, index, data in results:
+            t = self._plan.tasks[task]
+            writer, name = self._where[point][t.key]
+            begin = t.slices[index][0] * t.result.itemsize
+            by_file.setdefault(writer, []).append((name, begin, data))
+        for writer, pieces in by_file.items():
+            writer.write_many(pieces)
+        self._written.update(by_file)
 
     def read(self, point: int, task: int, index: int) -> bytes:
         """What is there now of a slice."""
@@ -39,6 +47,11 @@ class Output:
         begin, end = (i * t.result.itemsize for i in t.slices[index])
         writer, name = self._where[point][t.key]
         return writer.read_bytes(name, begin, end - begin)
+
+    def sync(self) -> None:
+        """What this process wrote is on the disk, where other machines find it."""
+        for writer in self._written:
+            writer.sync()
 
     def write_indices(self) -> None:
         folders: dict[Path, list[Shard]] = {}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..check import FLOATS, name_of
+from ..check import name_of
 from ..errors import ArgumentError, CheckpointError
 from ..methods.compat import Signature, agree, identical
 from ..methods.merge import common_dtype
@@ -24,7 +24,9 @@ from ..version import __version__
 from .checkpoint import Checkpoint
 from .config import ExceptionRule, MergeConfig
 from .files import WeightFile, nbytes
+from .float8 import floating, unmergeable, widened
 from .journal import digest_of
+from .keys import AS_STORED, Naming, misnamed, select, vocabularies
 from .parameters import arguments, layer_positions
 
 FORMAT = 1  # of plans and journals: one of another number is not continued
@@ -54,6 +56,10 @@ class Task:
     def signature(self) -> Signature:
         return Signature(self.result, self.shape)
 
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """The elements of slices first to last - 1."""
+        return self.slices[first][0], self.slices[last - 1][1]
+
     @property
     def bytes_read(self) -> int:
         return math.prod(self.shape) * sum(d.itemsize for d in self.stored)
@@ -68,6 +74,14 @@ class Shard:
 
     path: str  # relative to the output folder
     names: dict[str, str]  # key -> name in the file
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the plan knows of an input, beside its files. `commit`: of one from a hub."""
+
+    commit: str | None
+    naming: Naming
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,7 @@ class Plan:
     points: tuple[str, ...]
     tasks: tuple[Task, ...]
     shards: tuple[Shard, ...]
+    models: tuple[Model, ...]
     sources: tuple[Source, ...]
     metadata: dict[str, str]  # of the output files
     dropped: tuple[str, ...]
@@ -145,7 +160,10 @@ def make_plan(
     positions = layer_positions(keys)
     problems = _misfits(config, checkpoints, rules)
     if problems:
-        raise CheckpointError(_listing(problems))
+        models = {path: c.signatures for path, c in zip(config.paths, checkpoints, strict=True)}
+        raise CheckpointError(
+            _misnamed(config, checkpoints) or _listing(problems, vocabularies(models))
+        )
     tasks = [
         _task(tuple(configs.values()), checkpoints, key, rules.get(key), positions[key], host)
         for key in keys
@@ -158,6 +176,7 @@ def make_plan(
         points=tuple(configs),
         tasks=tuple(tasks),
         shards=tuple(_shards(tasks, checkpoints, shard_size)),
+        models=tuple(Model(c.commit, c.naming) for c in checkpoints),
         sources=tuple(_sources(checkpoints)),
         metadata={"format": "pt", **checkpoints[0].metadata},
         dropped=tuple(key for key, rule in rules.items() if rule.action == "drop"),
@@ -186,8 +205,19 @@ def layout_of(file: WeightFile) -> str:
     return digest_of(json.dumps(about, sort_keys=True))
 
 
-def _listing(problems: dict[str, str]) -> str:
+def _misnamed(config: MergeConfig, checkpoints: Sequence[Checkpoint]) -> str | None:
+    """What is wrong with the names of models for which the configuration does not say it yet."""
+    names = {
+        path: c.names
+        for path, c, naming in zip(config.paths, checkpoints, config.namings, strict=True)
+        if c is checkpoints[0] or naming == AS_STORED
+    }
+    return misnamed(names)
+
+
+def _listing(problems: dict[str, str], note: str | None) -> str:
     lines = "".join(f"\n  {key}: {what}" for key, what in problems.items())
+    lines += f"\n{note}" if note else ""
     noun = "tensor does" if len(problems) == 1 else "tensors do"
     return (
         f"{len(problems)} {noun} not fit; say in the configuration what to do with them "
@@ -196,7 +226,10 @@ def _listing(problems: dict[str, str]) -> str:
 
 
 def _rules(config: MergeConfig, checkpoints: Sequence[Checkpoint]) -> dict[str, ExceptionRule]:
-    """Tensor -> the first exception whose filter it contains."""
+    """Tensor -> the first exception whose filter it contains; else what `only` and `skip` say.
+
+    A tensor that is not merged is that of the home model; if that lacks it, the result does.
+    """
     keys = dict.fromkeys(key for c in checkpoints for key in c.signatures)
     rules: dict[str, ExceptionRule] = {}
     for rule in config.exceptions:
@@ -204,6 +237,13 @@ def _rules(config: MergeConfig, checkpoints: Sequence[Checkpoint]) -> dict[str, 
         if not fitting:
             raise CheckpointError(f"exception {rule.filter!r} fits no tensor")
         for key in fitting:
+            rules.setdefault(key, rule)
+    home = checkpoints[config.paths.index(config.home)]
+    chosen = select(keys, config.only, config.skip)
+    for key in keys:
+        if key not in chosen:
+            kept = key in home.signatures
+            rule = ExceptionRule(key, "copy", config.home) if kept else ExceptionRule(key, "drop")
             rules.setdefault(key, rule)
     return rules
 
@@ -238,17 +278,27 @@ def _misfits(
     for key in dict.fromkeys(key for c in checkpoints for key in c.signatures):
         if key not in problems and (key not in rules or rules[key].action == "present"):
             having = [i for i, c in enumerate(checkpoints) if key in c.signatures]
-            problems.update(_unequal(key, checkpoints, having, labels))
+            result = config.out_dtype or config.dtype
+            problems.update(_unfit(key, checkpoints, having, labels, result))
     return problems
 
 
-def _unequal(
-    key: str, checkpoints: Sequence[Checkpoint], having: list[int], labels: list[str]
+def _unfit(
+    key: str,
+    checkpoints: Sequence[Checkpoint],
+    having: list[int],
+    labels: list[str],
+    result: torch.dtype | None,
 ) -> dict[str, str]:
-    """What is wrong with a tensor that is copied where all have the same, but they do not."""
+    """What is wrong with a tensor that is copied where all have the same, but they do not.
+
+    Or that has eight bits an element.
+    """
     signature = checkpoints[having[0]].signatures[key]
-    if signature.dtype in FLOATS:
-        return {}
+    if floating(signature.dtype):
+        models = {labels[i]: checkpoints[i].signatures for i in having}
+        wrong = unmergeable(key, models, result)
+        return {key: wrong} if wrong else {}
     first = checkpoints[having[0]].read(key)
     other = [labels[i] for i in having[1:] if not identical(checkpoints[i].read(key), first)]
     if not other:
@@ -270,16 +320,18 @@ def _task(
     if rule is not None and rule.action == "copy":
         having = [config.paths.index(str(rule.source))]
     signatures = [checkpoints[i].signatures[key] for i in having]
-    floating = signatures[0].dtype in FLOATS
+    number = floating(signatures[0].dtype)
     models = [i - config.base_apart for i in having if i >= config.base_apart]
-    merged = floating and not (rule is not None and rule.action == "copy") and bool(models)
+    merged = number and not (rule is not None and rule.action == "copy") and bool(models)
     if not merged:
         having, signatures = having[:1], signatures[:1]
 
-    stored = common_dtype([s.dtype for s in signatures])
-    cast = floating and (config.dtype == torch.float64 or host == "mergekit")
+    stored = signatures[0].dtype
+    if merged:
+        stored = common_dtype([widened(s.dtype) for s in signatures])
+    cast = number and (config.dtype == torch.float64 or host == "mergekit")
     compute = (config.dtype or stored) if cast else stored
-    result = (config.out_dtype or config.dtype or stored) if floating else stored
+    result = (config.out_dtype or config.dtype or stored) if number else stored
     given = None
     cut: str | None = "elements"
     if merged:
@@ -303,7 +355,9 @@ def _task(
         result=result,
         cut=cut,
         slices=ranges,
-        measured=merged and method.measure is not None and len(ranges) > 1,
+        measured=method.measure is not None
+        and len(ranges) > 1
+        and any(method.needs(each, shape, host) for each in given or ()),
         element=element,
     )
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-from .files.formats import bytes_of
+from .files import WeightFile
+from .files.formats import Piece, bytes_of
 from .journal import digest_of
 from .plan import Plan
 from .units import Part, Unit
@@ -30,36 +31,47 @@ class Reader:
         self._where = [[checkpoints[i].locate(t.key) for i in t.sources] for t in plan.tasks]
 
     def sizes(self, unit: Unit) -> list[int]:
-        """Bytes of the buffers that `load` fills: one for each part and source."""
-        return [
-            count * dtype.itemsize
-            for part in unit.parts
-            for count in [self._extent(part)[1] - self._extent(part)[0]]
-            for dtype in self._plan.tasks[part.task].stored
-        ]
-
-    def _extent(self, part: Part) -> tuple[int, int]:
-        ranges = self._plan.tasks[part.task].slices
-        return ranges[part.first][0], ranges[part.last - 1][1]
-
-    def load(self, unit: Unit, buffers: Sequence[Tensor]) -> list[Loaded]:
-        left = iter(buffers)
-        found = []
+        """Bytes of the buffers that `load` fills: one for each source, of all parts."""
+        sizes: dict[int, int] = {}
         for part in unit.parts:
             task = self._plan.tasks[part.task]
-            begin, end = self._extent(part)
-            tensors, digests = [], []
-            for (file, name), dtype in zip(self._where[part.task], task.stored, strict=True):
-                raw = next(left)[: (end - begin) * dtype.itemsize]
-                data = bytes_of(raw)
-                if data:
-                    file.read_into(name, begin * dtype.itemsize, data)
-                tensors.append(raw.view(dtype))
-                ranges = task.slices[part.first : part.last]
-                places = [[(i - begin) * dtype.itemsize for i in r] for r in ranges]
-                digests.append([digest_of(data[first:last]) for first, last in places])
-            found.append(Loaded(part, tensors, list(zip(*digests, strict=True))))
-        return found
+            begin, end = task.span(part.first, part.last)
+            for i, dtype in enumerate(task.stored):
+                sizes[i] = _aligned(sizes.get(i, 0)) + (end - begin) * dtype.itemsize
+        return list(sizes.values())
+
+    def load(self, unit: Unit, buffers: Sequence[Tensor]) -> list[Loaded]:
+        raws: list[list[Tensor]] = []
+        reads: dict[WeightFile, list[Piece]] = {}
+        filled = [0] * len(buffers)
+        for part in unit.parts:
+            task = self._plan.tasks[part.task]
+            begin, end = task.span(part.first, part.last)
+            raws.append([])
+            for i, dtype in enumerate(task.stored):
+                first = _aligned(filled[i])
+                filled[i] = first + (end - begin) * dtype.itemsize
+                raw = buffers[i][first : filled[i]]
+                raws[-1].append(raw)
+                if end > begin:
+                    file, name = self._where[part.task][i]
+                    piece = name, begin * dtype.itemsize, bytes_of(raw)
+                    reads.setdefault(file, []).append(piece)
+        for file, pieces in reads.items():
+            file.read_many(pieces)
+        return [self._loaded(part, each) for part, each in zip(unit.parts, raws, strict=True)]
+
+    def _loaded(self, part: Part, raws: Sequence[Tensor]) -> Loaded:
+        task = self._plan.tasks[part.task]
+        ranges = task.slices[part.first : part.last]
+        digests = []
+        for raw, dtype in zip(raws, task.stored, strict=True):
+            data, origin, size = bytes_of(raw), ranges[0][0], dtype.itemsize
+            digests.append(
+                [digest_of(data[(a - origin) * size : (b - origin) * size]) for a, b in ranges]
+            )
+        tensors = [raw.view(dtype) for raw, dtype in zip(raws, task.stored, strict=True)]
+        return Loaded(part, tensors, list(zip(*digests, strict=True)))
 
     def slice_bytes(self, task: int, index: int, source: int) -> memoryview:
         t = self._plan.tasks[task]
@@ -72,3 +84,7 @@ class Reader:
 
     def file_of(self, task: int, source: int) -> Path:
         return self._where[task][source][0].path
+
+
+def _aligned(place: int) -> int:
+    return -(-place // 64) * 64

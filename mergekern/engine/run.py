@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import torch
 from ..check import parse_size
 from ..errors import ArgumentError, ConfigWarning
 from .config import MergeConfig, load_config
+from .defaults import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE
 from .job import Job, Options
 from .manifest import Manifest
 from .outlook import Outlook, outlook
 from .parameters import idle
 from .plan import Plan
-from .progress import bar
-
-DEFAULT_MEMORY = "4GiB"
-DEFAULT_SHARD_SIZE = "5GB"
+from .progress import Bar, bar
+from .ranks import ALONE, Ranks, joined, own_device
+from .report.page import check_report
+from .studies import FOLDER
 
 
 def merge_checkpoints(
@@ -34,8 +36,13 @@ def merge_checkpoints(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
     resume: bool = True,
-    progress: bool = True,
+    statistics: str | Path | bool = True,
+    report: str | None = None,
+    progress: bool | Bar = True,
+    distributed: bool = False,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
 
@@ -54,14 +61,33 @@ def merge_checkpoints(
     host: reproduce that tool's selection, rounding and sign rules, as in `merge_tensors`; with
     "mergekit" the inputs are rounded to dtype first, the result to it and then to out_dtype, and
     random masks are drawn from torch's generator, seeded with `seed`.
+    statistics: where thresholds and dot products that take a pass of their own are kept for the
+    next merge of these inputs, which then skips the pass: a folder, True for one beside `out`
+    (".mergekern_statistics"), or False.
+    report: "html" or "png" puts a page of figures into the output, of norms and cosines of the task
+    vectors and of what is kept and in conflict, made of numbers taken while merging.
+    progress: a bar on stderr, lines where that is no terminal; or a `Bar` of your own.
+    only, skip: patterns of names, as the keys of the configuration: what does not fit `only`, or
+    fits `skip`, is copied from the base model (or the first).
+    distributed: every process that `torchrun` started makes this same call, merges a part of the
+    slices and returns the same; `memory` is that of each. All must see the models, and `out` on one
+    file system. The result does not depend on how many there are, nor need a run that goes on have
+    as many. Without RANK and WORLD_SIZE in the environment there is one.
     Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
-    Raises: ConfigError, CheckpointError, ArgumentError.
+    Raises: ConfigError, CheckpointError, ArgumentError; RankError where another rank fails or dies.
     Source: mergekit `mergekit-yaml`, `mergekit-pytorch`.
     """
+    device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    with _job({"": load_config(config)}, options) as job, bar(shown=progress) as shown:
-        return job.run(Path(out), shown)[0]
+    options = replace(options, statistics=_folder(statistics, out), report=_report(report))
+    points = {"": load_config(config, only=only, skip=skip)}
+    with (
+        joined(distributed) as ranks,
+        _job(points, options, ranks) as job,
+        bar(shown=progress if ranks.rank == 0 else False) as shown,
+    ):
+        return job.run(Path(out), shown, ranks)[0]
 
 
 def merge_sweep(
@@ -75,8 +101,13 @@ def merge_sweep(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
     resume: bool = True,
-    progress: bool = True,
+    statistics: str | Path | bool = True,
+    report: str | None = None,
+    progress: bool | Bar = True,
+    distributed: bool = False,
 ) -> dict[str, Manifest]:
     """Many merges from one read of the inputs: every combination of the values in `sweep`.
 
@@ -87,10 +118,16 @@ def merge_sweep(
     each slice. Otherwise as `merge_checkpoints`.
     Raises: as it does; ArgumentError for parameters that the method lacks.
     """
+    device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    points = swept(load_config(config), sweep)
-    with _job(points, options) as job, bar(shown=progress) as shown:
-        return dict(zip(points, job.run(Path(out), shown), strict=True))
+    options = replace(options, statistics=_folder(statistics, out), report=_report(report))
+    points = swept(load_config(config, only=only, skip=skip), sweep)
+    with (
+        joined(distributed) as ranks,
+        _job(points, options, ranks) as job,
+        bar(shown=progress if ranks.rank == 0 else False) as shown,
+    ):
+        return dict(zip(points, job.run(Path(out), shown, ranks), strict=True))
 
 
 def plan_merge(
@@ -104,6 +141,8 @@ def plan_merge(
     seed: int = 0,
     backend: str = "auto",
     host: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
 ) -> tuple[Plan, Outlook]:
     """What `merge_checkpoints` (with sweep, `merge_sweep`) would do, and how long it would take.
 
@@ -112,7 +151,7 @@ def plan_merge(
     Result: the plan, whose `describe()` is JSON, and the `Outlook`.
     Raises: as the merge would, as far as can be known before it begins.
     """
-    parsed = load_config(config)
+    parsed = load_config(config, only=only, skip=skip)
     points = {"": parsed} if sweep is None else swept(parsed, sweep)
     with _job(points, _options(memory, shard_size, device, seed, backend, host, True)) as job:
         return job.plan, outlook(job, Path(out))
@@ -151,16 +190,30 @@ def _options(
     return Options(limit, largest, device, seed, backend, host, resume)
 
 
-def _job(points: Mapping[str, MergeConfig], options: Options) -> Job:
+def _job(points: Mapping[str, MergeConfig], options: Options, ranks: Ranks = ALONE) -> Job:
     """Opened and planned, with a warning of settings that have no effect."""
     config = next(iter(points.values()))
     config.method.check_host(options.host)
     job = Job(points, options)
     merged = [t.key for t in job.plan.tasks if t.arguments is not None]
-    if without_effect := idle(config, merged):
+    if ranks.rank == 0 and (without_effect := idle(config, merged)):
         lines = "".join(f"\n  {what}" for what in without_effect)
         warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
     return job
+
+
+def _folder(statistics: str | Path | bool, out: str | Path) -> Path | None:
+    if isinstance(statistics, bool):
+        return Path(out).absolute().parent / FOLDER if statistics else None
+    return Path(statistics)
+
+
+def _report(kind: str | None) -> str | None:
+    if kind is None:
+        return None
+    name = f"report.{kind}"
+    check_report(name)
+    return name
 
 
 def check_device(device: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..methods.passes import Gather, Study, alone
 from ..methods.registry import Inputs
 from .config import MergeConfig
 from .files.formats import bytes_of
@@ -20,7 +21,11 @@ from .memory import Window, window
 from .place import Sent, place_of
 from .plan import Plan, Task
 from .progress import Bar
+from .ranks import ALONE, Ranks
 from .reading import Loaded, Reader
+from .report.numbers import Row, numbers_of_slices
+from .shares import stretches
+from .studies import Studies
 from .units import Apart, Part, Unit, merge_units, slice_units, visit_units
 
 
@@ -33,6 +38,8 @@ class Settings:
     host: str | None
     memory: int
     bar: Bar
+    ranks: Ranks = ALONE
+    report: bool = False  # whether numbers of each slice are wanted
 
 
 class _Arrived(NamedTuple):
@@ -44,10 +51,20 @@ class _Arrived(NamedTuple):
     buffers: list[Tensor]
 
 
+Slice = tuple[int, int, memoryview]  # task, index, bytes of the result
+
+
+class _Computed(NamedTuple):
+    """Results of a part on their way back, one per point; per point numbers of each slice."""
+
+    results: Sent
+    rows: list[list[Row]]
+
+
 class Sink(Protocol):
     """Where results go."""
 
-    def write(self, point: int, task: int, index: int, data: memoryview) -> None: ...
+    def write(self, point: int, results: Sequence[Slice]) -> None: ...
 
 
 class Record(Protocol):
@@ -59,8 +76,11 @@ class Record(Protocol):
 class Stream:
     """The work of one plan: `merge` it, with the passes before that its method needs."""
 
-    def __init__(self, plan: Plan, reader: Reader, settings: Settings) -> None:
+    def __init__(
+        self, plan: Plan, reader: Reader, settings: Settings, studies: Studies | None = None
+    ) -> None:
         self._plan, self._settings, self._reader = plan, settings, reader
+        self._studies = studies
         self._method = settings.config.method
         self._place = place_of(settings.device)
         self._limit = self._place.window(window(settings.memory), plan.peak)
@@ -68,11 +88,13 @@ class Stream:
 
     # ---- the passes --------------------------------------------------------------------------
 
-    def merge(self, output: Sink, journal: Record, done: Entries) -> Entries:
+    def merge(self, output: Sink, journal: Record, done: Container[tuple[int, int]]) -> Entries:
         """Everything that is not done, and its entries."""
         tasks = self._plan.tasks
         units = list(merge_units(tasks, self._limit, lambda i, j: (i, j) in done))
-        if not units:
+        if (
+            not units and self._settings.ranks.size == 1
+        ):  # others may have some, and ask in a survey
             return {}
         left = [u for u in units if isinstance(u, Unit)]
         for apart in (u for u in units if isinstance(u, Apart)):
@@ -96,34 +118,72 @@ class Stream:
             self._merge_units(together, found, output, journal, made)
         return made
 
-    def _pending(self, apart: Apart, done: Entries) -> list[int]:
+    def _pending(self, apart: Apart, done: Container[tuple[int, int]]) -> list[int]:
         count = len(self._plan.tasks[apart.task].slices)
         return [j for j in range(count) if (apart.task, j) not in done]
 
     def _surveys(self) -> list[Any]:
-        """What the method's survey of the whole model finds, for each point."""
-        if self._method.survey is None:
+        """What the method's survey of the whole model finds, for each point.
+
+        Each rank visits a part, and gathers what it counts with the others.
+        """
+        survey, ranks = self._method.survey, self._settings.ranks
+        if survey is None:
             return [None] * len(self._plan.points)
-        units = [u for u in visit_units(self._plan.tasks) if isinstance(u, Unit)]
-        return [self._method.survey(self._visit(units, p)) for p in range(len(self._plan.points))]
+        mine = stretches(self._plan, ranks.size)[ranks.rank]
+        visited = visit_units(self._plan.tasks, lambda i, j: (i, j) in mine)
+        units = [u for u in visited if isinstance(u, Unit)]
+        merged = [i for i, t in enumerate(self._plan.tasks) if t.arguments is not None]
+        return self._study(survey, units, merged, ranks.gather)
 
     def _measures(self, apart: Apart) -> list[Any]:
         """What the method measures of one tensor, for each point."""
         assert self._method.measure is not None
         tasks = self._plan.tasks
         units = list(slice_units(tasks, apart.task, range(len(tasks[apart.task].slices))))
-        return [self._method.measure(self._visit(units, p)) for p in range(len(self._plan.points))]
+        return self._study(self._method.measure, units, [apart.task])
 
-    def _visit(self, units: Sequence[Unit], point: int) -> Callable[[Callable[..., None]], None]:
+    def _study(
+        self, study: Study, units: Sequence[Unit], tasks: Sequence[int], gather: Gather = alone
+    ) -> list[Any]:
+        """For each point what is known from an earlier merge, or what the passes find."""
+        points = range(len(self._plan.points))
+        known = {p: found for p in points for there, found in [self._recall(tasks, p)] if there}
+        left = [p for p in points if p not in known]
+        if left:
+            digests: dict[tuple[int, int], tuple[str, ...]] = {}
+            found = study.sweep(self._visit(units, left, digests), len(left), gather)
+            for p, each in zip(left, found, strict=True):
+                known[p] = each
+                if self._studies is not None:
+                    self._studies.remember(tasks, p, each, digests)
+        return [known[p] for p in points]
+
+    def _recall(self, tasks: Sequence[int], point: int) -> tuple[bool, Any]:
+        return (False, None) if self._studies is None else self._studies.recall(tasks, point)
+
+    def _visit(
+        self,
+        units: Sequence[Unit],
+        points: Sequence[int],
+        digests: dict[tuple[int, int], tuple[str, ...]],
+    ) -> Callable[[Callable[..., None]], None]:
+        """Calls f(inputs, i, **arguments) for the i-th of the points, of all that units hold.
+
+        The digests of what is read come out, too.
+        """
+
         def visit(visitor: Callable[..., None]) -> None:
             self._settings.bar.expect(sum(map(self._read, units)))
             with self._ahead(units) as (ready, under_way):
                 for arrived in ready:
                     for each, sent in zip(arrived.loaded, arrived.sent, strict=True):
-                        task = self._plan.tasks[each.part.task]
-                        assert task.arguments is not None
                         inputs = self.inputs(each.part, self._place.receive(sent))
-                        visitor(inputs, **task.arguments[point])
+                        given = self._plan.tasks[each.part.task].arguments or ()
+                        for i, point in enumerate(points):
+                            visitor(inputs, i, **given[point])
+                        for i, read in enumerate(each.digests, each.part.first):
+                            digests[each.part.task, i] = read
                         sent.wait()  # its buffers will be read into again
                         del inputs
                     under_way.give(arrived.unit.cost, arrived.buffers)
@@ -143,7 +203,7 @@ class Stream:
         if not units:
             return
 
-        def write(arrived: _Arrived, results: list[Sent]) -> None:
+        def write(arrived: _Arrived, results: list[_Computed]) -> None:
             with contextlib.ExitStack() as failed:
                 failed.callback(under_way.close)  # else the others wait for bytes for ever
                 entries = self._write(arrived, results, output)
@@ -209,16 +269,23 @@ class Stream:
                 under_way.close()
 
     def _read(self, unit: Unit) -> int:
-        return sum(self._reader.sizes(unit))
+        """Bytes of the inputs of a unit."""
+        return sum(
+            (end - begin) * dtype.itemsize
+            for part in unit.parts
+            for task in [self._plan.tasks[part.task]]
+            for begin, end in [task.span(part.first, part.last)]
+            for dtype in task.stored
+        )
 
     def _written(self, unit: Unit) -> int:
         """Bytes of the results of a unit."""
-        size = 0
-        for part in unit.parts:
-            task = self._plan.tasks[part.task]
-            begin, end = task.slices[part.first][0], task.slices[part.last - 1][1]
-            size += (end - begin) * task.result.itemsize
-        return size * len(self._plan.points)
+        return len(self._plan.points) * sum(
+            (end - begin) * task.result.itemsize
+            for part in unit.parts
+            for task in [self._plan.tasks[part.task]]
+            for begin, end in [task.span(part.first, part.last)]
+        )
 
     def _moved(self, unit: Unit) -> int:
         return self._read(unit) + self._written(unit)
@@ -228,20 +295,26 @@ class Stream:
         merged = self._plan.tasks[each.part.task].arguments is not None
         return self._place.send(each.tensors) if merged else Sent(each.tensors)
 
-    def _compute(self, part: Part, sent: Sent, found: Sequence[Any]) -> Sent:
+    def _compute(self, part: Part, sent: Sent, found: Sequence[Any]) -> _Computed:
         """The result of a part, flat, for each point."""
         task = self._plan.tasks[part.task]
         if task.arguments is None:
             copied = sent.tensors[0].to(task.compute).to(task.result)
-            return Sent([copied] * len(self._plan.points))
+            return _Computed(Sent([copied] * len(self._plan.points)), [])
         inputs = self.inputs(part, self._place.receive(sent))
-        merge = self._method.merge
-        return self._place.fetch(
-            [
-                merge(replace(inputs, survey=survey), **arguments).to(task.result).view(-1)
-                for arguments, survey in zip(task.arguments, found, strict=True)
-            ]
-        )
+        results, rows = [], []
+        for arguments, survey in zip(task.arguments, found, strict=True):
+            these = replace(inputs, survey=survey)
+            result = self._method.merge(these, **arguments).to(task.result).view(-1)
+            results.append(result)
+            if self._settings.report:
+                ranges = [(a - inputs.offset, b - inputs.offset) for a, b in self._slices(part)]
+                about = numbers_of_slices(these, arguments, self._method, result, ranges)
+                rows.append(about)
+        return _Computed(self._place.fetch(results), rows)
+
+    def _slices(self, part: Part) -> Sequence[tuple[int, int]]:
+        return self._plan.tasks[part.task].slices[part.first : part.last]
 
     def inputs(self, part: Part, tensors: Sequence[Tensor]) -> Inputs:
         """A part as its method takes it, of flat tensors as they are stored."""
@@ -260,21 +333,25 @@ class Stream:
             models=[i - apart for i in task.sources[apart:]],
             offset=task.slices[part.first][0],
             shape=None if whole else task.shape,
+            order=part.task,
         )
 
-    def _write(self, arrived: _Arrived, results: list[Sent], output: Sink) -> list[Entry]:
+    def _write(self, arrived: _Arrived, computed: list[_Computed], output: Sink) -> list[Entry]:
         entries = []
-        for each, sent in zip(arrived.loaded, results, strict=True):
-            part, task = each.part, self._plan.tasks[each.part.task]
-            origin = task.slices[part.first][0]
-            for i, read in zip(range(part.first, part.last), each.digests, strict=True):
-                begin, end = (j - origin for j in task.slices[i])
-                digests = []
-                for point, result in enumerate(sent.wait()):
-                    data = bytes_of(result[begin:end])
-                    output.write(point, part.task, i, data)
-                    digests.append(digest_of(data))
-                entries.append(Entry(part.task, i, tuple(digests), read))
+        pieces: list[list[Slice]] = [[] for _ in self._plan.points]
+        for each, (results, rows) in zip(arrived.loaded, computed, strict=True):
+            part, size = each.part, self._plan.tasks[each.part.task].result.itemsize
+            data = [bytes_of(x) for x in results.wait()]
+            origin = self._slices(part)[0][0]
+            for i, (begin, end) in enumerate(self._slices(part)):
+                here = [x[(begin - origin) * size : (end - origin) * size] for x in data]
+                for point, result in enumerate(here):
+                    pieces[point].append((part.task, part.first + i, result))
+                digests = tuple(map(digest_of, here))
+                numbers = [row[i] for row in rows]
+                entries.append(Entry(part.task, part.first + i, digests, each.digests[i], numbers))
+        for point, made in enumerate(pieces):
+            output.write(point, made)
         self._settings.bar.advance(self._written(arrived.unit))
         return entries
 

@@ -21,15 +21,15 @@ from .checkpoint import Checkpoint
 from .config import load_config
 from .files import SafetensorsFile, WeightFile, nbytes
 from .files.formats import bytes_of
+from .folder import CARD
 from .job import Job, Options
 from .journal import Entries, Entry, digest_of, joined
+from .keys import Naming
 from .manifest import MANIFEST, read_manifest
 from .plan import FORMAT, layout_of
 from .progress import Bar, bar
 from .reading import Reader
-from .stream import Stream
-
-_CARD = "README.md"  # may be edited
+from .stream import Slice, Stream
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def verify(
         )
     problems: list[str] = []
     notes: list[str] = []
-    with bar(shown=progress) as shown:
+    with bar(shown=progress, doing="verifying") as shown:
         shown.expect(sum(nbytes(_signature(t)) for t in about["tensors"].values()))
         problems += _weights(root, about, shown)
         problems += _files(root, about, notes)
@@ -146,7 +146,7 @@ def _files(root: Path, about: Mapping[str, Any], notes: list[str]) -> Iterator[s
         if not path.is_file():
             yield f"{name}: is not there any more"
         elif digest_of(path.read_bytes()) != recorded:
-            if name == _CARD:
+            if name == CARD:  # which may be edited
                 notes.append(f"{name}: edited since")
             else:
                 yield f"{name}: is not what was written"
@@ -173,7 +173,7 @@ def _opened(
     """An input, if it is there and its files are those of the merge."""
     model = about["models"][i]
     try:
-        checkpoint = Checkpoint(model["path"])
+        checkpoint = Checkpoint(model["path"], Naming.of(model), model["commit"])
     except CheckpointError as error:
         notes.append(f"input {error}")
         yield None
@@ -214,7 +214,7 @@ def _inputs(about: Mapping[str, Any], shown: Bar, problems: list[str], notes: li
 class _Nowhere:
     """Takes results and entries, and keeps none."""
 
-    def write(self, point: int, task: int, index: int, data: memoryview) -> None:
+    def write(self, point: int, results: Sequence[Slice]) -> None:
         """Digests are all that is compared."""
 
     def add(self, entries: Sequence[Entry]) -> None:
@@ -240,7 +240,8 @@ def _replay(
         )
     config = load_config(yaml.safe_load(about["config"])).with_parameters(about["swept"])
     options = Options(memory, 1 << 62, seed=about["seed"], host=about["host"])
-    with Job({"": config}, options) as job:
+    commits = [model["commit"] for model in about["models"]]
+    with Job({"": config}, options, commits) as job:
         plan = job.plan
         skipped: Entries = {
             (i, j): Entry(i, j, (), ())

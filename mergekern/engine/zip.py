@@ -30,10 +30,11 @@ from ..align.zip_models import REPAIRS
 from ..errors import ArgumentError
 from .checkpoint import Checkpoint
 from .control import staged
+from .defaults import DEFAULT_MEMORY
 from .files import SafetensorsFile
 from .folder import carry
 from .network import Network
-from .run import DEFAULT_MEMORY, check_device
+from .run import check_device
 from .samples import Batches, Pixels, open_samples
 from .zip_folder import describe_inputs, write_zip
 from .zip_manifest import ZipManifest, fitted

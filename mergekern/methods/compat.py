@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..check import FLOATS, name_of
+from ..check import FLOATS, FLOATS8, name_of
 from ..errors import ArgumentError
 
 
@@ -24,7 +24,7 @@ class Signature(NamedTuple):
 
     def dtype_class(self) -> str:
         """Floating types merge with each other; any other type only with itself."""
-        return "floating" if self.dtype in FLOATS else name_of(self.dtype)
+        return "floating" if self.dtype in (*FLOATS, *FLOATS8) else name_of(self.dtype)
 
 
 def identical(x: Tensor, y: Tensor) -> bool:

@@ -61,6 +61,7 @@ SLERP = Method(
     merge=slerp,
     cut=anywhere,
     measure=measured(),
+    studied=(),
 )
 
 # ---- nuslerp ---------------------------------------------------------------------------------
@@ -203,6 +204,7 @@ MULTISLERP = Method(
     merge=multislerp,
     cut=anywhere,
     measure=measured(),
+    studied=(),
     needs=_multislerp_needs,
 )
 
@@ -269,6 +271,7 @@ KARCHER = Method(
     merge=karcher,
     cut=anywhere,
     measure=measured(),
+    studied=(),
     parity={"mergekit": "the same vectors left out (those up to `tol` long); within rounding"},
 )
 
@@ -322,5 +325,6 @@ MODEL_STOCK = Method(
     merge=model_stock,
     cut=_model_stock_cut,
     measure=measured(),
+    studied=(),
     needs=_model_stock_needs,
 )

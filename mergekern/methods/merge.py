@@ -98,10 +98,10 @@ def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 
 def merge_state_dicts(
-    state_dicts: Sequence[Mapping[str, Tensor]],
+    state_dicts: Sequence[Mapping[str, Any]],
     method: str,
     *,
-    base: Mapping[str, Tensor] | None = None,
+    base: Mapping[str, Any] | None = None,
     seed: int = 0,
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -110,7 +110,8 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """A merged state dict: every floating tensor by `merge_tensors`, the rest copied.
 
-    Integer and boolean buffers (position ids, counters) must be equal in all models. A tensor
+    state_dicts, base: names to tensors, numpy arrays or any DLPack producers (jax, cupy).
+    Buffers of integers, booleans and eight-bit floats must be equal in all models. A tensor
     that is missing somewhere, has another shape or another class of dtype is an error that lists
     all of them: nothing is dropped or guessed.
 
@@ -123,8 +124,9 @@ def merge_state_dicts(
     >>> merge_state_dicts([a, b], "linear", weight=1)
     {'w': tensor([0.5000])}
     """
-    models: dict[str, Mapping[str, Tensor]] = {} if base is None else {"base": base}
-    models.update({f"state_dicts[{i}]": d for i, d in enumerate(state_dicts)})
+    given = {} if base is None else {"base": base}
+    given.update({f"state_dicts[{i}]": d for i, d in enumerate(state_dicts)})
+    models = {label: _tensors(label, d) for label, d in given.items()}
     if not models:
         raise ArgumentError("merge_state_dicts: no state dicts; expected at least one")
     spec = method_named(method)
@@ -141,8 +143,9 @@ def merge_state_dicts(
         parameters = spec.whole_models(parameters, floating, backend)
 
     def inputs_of(key: str) -> Inputs:
-        tensors, its_base = [d[key] for d in state_dicts], None if base is None else base[key]
-        return _inputs(spec, tensors, its_base, key, seed, out_dtype, backend, host)
+        of = {label: d[key] for label, d in models.items()}
+        its_base = of.pop("base", None)
+        return _inputs(spec, list(of.values()), its_base, key, seed, out_dtype, backend, host)
 
     def arguments_of(key: str) -> dict[str, Any]:
         return spec.arguments(_of_tensor(spec, parameters, key), n)
@@ -157,6 +160,18 @@ def merge_state_dicts(
         if x.dtype in check.FLOATS
         else x.clone()
         for key, x in first.items()
+    }
+
+
+def _tensors(label: str, state_dict: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict, whatever holds them."""
+    if not isinstance(state_dict, Mapping):
+        got = type(state_dict).__name__
+        what = f"{label} is no mapping"
+        raise ArgumentError.of("merge_state_dicts", what, got, "names to tensors (a state dict)")
+    return {
+        key: check.tensor("merge_state_dicts", x, f"{label}[{key!r}]", floating=False)
+        for key, x in state_dict.items()
     }
 
 

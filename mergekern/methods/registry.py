@@ -145,6 +145,7 @@ class Method:
     `merge` of the whole gives there, to the bit. measure: as survey, over the slices of one tensor;
     called for tensors of more than one, and `inputs.survey` in `merge` of each is what it returns.
     needs: whether `measure` is needed with these arguments; without, it finds None.
+    studied: the parameters on which survey or measure depend; None: all.
 
     kept: what `merge` keeps of each task vector, with the same inputs and arguments, for reports.
     It returns None where that cannot be told without a change to the result, as of draws from
@@ -162,6 +163,7 @@ class Method:
     cut: Cut = whole
     measure: Study | None = None
     needs: Needs = always
+    studied: tuple[str, ...] | None = None
     kept: Callable[..., list[Keep] | None] | None = None
 
     # (parameters, names of floating tensors, backend) -> parameters, once before the first tensor

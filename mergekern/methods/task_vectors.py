@@ -173,6 +173,9 @@ def parameters(
     )
 
 
+TRIMMED_BY = ("density", "gamma", "rescale")  # on these a measure depends
+
+
 def _method(
     name: str,
     doc: str,
@@ -195,6 +198,7 @@ def _method(
         cut=cut_of(trim),
         measure=None if trim is None else measure_of(trim),
         needs=needs_of(trim),
+        studied=TRIMMED_BY,
         kept=_kept_by(trim),
     )
 
@@ -287,4 +291,5 @@ MAGNITUDE_PRUNE = Method(
     cut=cut_of(MAGNITUDE),
     measure=measure_of(MAGNITUDE),
     needs=needs_of(MAGNITUDE),
+    studied=TRIMMED_BY,
 )

@@ -231,5 +231,6 @@ TIES_GLOBAL = Method(
         "knots": "the rules of fusion_bench",
     },
     survey=Study(lambda gather: _Survey(gather).passes()),
+    studied=("density",),
     kept=kept,
 )

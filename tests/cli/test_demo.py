@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from mergekern import zip_models
-from mergekern.cli import demo
+from mergekern.cli import demo_encoders as demo
 from mergekern.errors import ArgumentError
 
 from accuracy import assert_bytes_equal, assert_within

@@ -657,7 +657,7 @@ def test_disk_that_fills_up_midway(
     blocks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str, writes: int
 ) -> None:
     """With memory for one tensor the reader waits for the writer, and must not do so for ever."""
-    real, calls = os.pwrite, [0]
+    real, calls = os.pwritev, [0]
 
     def full(fd: int, data: Any, offset: int) -> int:
         calls[0] += 1
@@ -666,7 +666,7 @@ def test_disk_that_fills_up_midway(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(fd, data, offset)
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwritev", full)
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(CheckpointError, match=r"out: writing failed \(No space left on device\)"):
         merge(linear(*blocks), tmp_path / "out", memory=memory, shard_size="3MiB")
@@ -677,8 +677,8 @@ def test_disk_that_fills_up_midway(
 def test_short_writes_are_continued(
     blocks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:99_991], at))
+    real = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, run, at: real(fd, [run[0][:99_991]], at))
     merge(linear(*blocks), tmp_path / "out")
     for n in range(12):
         got = read_folder(tmp_path / "out")[f"layer.{n}.w"]
@@ -761,12 +761,12 @@ def test_error_while_computing_or_reading(
 RUN = "import sys, mergekern; mergekern.merge_checkpoints(sys.argv[1], sys.argv[2], progress=False)"
 SLOW = """
 import os, sys, time
-real = os.pwrite
+real = os.pwritev
 def slow(*a):
     print("writing", flush=True)
     time.sleep(0.05)
     return real(*a)
-os.pwrite = slow
+os.pwritev = slow
 """
 
 

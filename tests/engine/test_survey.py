@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,26 @@ from torch import Tensor
 import mergekern as mk
 from mergekern.engine.memory import OVERHEAD, Window
 from mergekern.methods import REGISTRY, Inputs, Method, Parameter
+from mergekern.methods.passes import Gather, Passes, Study
 from mergekern.methods.registry import REQUIRED
 
 from accuracy import assert_bits_equal, assert_bytes_equal
 from engine.models import linear, read_folder, tensors, ties, write_folder
 
-Found = dict[int, tuple[float, int]]  # model -> largest |x - base| anywhere, how often it occurs
-
 
 class Peaks:
     """Test method: each task vector over its largest magnitude in the whole model, in two passes.
 
-    The second pass needs what the first found, and the merge what both found.
+    The second pass needs what the first found, and the merge what both found: for each model its
+    largest |x - base| anywhere, and how often it occurs.
     """
 
     def __init__(self) -> None:
         self.seen: list[str] = []
         self.arguments: list[dict[str, Any]] = []
 
-    def survey(self, visit: Callable[[Callable[..., None]], None]) -> Found:
+    def passes(self, gather: Gather) -> Passes:
+        """Of each model: the largest |x - base| anywhere, and how often it occurs."""
         largest: dict[int, float] = {}
         count: dict[int, int] = {}
 
@@ -49,9 +50,13 @@ class Peaks:
             for model, size in self.magnitudes(inputs):
                 count[model] = count.get(model, 0) + int((size == largest[model]).sum())
 
-        visit(measure)
-        visit(occurrences)
-        return {model: (largest[model], count[model]) for model in largest}
+        yield measure
+        for theirs in gather(largest):
+            for model, size in theirs.items():
+                largest[model] = max(largest.get(model, 0.0), size)
+        yield occurrences
+        counts = gather(count)
+        return {i: (size, sum(c.get(i, 0) for c in counts)) for i, size in largest.items()}
 
     @staticmethod
     def magnitudes(inputs: Inputs) -> list[tuple[int, Tensor]]:
@@ -76,7 +81,7 @@ def peaks(monkeypatch: pytest.MonkeyPatch) -> Peaks:
     made = Peaks()
     parameters = (Parameter("weight", float, "model", REQUIRED, ""),)
     options = {"base": "required", "models": (1, None), "parameters": parameters}
-    method = Method("peaks", "", merge=made.merge, survey=made.survey, **options)
+    method = Method("peaks", "", merge=made.merge, survey=Study(made.passes), **options)
     monkeypatch.setitem(REGISTRY, "peaks", method)
     return made
 

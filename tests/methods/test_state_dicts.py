@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +14,7 @@ from mergekern import ArgumentError, merge_state_dicts, merge_tensors
 
 from accuracy import assert_bits_equal, assert_bytes_equal
 from engine.models import tensors
+from refusal import refused
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -137,3 +142,63 @@ def test_thousands_of_tiny_tensors() -> None:
     merged = mk.merge_state_dicts(models, "linear", weight=1)
     assert len(merged) == 4000
     assert all(torch.equal(x, torch.full_like(x, 2.0)) for x in merged.values())
+
+
+# ---- the door ----------------------------------------------------------------------------------
+
+
+class Producer:
+    """What another library's array is to us: two methods of DLPack."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._x = x
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._x.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._x.__dlpack_device__()
+
+
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("wrap", [torch.Tensor.numpy, Producer, torch.nn.Parameter])
+def test_arrays_of_other_libraries(wrap: Callable[[torch.Tensor], Any], base: bool) -> None:
+    """Mixed with tensors; integer buffers as well."""
+    models = [tensors(i) for i in range(3)]
+    first, *rest = models
+    options: dict[str, Any] = {"weight": 1.0, "density": 0.5}
+    want = merge_state_dicts(rest, "ties", base=first, **options)
+
+    def wrapped(model: dict[str, torch.Tensor]) -> dict[str, Any]:
+        kept = wrap is torch.nn.Parameter
+        return {k: x if kept and not x.is_floating_point() else wrap(x) for k, x in model.items()}
+
+    given = [wrapped(rest[0]), rest[1]]
+    got = merge_state_dicts(given, "ties", base=wrapped(first) if base else first, **options)
+    assert list(got) == list(want)
+    for key, x in want.items():
+        assert_bytes_equal(got[key], x)
+        assert not got[key].requires_grad
+
+
+def test_buffers_are_copies_of_what_was_given() -> None:
+    count = np.arange(3)
+    merged = merge_state_dicts([{"n": count}, {"n": count.copy()}], "linear", weight=1.0)
+    count[0] = 7
+    assert_bytes_equal(merged["n"], torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (torch.nn.Linear(1, 1), "state_dicts[0] is no mapping; got Linear"),
+        ([("w", torch.ones(1))], "state_dicts[0] is no mapping; got list"),
+        ({"w": [1.0]}, "state_dicts[0]['w'] is no tensor; got list"),
+        ({"w": None}, "state_dicts[0]['w'] is no tensor; got NoneType"),
+        ({"w": np.array(["a"])}, "state_dicts[0]['w'] has an unsupported dtype"),
+        ({"w": torch.ones(1, device="meta")}, "state_dicts[0]['w'] holds no plain data; got meta"),
+    ],
+)
+def test_what_is_no_state_dict(given: Any, what: str) -> None:
+    with refused("merge_state_dicts", what):
+        merge_state_dicts([given, {"w": torch.ones(1)}], "linear", weight=1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,9 @@ DTYPES = {
     "U64": torch.uint64,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "C64": torch.complex64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -42,6 +44,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(data)
 
 
+Piece = tuple[str, int, memoryview]  # tensor, its first byte to read, where to
+
+
 class WeightFile(Protocol):
     """An open file of named tensors."""
 
@@ -53,5 +58,6 @@ class WeightFile(Protocol):
     ranges: Mapping[str, tuple[int, int]]
 
     def read_into(self, name: str, begin: int, buffer: memoryview) -> None: ...
+    def read_many(self, pieces: Sequence[Piece]) -> None: ...
     def read(self, name: str) -> Tensor: ...
     def close(self) -> None: ...

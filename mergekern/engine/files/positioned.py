@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ...errors import ArgumentError, CheckpointError
 from ...methods.compat import Signature
-from .formats import bytes_of, nbytes
+from .formats import Piece, bytes_of, nbytes
+
+_VECTOR = 512  # buffers in a call; systems take 1024
 
 
 class PositionedFile:
@@ -52,11 +54,44 @@ class PositionedFile:
                 f"{self.path}: tensor {name} cannot be read ({error.strerror})"
             ) from None
 
+    def read_many(self, pieces: Sequence[Piece]) -> None:
+        """`read_into` of each, in one call to the system where they follow each other."""
+        ordered = sorted(pieces, key=self._place)
+        while ordered:
+            run = [ordered[0]]
+            end = self._place(run[0]) + run[0][2].nbytes
+            for piece in ordered[1:_VECTOR]:
+                if self._place(piece) != end:
+                    break
+                run.append(piece)
+                end += piece[2].nbytes
+            begin = self._place(run[0])
+            if len(run) == 1 or not self._read_run(run, begin, end):
+                for piece in run:
+                    self.read_into(*piece)
+            ordered = ordered[len(run) :]
+
+    def _place(self, piece: Piece) -> int:
+        return self.ranges[piece[0]][0] + piece[1]
+
+    def _read_run(self, run: Sequence[Piece], begin: int, end: int) -> bool:
+        """Whether all of it came at once; else what is wrong shows when each is read by itself."""
+        try:
+            return os.preadv(self._fd, [data for _, _, data in run], begin) == end - begin
+        except OSError:
+            return False
+
     def read(self, name: str) -> Tensor:
         signature = self.signatures[name]
         raw = torch.empty(nbytes(signature), dtype=torch.uint8)
         self.read_into(name, 0, bytes_of(raw))
         return raw.view(signature.dtype).view(signature.shape)
+
+    def bytes_at(self, offset: int, size: int) -> bytes:
+        """Bytes of the file; EOFError, OSError."""
+        raw = bytearray(size)
+        fill(self._fd, memoryview(raw), offset)
+        return bytes(raw)
 
     def close(self) -> None:
         self._close()

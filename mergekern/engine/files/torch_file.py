@@ -7,15 +7,16 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
 from ...methods.compat import Signature
-from .formats import bytes_of, nbytes
+from .formats import Piece, bytes_of, nbytes
 from .positioned import PositionedFile, fill
 
 # What torch.load raises for files that are truncated, garbled or hold code.
@@ -56,16 +57,21 @@ class TorchFile(PositionedFile):
         super().__init__(path)
         self.metadata: Mapping[str, str] = {}
         try:
-            storages = self._storages()
-            tensors = self._tensors("meta") if storages else {}
-            located = {name: _located(t, storages) for name, t in tensors.items()}
-            if not storages or None in located.values():
-                tensors, located = self._tensors("cpu"), {}
+            self._open()
+        except CheckpointError:
+            raise
         except _UNREADABLE as error:
             raise CheckpointError(
                 f"{path}: torch.load(weights_only=True) refuses it ({_reason(error)}); "
                 "convert it to safetensors where you trust it"
             ) from None
+
+    def _open(self) -> None:
+        storages = self._storages()
+        tensors = self._tensors("meta") if storages else {}
+        located = {name: _located(t, storages) for name, t in tensors.items()}
+        if not storages or None in located.values():
+            tensors, located = self._tensors("cpu"), {}
         self.signatures = {name: Signature.of(t) for name, t in tensors.items()}
         self._check(tensors)
         self.ranges = {
@@ -81,7 +87,7 @@ class TorchFile(PositionedFile):
 
     def _storages(self) -> dict[int, int]:
         """First byte -> size of each storage in the archive; none where it is held in memory."""
-        if self._bytes(0, len(_MAGIC)) != _MAGIC:  # as torch.load tells
+        if self.bytes_at(0, len(_MAGIC)) != _MAGIC:  # as torch.load tells
             return {}
         with zipfile.ZipFile(self.path) as archive:
             records = archive.infolist()
@@ -93,7 +99,7 @@ class TorchFile(PositionedFile):
                     return {}
         storages = {}
         for record in records:
-            header = self._bytes(record.header_offset, _LOCAL_HEADER.size)
+            header = self.bytes_at(record.header_offset, _LOCAL_HEADER.size)
             _, name, extra = _LOCAL_HEADER.unpack(header)
             storages[record.header_offset + _LOCAL_HEADER.size + name + extra] = record.file_size
         return storages
@@ -101,13 +107,28 @@ class TorchFile(PositionedFile):
     def _tensors(self, where: str) -> dict[str, Tensor]:
         """The mapping in the file; "meta" reads no weights."""
         data = torch.load(self.path, map_location=where, weights_only=True)
-        if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
-            data = data["state_dict"]
-        if not isinstance(data, Mapping) or not all(
-            isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()
-        ):
+        return {name: tensor.detach() for name, tensor in self._weights(data).items()}
+
+    def _weights(self, data: Any) -> Mapping[str, Tensor]:
+        """The weights themselves, or the one mapping of names to tensors in a training checkpoint.
+
+        Beside that mapping there may be an optimizer's state, counters, scalars.
+        """
+        if _plain(data):
+            return data
+        inside = data if isinstance(data, Mapping) else {}
+        found = [key for key, value in inside.items() if _plain(value) and value]
+        beside = [k for k, v in inside.items() if isinstance(v, Tensor) and v.numel() > 1]
+        if len(found) > 1:
+            listed = ", ".join(f"{key!a:.80}" for key in found)
+            raise CheckpointError(
+                f"{self.path}: holds several mappings of names to tensors; got {listed}; "
+                "expected one (save the one to merge in a file of its own)"
+            )
+        if not found or beside:
             raise CheckpointError(f"{self.path}: holds no plain mapping of names to tensors")
-        return {name: tensor.detach() for name, tensor in data.items()}
+        weights: Mapping[str, Tensor] = inside[found[0]]
+        return weights
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         """What a pickle may say and a weight is not."""
@@ -129,11 +150,6 @@ class TorchFile(PositionedFile):
         fill(self._fd, bytes_of(raw), place[0])
         return raw.view(t.dtype).as_strided(t.shape, t.stride()).contiguous()
 
-    def _bytes(self, offset: int, size: int) -> bytes:
-        raw = bytearray(size)
-        fill(self._fd, memoryview(raw), offset)
-        return bytes(raw)
-
     def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
         if name in self.ranges:
             super().read_into(name, begin, buffer)
@@ -141,12 +157,24 @@ class TorchFile(PositionedFile):
         raw = bytes_of(self._held[name])
         buffer.cast("B")[:] = raw[begin : begin + buffer.nbytes]
 
+    def read_many(self, pieces: Sequence[Piece]) -> None:
+        super().read_many([piece for piece in pieces if piece[0] in self.ranges])
+        for piece in pieces:
+            if piece[0] not in self.ranges:
+                self.read_into(*piece)
+
     def read(self, name: str) -> Tensor:
         return super().read(name) if name in self.ranges else self._held[name]
 
     def close(self) -> None:
         super().close()
         self._held.clear()
+
+
+def _plain(data: Any) -> bool:
+    return isinstance(data, Mapping) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()
+    )
 
 
 def _located(t: Tensor, storages: Mapping[int, int]) -> tuple[int, int] | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from ...methods.compat import Signature
-from .formats import NAMES, bytes_of, nbytes
+from .formats import NAMES, Piece, bytes_of, nbytes
+
+_VECTOR = 512  # buffers in a call; systems take 1024
 
 
 class SafetensorsWriter:
@@ -53,15 +55,34 @@ class SafetensorsWriter:
             file.write(head)
             file.truncate(self._start + offset)
 
-    def write(self, name: str, tensor: Tensor, begin: int = 0) -> None:
-        """The tensor, or a part of it that starts at byte `begin`."""
-        if tensor.numel():
-            self.write_bytes(name, bytes_of(tensor), begin)
+    def write(self, name: str, tensor: Tensor) -> None:
+        self.write_many([(name, 0, bytes_of(tensor))])
 
-    def write_bytes(self, name: str, data: memoryview, begin: int = 0) -> None:
+    def write_many(self, pieces: Sequence[Piece]) -> None:
+        """Parts of tensors, in one call to the system where they follow each other."""
+        placed = sorted(
+            ((self._start + self._offsets[n] + begin, data) for n, begin, data in pieces if data),
+            key=lambda piece: piece[0],
+        )
         fd = os.open(self._path, os.O_WRONLY)  # not kept: there may be thousands of shards
         try:
-            _write_all(fd, data, self._start + self._offsets[name] + begin)
+            while placed:
+                run = [placed[0][1]]
+                end = placed[0][0] + run[0].nbytes
+                for place, data in placed[1:_VECTOR]:
+                    if place != end:
+                        break
+                    run.append(data)
+                    end += data.nbytes
+                first, placed = placed[0][0], placed[len(run) :]
+                _write_all(fd, run, first)
+        finally:
+            os.close(fd)
+
+    def sync(self) -> None:
+        fd = os.open(self._path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
         finally:
             os.close(fd)
 
@@ -81,8 +102,12 @@ def _has(path: Path, head: bytes, size: int) -> bool:
         return file.read(len(head)) == head
 
 
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    """pwrite may write less than asked for (2 GiB at most)."""
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
+def _write_all(fd: int, run: list[memoryview], offset: int) -> None:
+    """pwritev may write less than asked for (2 GiB at most)."""
+    while run:
+        written = os.pwritev(fd, run, offset)
+        offset += written
+        while run and written >= run[0].nbytes:
+            written -= run.pop(0).nbytes
+        if written:
+            run[0] = run[0][written:]

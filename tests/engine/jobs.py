@@ -1,0 +1,107 @@
+"""Jobs of several ranks: the command line in processes of their own, as `torchrun` starts them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.distributed import TCPStore
+
+# A server that has torch already: a process of it starts in milliseconds, without threads.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["mergekern.cli", "torch.distributed", "mergekern.align"])
+
+
+class Ended(NamedTuple):
+    code: int  # negative: the signal that ended it
+    out: str
+    err: str
+
+
+class Started:
+    """The processes of a job. As torchrun does, `wait` ends the others when one has failed."""
+
+    def __init__(self, processes: Sequence[BaseProcess], logs: Path) -> None:
+        self.processes, self._logs = processes, logs
+
+    def wait(self, *, stop_others: bool = True, timeout: float = 240) -> list[Ended]:
+        end = time.monotonic() + timeout
+        while any(p.is_alive() for p in self.processes):
+            if stop_others and any(p.exitcode for p in self.processes):
+                for p in self.processes:
+                    p.terminate()
+            assert time.monotonic() < end, "the job hangs"
+            time.sleep(0.01)
+        return [
+            Ended(p.exitcode or 0, *((self._logs / f"{i}.{n}").read_text() for n in ("out", "err")))
+            for i, p in enumerate(self.processes)
+        ]
+
+
+@contextlib.contextmanager
+def started(
+    ranks: int, act: Callable[[], int], logs: Path, **environment: str
+) -> Iterator[Started]:
+    """`act` in every rank, whose result is its exit code."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        **environment,
+    }
+    logs.mkdir(parents=True, exist_ok=True)
+    processes: list[BaseProcess] = [
+        _SERVER.Process(target=_rank, args=(rank, shared, logs, act)) for rank in range(ranks)
+    ]
+    for p in processes:
+        p.start()
+    try:
+        yield Started(processes, logs)
+    finally:
+        for p in processes:
+            p.kill()
+            p.join()
+
+
+def _rank(rank: int, environment: dict[str, str], logs: Path, act: Callable[[], int]) -> None:
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    for fd, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(logs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    code = act()
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+# ---- what ranks do ---------------------------------------------------------------------------
+
+
+def merge(
+    config: Path, out: Path, *options: str, cut: int, dies: tuple[int, int] | None = None
+) -> int:
+    """`mergekern merge` by slices of `cut` elements; rank dies[0] kills itself at write dies[1]."""
+    from mergekern.cli import run
+    from mergekern.engine.output import Output
+    from mergekern.methods import slices
+
+    slices.SLICE = cut
+    if dies and int(os.environ["RANK"]) == dies[0]:
+        real, calls = Output.write, [0]
+
+        def write(*a: Any) -> None:
+            if calls[0] == dies[1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls[0] += 1
+            real(*a)
+
+        Output.write = write  # type: ignore[method-assign]
+    return run(["merge", str(config), str(out), *options])
