@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +15,17 @@ from ..errors import ArgumentError
 from .checkpoint import Checkpoint
 from .config import MergeConfig
 from .control import Control, check_space, check_target, held, shared, writing_failed
-from .folder import carry, write_card
-from .journal import Entries, Journal, read_journals
+from .folder import CARD, CONFIG_NAME, carry
+from .journal import Entries, Entry, Journal, digest_of, read_journals
 from .manifest import Manifest, describe, read_manifest, write_manifest
 from .output import Output
-from .plan import make_plan
+from .plan import Plan, make_plan
 from .progress import Bar
 from .ranks import ALONE, Ranks
 from .reading import Reader
+from .report.card import card, library_of
+from .report.numbers import Row, added
+from .report.page import page
 from .resume import finished, head_of, intact, require_same_inputs
 from .shares import shares
 from .stream import Settings, Stream
@@ -39,6 +44,7 @@ class Options:
     host: str | None = None
     resume: bool = True
     statistics: Path | None = None  # where those of earlier merges lie
+    report: str | None = None  # name of the file in the output
 
 
 class _Begin(NamedTuple):
@@ -53,13 +59,19 @@ class _Begin(NamedTuple):
 class Job:
     """Configurations by point (subfolder of the output), alike but for parameters, and a plan."""
 
-    def __init__(self, configs: Mapping[str, MergeConfig], options: Options) -> None:
+    def __init__(
+        self,
+        configs: Mapping[str, MergeConfig],
+        options: Options,
+        commits: Iterable[str | None] = (),  # of models of the hub, when they are to be the same
+    ) -> None:
         self.configs, self.options = dict(configs), options
         self.config = next(iter(self.configs.values()))
         self.checkpoints: list[Checkpoint] = []
         try:
-            for path, naming in zip(self.config.paths, self.config.namings, strict=True):
-                self.checkpoints.append(Checkpoint(path, naming))
+            models = zip(self.config.paths, self.config.namings, strict=True)
+            for (path, naming), commit in zip(models, chain(commits, repeat(None))):
+                self.checkpoints.append(Checkpoint(path, naming, commit))
             self.plan = make_plan(
                 self.configs,
                 self.checkpoints,
@@ -84,7 +96,17 @@ class Job:
 
     def settings(self, bar: Bar, ranks: Ranks = ALONE) -> Settings:
         o = self.options
-        return Settings(self.config, o.device, o.seed, o.backend, o.host, o.memory, bar, ranks)
+        return Settings(
+            self.config,
+            o.device,
+            o.seed,
+            o.backend,
+            o.host,
+            o.memory,
+            bar,
+            ranks,
+            report=o.report is not None,
+        )
 
     def run(self, target: Path, bar: Bar, ranks: Ranks = ALONE) -> list[Manifest]:
         """Makes the output, or finds it complete already. What it did, for each point.
@@ -97,14 +119,14 @@ class Job:
         if (done := ranks.lead(lambda: self._complete(target))) is not None:
             return [self._outcome(target / p, d, 0, 0.0) for p, d in zip(points, done, strict=True)]
         ranks.show(bar)
+        bar.plan(
+            tensors=len(self.plan.tasks),
+            bytes_read=self.plan.bytes_read,
+            bytes_written=self.plan.bytes_written,
+        )
         with contextlib.ExitStack() as stack:
             if ranks.rank == 0:
                 check_target(target)
-                bar.plan(
-                    tensors=len(self.plan.tasks),
-                    bytes_read=self.plan.bytes_read,
-                    bytes_written=self.plan.bytes_written,
-                )
                 control = stack.enter_context(held(target))
                 begin = ranks.gather(self._begin(control, ranks))[0]
             else:
@@ -137,6 +159,9 @@ class Job:
         """The manifests of an output of this plan that is there already."""
         abouts = [read_manifest(target / point) for point in self.plan.points]
         done = [about for about in abouts if about and about.get("plan") == self.plan.digest]
+        report = self.options.report
+        if report is not None:
+            done = [about for about in done if report in about["files"]]
         return done if len(done) == len(abouts) else None
 
     def _begin(self, control: Control, ranks: Ranks) -> _Begin:
@@ -169,7 +194,10 @@ class Job:
             mine = dict(list(begin.entries.items())[ranks.rank :: ranks.size])
             if begin.stamped_anew:
                 require_same_inputs(plan, reader, mine, control.target)
-            entries = _together(ranks.gather(intact(output, plan, mine)))
+            good = intact(output, plan, mine)
+            if settings.report:  # an earlier run may not have taken the numbers
+                good = {k: e for k, e in good.items() if e.numbers or _is_copy(plan, e)}
+            entries = _together(ranks.gather(good))
             parts = shares(plan, entries, ranks.size)
             made: Entries = {}
             if any(parts):
@@ -194,13 +222,29 @@ class Job:
         for i, (point, config) in enumerate(self.configs.items()):
             folder = control.out / point
             carried, left_out = carry(home, folder, config.out_dtype or config.dtype)
-            write_card(config, folder)
+            (folder / CONFIG_NAME).write_text(config.text, encoding="utf-8")
+            if self.options.report is not None:
+                self._report(folder / self.options.report, entries, i)
             about = describe(self.plan, config, entries, i, folder, carried, left_out)
+            text = card(about, library=library_of(folder), report=self.options.report)
+            (folder / CARD).write_text(text, encoding="utf-8")
+            about["files"][CARD] = digest_of(text)
             abouts.append(about)
             write_manifest(folder, about)
         control.commit()
         control.remove()
         return abouts
+
+    def _report(self, path: Path, entries: Entries, point: int) -> None:
+        rows: dict[str, Row] = {}
+        for i, task in enumerate(self.plan.tasks):
+            if task.arguments is not None:
+                each = (entries[i, j].numbers[point] for j in range(len(task.slices)))
+                rows[task.key] = functools.reduce(added, map(dict, each))
+        names = [model.path for model in self.config.models]
+        label = self.plan.points[point]
+        title = f"{self.plan.method}, {label}" if label else self.plan.method
+        page(rows, path, models=names, title=title)
 
     def _outcome(
         self, out: Path, about: Mapping[str, Any], bytes_read: int, seconds: float
@@ -238,3 +282,7 @@ def _writing(control: Control, *, keep: bool) -> Iterator[None]:
         if isinstance(error, OSError):
             raise writing_failed(control.target, error) from error
         raise
+
+
+def _is_copy(plan: Plan, entry: Entry) -> bool:
+    return plan.tasks[entry.task].arguments is None

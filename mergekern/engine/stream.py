@@ -23,6 +23,7 @@ from .plan import Plan, Task
 from .progress import Bar
 from .ranks import ALONE, Ranks
 from .reading import Loaded, Reader
+from .report.numbers import Row, numbers_of_slices
 from .shares import stretches
 from .studies import Studies
 from .units import Apart, Part, Unit, merge_units, slice_units, visit_units
@@ -38,6 +39,7 @@ class Settings:
     memory: int
     bar: Bar
     ranks: Ranks = ALONE
+    report: bool = False  # whether numbers of each slice are wanted
 
 
 class _Arrived(NamedTuple):
@@ -50,6 +52,13 @@ class _Arrived(NamedTuple):
 
 
 Slice = tuple[int, int, memoryview]  # task, index, bytes of the result
+
+
+class _Computed(NamedTuple):
+    """Results of a part on their way back, one per point; per point numbers of each slice."""
+
+    results: Sent
+    rows: list[list[Row]]
 
 
 class Sink(Protocol):
@@ -196,7 +205,7 @@ class Stream:
         if not units:
             return
 
-        def write(arrived: _Arrived, results: list[Sent]) -> None:
+        def write(arrived: _Arrived, results: list[_Computed]) -> None:
             with contextlib.ExitStack() as failed:
                 failed.callback(under_way.close)  # else the others wait for bytes for ever
                 entries = self._write(arrived, results, output)
@@ -288,20 +297,26 @@ class Stream:
         merged = self._plan.tasks[each.part.task].arguments is not None
         return self._place.send(each.tensors) if merged else Sent(each.tensors)
 
-    def _compute(self, part: Part, sent: Sent, found: Sequence[Any]) -> Sent:
+    def _compute(self, part: Part, sent: Sent, found: Sequence[Any]) -> _Computed:
         """The result of a part, flat, for each point."""
         task = self._plan.tasks[part.task]
         if task.arguments is None:
             copied = sent.tensors[0].to(task.compute).to(task.result)
-            return Sent([copied] * len(self._plan.points))
+            return _Computed(Sent([copied] * len(self._plan.points)), [])
         inputs = self.inputs(part, self._place.receive(sent))
-        merge = self._method.merge
-        return self._place.fetch(
-            [
-                merge(replace(inputs, survey=survey), **arguments).to(task.result).view(-1)
-                for arguments, survey in zip(task.arguments, found, strict=True)
-            ]
-        )
+        results, rows = [], []
+        for arguments, survey in zip(task.arguments, found, strict=True):
+            these = replace(inputs, survey=survey)
+            result = self._method.merge(these, **arguments).to(task.result).view(-1)
+            results.append(result)
+            if self._settings.report:
+                ranges = [(a - inputs.offset, b - inputs.offset) for a, b in self._slices(part)]
+                about = numbers_of_slices(these, arguments, self._method, result, ranges)
+                rows.append(about)
+        return _Computed(self._place.fetch(results), rows)
+
+    def _slices(self, part: Part) -> Sequence[tuple[int, int]]:
+        return self._plan.tasks[part.task].slices[part.first : part.last]
 
     def inputs(self, part: Part, tensors: Sequence[Tensor]) -> Inputs:
         """A part as its method takes it, of flat tensors as they are stored."""
@@ -323,19 +338,20 @@ class Stream:
             order=part.task,
         )
 
-    def _write(self, arrived: _Arrived, results: list[Sent], output: Sink) -> list[Entry]:
+    def _write(self, arrived: _Arrived, computed: list[_Computed], output: Sink) -> list[Entry]:
         entries = []
         pieces: list[list[Slice]] = [[] for _ in self._plan.points]
-        for each, sent in zip(arrived.loaded, results, strict=True):
-            part, task = each.part, self._plan.tasks[each.part.task]
-            origin, size = task.slices[part.first][0], task.result.itemsize
-            data = [bytes_of(x) for x in sent.wait()]
-            for i, read in zip(range(part.first, part.last), each.digests, strict=True):
-                begin, end = ((j - origin) * size for j in task.slices[i])
-                here = [result[begin:end] for result in data]
+        for each, (results, rows) in zip(arrived.loaded, computed, strict=True):
+            part, size = each.part, self._plan.tasks[each.part.task].result.itemsize
+            data = [bytes_of(x) for x in results.wait()]
+            origin = self._slices(part)[0][0]
+            for i, (begin, end) in enumerate(self._slices(part)):
+                here = [x[(begin - origin) * size : (end - origin) * size] for x in data]
                 for point, result in enumerate(here):
-                    pieces[point].append((part.task, i, result))
-                entries.append(Entry(part.task, i, tuple(map(digest_of, here)), read))
+                    pieces[point].append((part.task, part.first + i, result))
+                digests = tuple(map(digest_of, here))
+                numbers = [row[i] for row in rows]
+                entries.append(Entry(part.task, part.first + i, digests, each.digests[i], numbers))
         for point, made in enumerate(pieces):
             output.write(point, made)
         self._settings.bar.advance(self._written(arrived.unit))

@@ -124,6 +124,18 @@ def _recipe(trim: Trim | None, elect: str | None) -> Callable[..., Tensor]:
     return merge
 
 
+def _kept_by(trim: Trim | None) -> Callable[..., list[Keep] | None]:
+    def kept(inputs: Inputs, *, density: list[float], **others: Any) -> list[Keep] | None:
+        if trim is None:
+            return [None] * len(inputs.xs)
+        if trim is RANDOM and inputs.host is not None:  # drawn from torch's generator, once
+            return None
+        special = {p.name: others[p.name] for p in trim.parameters}
+        return _kept(trim, inputs, density, special)[0]
+
+    return kept
+
+
 # ---- the methods -----------------------------------------------------------------------------
 
 _MERGEKIT = (
@@ -189,6 +201,7 @@ def _method(
         needs=needs_of(trim),
         draws=draws,
         studied=TRIMMED_BY,
+        kept=_kept_by(trim),
     )
 
 
@@ -277,6 +290,7 @@ MAGNITUDE_PRUNE = Method(
         Parameter("lambda", float, "tensor", 1.0, "factor on the merged task vector"),
     ),
     merge=_magnitude_prune,
+    kept=_kept_by(MAGNITUDE),
     parity={"peft": _PEFT.format(_TIES)},
     cut=cut_of(MAGNITUDE),
     measure=measure_of(MAGNITUDE),

@@ -33,6 +33,7 @@ class Peaks:
         self.arguments: list[dict[str, Any]] = []
 
     def passes(self, gather: Gather) -> Passes:
+        """Of each model: the largest |x - base| anywhere, and how often it occurs."""
         largest: dict[int, float] = {}
         count: dict[int, int] = {}
 
