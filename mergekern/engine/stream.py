@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..methods.passes import Study
 from ..methods.found import dump
+from ..methods.passes import Study
 from ..methods.registry import Inputs
 from .config import MergeConfig
 from .files.formats import bytes_of
