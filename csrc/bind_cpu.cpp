@@ -116,6 +116,13 @@ void l1_norms(const std::vector<mk::View>& xs, const std::optional<mk::View>& ba
                begin, end, at<double>(sums));
 }
 
+void count_kept(const std::vector<mk::View>& xs, const std::optional<mk::View>& base, bool rounded,
+                const std::vector<mk::KeepRule>& keep, Address counts, int64_t begin, int64_t end) {
+  require(!xs.empty() && keep.size() == xs.size(), "count_kept: one rule per input");
+  mk::count_kept(xs.data(), int64_t(xs.size()), {base ? &*base : nullptr, rounded}, keep.data(),
+                 begin, end, at<int64_t>(counts));
+}
+
 mk::RankMask make_rank_mask(const KeySource& source, int64_t units, int64_t length, int64_t inner,
                             Address limits, std::uint32_t k0, std::uint32_t k1, int64_t first,
                             Address bits) {
@@ -328,6 +335,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("merge_deltas", &merge_deltas, no_gil, kw, "out"_a, "base"_a, "xs"_a, "recipe"_a,
         "scratch"_a, "begin"_a, "end"_a);
   m.def("l1_norms", &l1_norms, no_gil, kw, "xs"_a, "base"_a, "rounded"_a, "keep"_a, "sums"_a,
+        "begin"_a, "end"_a);
+  m.def("count_kept", &count_kept, no_gil, kw, "xs"_a, "base"_a, "rounded"_a, "keep"_a, "counts"_a,
         "begin"_a, "end"_a);
   m.def(
       "rank_mask",

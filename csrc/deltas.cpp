@@ -120,6 +120,37 @@ MK_CLONES void add_drawn(const A* v, const std::uint16_t* draws, std::uint32_t l
            [=](std::int64_t i) { return mask_if<A>(std::uint32_t(draws[i]) < limit); });
 }
 
+// The number of kept elements. signs: bit 0 is set where one is positive, bit 1 where negative.
+template <class A, class F>
+MK_INLINE std::int64_t mark_kept(const A* v, std::int64_t n, key_t<A>* signs, F&& mask) {
+  key_t<A> count = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const key_t<A> kept = mask(i);
+    count += kept & 1;
+    signs[i] |= kept & ((mask_if<A>(v[i] > 0) & 1) | (mask_if<A>(v[i] < 0) & 2));
+  }
+  return std::int64_t(count);
+}
+template <class A>
+MK_CLONES std::int64_t mark_interval(const A* v, key_t<A> low, key_t<A> width, std::int64_t n,
+                                     key_t<A>* signs) {
+  return mark_kept(v, n, signs, [=](std::int64_t i) {
+    return mask_if<A>(key_t<A>(magnitude_bits(v[i]) - low) < width);
+  });
+}
+template <class A>
+MK_CLONES std::int64_t mark_drawn(const A* v, const std::uint16_t* draws, std::uint32_t limit,
+                                  std::int64_t n, key_t<A>* signs) {
+  return mark_kept(v, n, signs,
+                   [=](std::int64_t i) { return mask_if<A>(std::uint32_t(draws[i]) < limit); });
+}
+template <class K>
+MK_CLONES std::int64_t count_both(const K* signs, std::int64_t n) {
+  K count = 0;
+  for (std::int64_t i = 0; i < n; ++i) count += signs[i] == 3;
+  return std::int64_t(count);
+}
+
 MK_CLONES void pack(const std::uint8_t* kept, std::int64_t bytes, std::uint8_t* bits) {
   for (std::int64_t q = 0; q < bytes; ++q) {
     std::uint64_t eight;
@@ -203,6 +234,34 @@ void l1_norms(const View* xs, std::int64_t n, const Deltas& from, const KeepRule
           sums[2 * i + 1] += kept[l];
         }
       }
+    }
+  });
+}
+
+void count_kept(const View* xs, std::int64_t n, const Deltas& from, const KeepRule* keep,
+                std::int64_t begin, std::int64_t end, std::int64_t* counts) {
+  with_type(xs[0].dtype, [&](auto* tag) {
+    using A = acc_t<std::remove_pointer_t<decltype(tag)>>;
+    alignas(64) A v[kDeltaBlock];
+    alignas(64) key_t<A> signs[kDeltaBlock];
+    alignas(64) std::uint16_t draws[kDeltaBlock];
+    for (std::int64_t first = begin; first < end; first += kDeltaBlock) {
+      const std::int64_t last = std::min(end, first + kDeltaBlock);
+      std::fill(signs, signs + kDeltaBlock, key_t<A>(0));
+      for (std::int64_t i = 0; i < n; ++i)
+        for (std::int64_t at = first, m; at < last; at += m) {
+          m = up_to_cut(keep[i], at, last - at);
+          delta_block(xs[i], from, at, m, v);
+          key_t<A>* marked = signs + (at - first);
+          if (is_drawn(keep[i])) {
+            draw_block(keep[i], at, m, draws);
+            counts[i] += mark_drawn(v, draws, draw_limit(keep[i]), m, marked);
+          } else {
+            const Interval span = interval_at<A>(keep[i], at);
+            counts[i] += mark_interval(v, key_t<A>(span.low), key_t<A>(span.width), m, marked);
+          }
+        }
+      counts[n] += count_both(signs, last - first);
     }
   });
 }

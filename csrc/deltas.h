@@ -107,4 +107,9 @@ class LaneSum {
 void l1_norms(const View* xs, std::int64_t n, const Deltas& from, const KeepRule* keep,
               std::int64_t begin, std::int64_t end, double* sums);
 
+// counts[i] += kept elements of d_i, i < n; counts[n] += elements where the kept d_i have both
+// signs. Zeros and NaN have none.
+void count_kept(const View* xs, std::int64_t n, const Deltas& from, const KeepRule* keep,
+                std::int64_t begin, std::int64_t end, std::int64_t* counts);
+
 }  // namespace mk

@@ -29,3 +29,7 @@ class ConfigWarning(UserWarning):
 
 class CheckpointError(MergekernError, ValueError):
     """A checkpoint is corrupt, incomplete or incompatible with the others."""
+
+
+class RankError(MergekernError, RuntimeError):
+    """Another process of the same job failed, died or cannot be reached."""

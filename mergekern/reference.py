@@ -214,6 +214,23 @@ def l1_norms(
     return norms
 
 
+def count_kept(
+    base: Tensor | None,
+    xs: list[Tensor],
+    keep: list[Keep],
+    rounded: bool,
+    first: int,
+    last: int,
+) -> tuple[list[int], int]:
+    masks = [kept(k, x, base, rounded)[first:last] for k, x in zip(keep, xs, strict=True)]
+    deltas = [_subtract(x, base, rounded).reshape(-1)[first:last].tolist() for x in xs]
+    conflicts = 0
+    for values, survives in zip(zip(*deltas), zip(*masks), strict=True):
+        survivors = [v for v, mask in zip(values, survives, strict=True) if mask]
+        conflicts += any(v > 0 for v in survivors) and any(v < 0 for v in survivors)
+    return [sum(mask) for mask in masks], conflicts
+
+
 def _pack(mask: list[bool], bits: Tensor) -> None:
     bits.copy_(torch.from_numpy(np.packbits(np.array(mask, dtype=bool))))
 

@@ -17,7 +17,7 @@ _NAMES = 16  # names on an axis that can be told apart
 _BEFORE, _AFTER, _WITHIN = "#0072B2", "#D55E00", "#999999"  # of Okabe and Ito, for all eyes
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(op: str = _OP) -> None:
     """Raises ArgumentError where there is none."""
     try:
         import matplotlib  # noqa: F401
@@ -25,7 +25,7 @@ def require_matplotlib() -> None:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise  # matplotlib is there but broken: its own message says more than ours
         expected = "pip install 'mergekern[picture]', or no picture"
-        raise ArgumentError.of(_OP, "matplotlib is not installed", "none", expected) from None
+        raise ArgumentError.of(op, "matplotlib is not installed", "none", expected) from None
 
 
 def draw(

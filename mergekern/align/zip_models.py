@@ -101,7 +101,7 @@ def _split(parameters: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         {n for n, p in inspect.signature(f).parameters.items() if p.kind is p.KEYWORD_ONLY}
         for f in (collect_statistics, match)
     ]
-    reading = known[0] - {"within", "memory", "progress"}
+    reading = known[0] - {"within", "memory", "progress", "group"}
     matching = known[1] - {"models"}
     for name in parameters:
         check.choice(_OP, "parameter", name, sorted(reading | matching))

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from ..engine.ranks import label
 from ..errors import MergekernError
 from . import bench, demo, doctor, hook, inspect, merge, verify, zip
 from .stopping import Stopped, stoppable
@@ -79,7 +80,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(what: object) -> None:
-    print(f"mergekern: {what}", file=sys.stderr)
+    print(f"mergekern: {label()}{what}", file=sys.stderr)
 
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..engine.defaults import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE
-from ..errors import MergekernError
+from ..engine.ranks import is_first
+from ..errors import ArgumentError, MergekernError
 from .stopping import Stopped
 
 if TYPE_CHECKING:
@@ -49,6 +51,31 @@ def merge(
         str | None,
         typer.Option(
             help="reproduce this tool's rounding and selection, such as mergekit",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=V,V..",
+            help="several merges from one read, each in a folder of OUT: density=0.1,0.2",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
+    statistics: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER",
+            help="where thresholds are kept for the next merge of these models; "
+            "none: nowhere; by default beside OUT",
+            rich_help_panel=_PLACE,
+        ),
+    ] = "",
+    report: Annotated[
+        str | None,
+        typer.Option(
+            metavar="html|png",
+            help="put a page of norms, cosines, kept and conflicting shares into OUT",
             rich_help_panel=_RESULT,
         ),
     ] = None,
@@ -96,7 +123,7 @@ def merge(
     """
     from ..engine.manifest import MANIFEST
     from ..engine.progress import JsonLines, bar
-    from ..engine.run import merge_checkpoints, plan_merge
+    from ..engine.run import merge_checkpoints, merge_sweep, plan_merge
 
     options: dict[str, Any] = {
         "memory": memory,
@@ -106,13 +133,26 @@ def merge(
         "backend": backend,
         "host": host,
     }
-    events = JsonLines() if as_json else None
+    quiet = quiet or not is_first()  # one rank speaks, but for errors
+    points = None if sweep is None else _swept(sweep)
+    kept = {"none": False, "": True}.get(statistics, statistics)
+    events = JsonLines() if as_json and is_first() else None
     shown: Bar = events or bar(shown=not quiet)
     try:
         if dry_run:
-            _foretell(*plan_merge(config, out, **options), events)
+            _foretell(*plan_merge(config, out, sweep=points, **options), events)
             return
-        manifest = merge_checkpoints(config, out, **options, resume=resume, progress=shown)
+        options |= {
+            "resume": resume,
+            "statistics": kept,
+            "report": report,
+            "progress": shown,
+            "distributed": True,
+        }
+        if points is None:
+            manifests = [merge_checkpoints(config, out, **options)]
+        else:
+            manifests = list(merge_sweep(config, out, points, **options).values())
     except Stopped as stopped:
         again = "the same command" if resume else "the same command without --no-resume"
         stopped.text += f", {shown.share} done; {again} continues where it stopped"
@@ -123,11 +163,23 @@ def merge(
         if events:
             events.event("error", kind=type(error).__name__, message=str(error))
         raise
-    if events:
-        about = dataclasses.asdict(manifest)
-        events.event("done", manifest=manifest.out / MANIFEST, **about)
-    elif not quiet:
-        _report(manifest, verbose)
+    for manifest in manifests:
+        if events:
+            about = dataclasses.asdict(manifest)
+            events.event("done", manifest=manifest.out / MANIFEST, **about)
+        elif not quiet:
+            _report(manifest, verbose)
+
+
+def _swept(given: Sequence[str]) -> dict[str, list[str]]:
+    """{"density": ["0.1", "0.2"]} of "density=0.1,0.2"."""
+    points: dict[str, list[str]] = {}
+    for each in given:
+        name, equals, values = each.partition("=")
+        if not equals or name in points:
+            raise ArgumentError.of("--sweep", "not understood", repr(each), "density=0.1,0.2, once")
+        points[name] = values.split(",")
+    return points
 
 
 def _foretell(plan: Plan, outlook: Outlook, events: JsonLines | None) -> None:

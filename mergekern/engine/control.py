@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,9 +46,19 @@ def check_space(target: Path, size: int) -> None:
 class Control:
     """The control folder of an output, held by this process."""
 
-    def __init__(self, target: Path, folder: Path) -> None:
-        self.target, self.folder = target, folder
+    def __init__(self, target: Path, folder: Path, lock: int) -> None:
+        self.target, self.folder, self._lock = target, folder, lock
         self.out = folder / "out"
+
+    def share(self) -> str:
+        """Lets in those who know the word it returns (`shared`). Another job gets the lock when
+        the last of them has ended, so that none writes into what it makes."""
+        word = uuid.uuid4().hex
+        os.pwrite(self._lock, word.encode(), 0)
+        os.fsync(self._lock)  # other machines shall read it
+        if not _flock(self._lock, fcntl.LOCK_SH):
+            raise _busy(self.target)
+        return word
 
     def clear(self) -> None:
         """Forgets whatever an earlier run left."""
@@ -77,7 +88,7 @@ def held(target: Path) -> Iterator[Control]:
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written ({error.strerror})") from None
     try:
-        yield Control(target, folder)
+        yield Control(target, folder, fd)
     finally:
         os.close(fd)
 
@@ -87,6 +98,27 @@ def forget(target: Path) -> None:
     if control_folder(target).exists():
         with held(target) as control:
             control.remove()
+
+
+@contextlib.contextmanager
+def shared(target: Path, word: str) -> Iterator[Control]:
+    """The control folder that rank 0 holds and has shared with those who know the word."""
+    folder = control_folder(target)
+    with contextlib.ExitStack() as stack:
+        try:
+            fd = os.open(folder / "lock", os.O_RDWR)
+            stack.callback(os.close, fd)
+            known = os.read(fd, len(word)) == word.encode()
+        except FileNotFoundError:
+            known = False
+        if not known:
+            raise CheckpointError(
+                f"{target}: what rank 0 has made there is not seen here; the output must lie on a "
+                "file system that all machines share"
+            )
+        if not _flock(fd, fcntl.LOCK_SH):
+            raise _busy(target)
+        yield Control(target, folder, fd)
 
 
 @contextlib.contextmanager
@@ -119,16 +151,29 @@ def _lock(folder: Path, target: Path) -> int:
         except FileNotFoundError:  # the folder went with the run that ended just now
             continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise CheckpointError(f"{target}: another process is writing it") from None
+            free = _flock(fd, fcntl.LOCK_EX)
         except OSError:
             os.close(fd)
             raise
+        if not free:
+            os.close(fd)
+            raise _busy(target)
         if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
             return fd
         os.close(fd)  # the lock of a folder that has been removed
+
+
+def _flock(fd: int, mode: int) -> bool:
+    """Takes the lock, or says that it is not free."""
+    try:
+        fcntl.flock(fd, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _busy(target: Path) -> CheckpointError:
+    return CheckpointError(f"{target}: another process is writing it")
 
 
 def _umask() -> int:

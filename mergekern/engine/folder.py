@@ -10,10 +10,10 @@ import torch
 
 from ..check import name_of
 from .checkpoint import FOREIGN, WEIGHTS, Checkpoint, folders
-from .config import MergeConfig
 from .manifest import MANIFEST
 
 CONFIG_NAME = "mergekern_config.yml"
+CARD = "README.md"
 
 
 def carry(
@@ -38,7 +38,7 @@ def carry(
                     left_out.append(f"{name.as_posix()}/")
                 continue
             weights = path.suffix in (*WEIGHTS, *FOREIGN) or path.name.endswith(".index.json")
-            if weights or name in (Path("README.md"), Path(MANIFEST)):
+            if weights or name in (Path(CARD), Path(MANIFEST)):
                 if path not in source.weight_files:
                     left_out.append(name.as_posix())
                 continue
@@ -59,29 +59,3 @@ def _set_dtype(config: Path, name: str) -> None:
     if any(data[k] != name for k in stale):
         data.update(dict.fromkeys(stale, name))
         config.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def write_card(config: MergeConfig, target: Path) -> None:
-    """README.md as a model card, and the configuration as the user wrote it."""
-    (target / CONFIG_NAME).write_text(config.text, encoding="utf-8")
-    base = f"base model: `{config.base}`\n" if config.base else ""
-    models = "\n".join(f"- `{m.path}`" for m in config.models)
-    card = f"""---
-tags:
-- merge
-- mergekern
----
-# Merged model
-
-Made by mergekern with the method `{config.method.name}`: {config.method.doc}
-
-{base}
-{models}
-
-## Configuration
-
-```yaml
-{config.text.strip()}
-```
-"""
-    (target / "README.md").write_text(card, encoding="utf-8")

@@ -13,7 +13,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
     results: tuple[str, ...]  # digest of the result in each point of the sweep
     inputs: tuple[str, ...]  # digest of what was read of each source
     found: str = ""  # digest of what a pass before had found, which the result depends on
-    numbers: dict[str, list[float]] | None = None  # for the report
+    numbers: Sequence[Mapping[str, list[float]]] = ()  # of each point, for the report
 
 
 Entries = dict[tuple[int, int], Entry]

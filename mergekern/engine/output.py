@@ -16,6 +16,7 @@ class Output:
 
     def __init__(self, plan: Plan, root: Path) -> None:
         self._plan, self._root = plan, root
+        self._written: set[SafetensorsWriter] = set()
         self._where: list[dict[str, tuple[SafetensorsWriter, str]]] = []
         signatures = {t.key: t.signature for t in plan.tasks}
         for point in plan.points:
@@ -38,6 +39,7 @@ class Output:
             by_file.setdefault(writer, []).append((name, begin, data))
         for writer, pieces in by_file.items():
             writer.write_many(pieces)
+        self._written.update(by_file)
 
     def read(self, point: int, task: int, index: int) -> bytes:
         """What is there now of a slice."""
@@ -45,6 +47,11 @@ class Output:
         begin, end = (i * t.result.itemsize for i in t.slices[index])
         writer, name = self._where[point][t.key]
         return writer.read_bytes(name, begin, end - begin)
+
+    def sync(self) -> None:
+        """What this process wrote is on the disk, where other machines find it."""
+        for writer in self._written:
+            writer.sync()
 
     def clear_rest(self) -> None:
         """Removes all but the weights: what another run left there may be outdated since."""

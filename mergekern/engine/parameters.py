@@ -13,10 +13,14 @@ from .config import MergeConfig, ModelEntry
 _LAYER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.|$)")
 
 
-def _container(name: str) -> tuple[str, int] | None:
-    """The name before the first number among its parts, and the number."""
+def layer_of(name: str) -> tuple[str, int, str] | None:
+    """The name before the first number among its parts, the number, and the name after it.
+
+    >>> layer_of("encoder.layer.11.output.weight")
+    ('encoder.layer.', 11, '.output.weight')
+    """
     found = _LAYER.search(name)
-    return (name[: found.start()], int(found.group(1))) if found else None
+    return (name[: found.start()], int(found.group(1)), name[found.end() :]) if found else None
 
 
 def layer_positions(names: Iterable[str]) -> dict[str, float]:
@@ -29,11 +33,11 @@ def layer_positions(names: Iterable[str]) -> dict[str, float]:
     names = list(names)
     depth: dict[str, int] = {}
     for name in names:
-        if found := _container(name):
+        if found := layer_of(name):
             depth[found[0]] = max(depth.get(found[0], 0), found[1])
     positions = {}
     for name in names:
-        found = _container(name)
+        found = layer_of(name)
         if not found:
             positions[name] = 0.0
         else:
@@ -153,7 +157,7 @@ def _idle(setting: Any, names: list[str], everything: list[str]) -> Iterator[str
     conditions = _conditions(setting)
     if conditions is None:
         gradient = isinstance(setting, list) and len(setting) > 1 and names
-        if gradient and not any(map(_container, names)):
+        if gradient and not any(map(layer_of, names)):
             yield f"gradient {setting} meets no stack of layers, so its first value counts"
         return
     left = names

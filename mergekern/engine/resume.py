@@ -38,8 +38,8 @@ def finished(
     another file than it was.
     """
     heads, entries = read_journals(control.folder)
-    if not entries:  # nothing to go on with, and nothing to lose
-        return {}, False
+    if not entries:
+        return {}, False  # nothing is lost whatever it was
     now = head_of(plan, checkpoints)
     for head in heads:
         if head["plan"] == now["plan"]:

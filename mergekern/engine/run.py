@@ -21,6 +21,8 @@ from .outlook import Outlook, outlook
 from .parameters import idle
 from .plan import Plan
 from .progress import Bar, bar
+from .ranks import ALONE, Ranks, joined, own_device
+from .report.page import check_report
 from .studies import FOLDER
 
 
@@ -38,7 +40,9 @@ def merge_checkpoints(
     skip: Sequence[str] = (),
     resume: bool = True,
     statistics: str | Path | bool = True,
+    report: str | None = None,
     progress: bool | Bar = True,
+    distributed: bool = False,
 ) -> Manifest:
     """Merges the checkpoints of a configuration (mergekit's YAML) into the folder `out`.
 
@@ -60,21 +64,25 @@ def merge_checkpoints(
     statistics: where thresholds and dot products that take a pass of their own are kept for the
     next merge of these inputs, which then skips the pass: a folder, True for one beside `out`
     (".mergekern_statistics"), or False.
+    report: "html" or "png" puts a page of figures into the output, of norms and cosines of the task
+    vectors and of what is kept and in conflict, made of numbers taken while merging.
     progress: a bar on stderr, lines where that is no terminal; or a `Bar` of your own.
     only, skip: patterns of names, as the keys of the configuration: what does not fit `only`, or
     fits `skip`, is copied from the base model (or the first).
+    distributed: every process that `torchrun` started makes this same call, merges a part of the
+    slices and returns the same; `memory` is that of each. All must see the models, and `out` on one
+    file system. The result does not depend on how many there are, nor need a run that goes on have
+    as many. Without RANK and WORLD_SIZE in the environment there is one.
     Warns: ConfigWarning, once, of filters that fit no tensor and gradients over no layers.
 
-    Raises: ConfigError, CheckpointError, ArgumentError.
+    Raises: ConfigError, CheckpointError, ArgumentError; RankError where another rank fails or dies.
     Source: mergekit `mergekit-yaml`, `mergekit-pytorch`.
     """
+    device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    options = replace(options, statistics=_folder(statistics, out))
-    with (
-        _job({"": load_config(config, only=only, skip=skip)}, options) as job,
-        bar(shown=progress) as shown,
-    ):
-        return job.run(Path(out), shown)[0]
+    options = replace(options, statistics=_folder(statistics, out), report=_report(report))
+    points = {"": load_config(config, only=only, skip=skip)}
+    return _run(points, out, options, progress, distributed)[0]
 
 
 def merge_sweep(
@@ -92,7 +100,9 @@ def merge_sweep(
     skip: Sequence[str] = (),
     resume: bool = True,
     statistics: str | Path | bool = True,
+    report: str | None = None,
     progress: bool | Bar = True,
+    distributed: bool = False,
 ) -> dict[str, Manifest]:
     """Many merges from one read of the inputs: every combination of the values in `sweep`.
 
@@ -103,11 +113,11 @@ def merge_sweep(
     each slice. Otherwise as `merge_checkpoints`.
     Raises: as it does; ArgumentError for parameters that the method lacks.
     """
+    device = own_device(device) if distributed else device
     options = _options(memory, shard_size, device, seed, backend, host, resume)
-    options = replace(options, statistics=_folder(statistics, out))
+    options = replace(options, statistics=_folder(statistics, out), report=_report(report))
     points = swept(load_config(config, only=only, skip=skip), sweep)
-    with _job(points, options) as job, bar(shown=progress) as shown:
-        return dict(zip(points, job.run(Path(out), shown), strict=True))
+    return dict(zip(points, _run(points, out, options, progress, distributed), strict=True))
 
 
 def plan_merge(
@@ -170,13 +180,27 @@ def _options(
     return Options(limit, largest, device, seed, backend, host, resume)
 
 
-def _job(points: Mapping[str, MergeConfig], options: Options) -> Job:
+def _run(
+    points: Mapping[str, MergeConfig],
+    out: str | Path,
+    options: Options,
+    progress: bool | Bar,
+    distributed: bool,
+) -> list[Manifest]:
+    with joined(distributed) as ranks, _job(points, options, ranks) as job:
+        if ranks.rank > 0 and progress is True:
+            progress = False
+        with bar(shown=progress) as shown:
+            return job.run(Path(out), shown, ranks)
+
+
+def _job(points: Mapping[str, MergeConfig], options: Options, ranks: Ranks = ALONE) -> Job:
     """Opened and planned, with a warning of settings that have no effect."""
     config = next(iter(points.values()))
     config.method.check_host(options.host)
     job = Job(points, options)
     merged = [t.key for t in job.plan.tasks if t.arguments is not None]
-    if without_effect := idle(config, merged):
+    if ranks.rank == 0 and (without_effect := idle(config, merged)):
         lines = "".join(f"\n  {what}" for what in without_effect)
         warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
     return job
@@ -186,6 +210,14 @@ def _folder(statistics: str | Path | bool, out: str | Path) -> Path | None:
     if isinstance(statistics, bool):
         return Path(out).absolute().parent / FOLDER if statistics else None
     return Path(statistics)
+
+
+def _report(kind: str | None) -> str | None:
+    if kind is None:
+        return None
+    name = f"report.{kind}"
+    check_report(name)
+    return name
 
 
 def check_device(device: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +23,10 @@ from .memory import Window, window
 from .place import Sent, place_of
 from .plan import Plan, Task
 from .progress import Bar
+from .ranks import ALONE, Ranks
 from .reading import Loaded, Reader
+from .report.numbers import Row, numbers_of_slices
+from .shares import stretches
 from .studies import Studies
 from .units import Apart, Part, Unit, merge_units, slice_units, visit_units
 
@@ -37,6 +40,8 @@ class Settings:
     host: str | None
     memory: int
     bar: Bar
+    ranks: Ranks = ALONE
+    report: bool = False  # whether numbers of each slice are wanted
 
 
 class _Arrived(NamedTuple):
@@ -48,7 +53,15 @@ class _Arrived(NamedTuple):
     buffers: list[Tensor]
 
 
+Places = Container[tuple[int, int]]  # task and index of slices
 Slice = tuple[int, int, memoryview]  # task, index, bytes of the result
+
+
+class _Computed(NamedTuple):
+    """Results of a part on their way back, one per point; per point numbers of each slice."""
+
+    results: Sent
+    rows: list[list[Row]]
 
 
 class Sink(Protocol):
@@ -78,24 +91,25 @@ class Stream:
 
     # ---- the passes --------------------------------------------------------------------------
 
-    def merge(self, output: Sink, journal: Record, done: Entries) -> Entries:
-        """Everything that is not done, and its entries.
-
-        Under a host all is done again: it draws the masks of all tensors one after the other from
-        torch's generator.
-        """
+    def merge(
+        self,
+        output: Sink,
+        journal: Record,
+        done: Entries,
+        others: Places = frozenset(),
+    ) -> Entries:
+        """Everything that is not done, and not what other ranks do; the entries of it."""
         tasks = self._plan.tasks
-        done = done if self._settings.host is None else {}
-        units = self._units(done)
-        if not units:
+        units = self._units(done, others)
+        if not units and self._settings.ranks.size == 1:  # other ranks' surveys need this one
             return {}
         left = [u for u in units if isinstance(u, Unit)]
         for apart in (u for u in units if isinstance(u, Apart)):
-            left += slice_units(tasks, apart.task, self._pending(apart, done))
+            left += slice_units(tasks, apart.task, self._pending(apart, done, others))
         self._settings.bar.expect(sum(map(self._moved, left)))
         found = self._surveys()
         if self._method.survey is not None:
-            units = self._units(_of_the_same(found, done))
+            units = self._units(_of_the_same(found, done), others)
         made: Entries = {}
         with contextlib.ExitStack() as draws:
             if self._settings.host is not None:  # hosts draw masks from torch's own generator
@@ -109,26 +123,35 @@ class Stream:
                 self._merge_units(together, found, output, journal, made)
                 together = []
                 here = self._measures(unit)
-                pending = self._pending(unit, _of_the_same(here, done))
+                pending = self._pending(unit, _of_the_same(here, done), others)
                 slices = list(slice_units(tasks, unit.task, pending))
                 self._merge_units(slices, here, output, journal, made)
             self._merge_units(together, found, output, journal, made)
         return made
 
-    def _units(self, done: Entries) -> list[Unit | Apart]:
-        return list(merge_units(self._plan.tasks, self._limit, lambda i, j: (i, j) in done))
+    def _units(self, done: Places, others: Places) -> list[Unit | Apart]:
+        tasks = self._plan.tasks
+        return list(
+            merge_units(tasks, self._limit, lambda i, j: (i, j) in done or (i, j) in others)
+        )
 
-    def _pending(self, apart: Apart, done: Entries) -> list[int]:
-        count = len(self._plan.tasks[apart.task].slices)
-        return [j for j in range(count) if (apart.task, j) not in done]
+    def _pending(self, apart: Apart, done: Places, others: Places) -> list[int]:
+        places = [(apart.task, j) for j in range(len(self._plan.tasks[apart.task].slices))]
+        return [j for _, j in (p for p in places if p not in done and p not in others)]
 
     def _surveys(self) -> list[Any]:
-        """What the method's survey of the whole model finds, for each point."""
+        """What the method's survey of the whole model finds, for each point.
+
+        Each rank visits a part, and gathers what it counts with the others.
+        """
         if self._method.survey is None:
             return [None] * len(self._plan.points)
-        units = [u for u in visit_units(self._plan.tasks) if isinstance(u, Unit)]
+        ranks = self._settings.ranks
+        mine = stretches(self._plan, ranks.size)[ranks.rank]
+        visited = visit_units(self._plan.tasks, lambda i, j: (i, j) in mine)
+        units = [u for u in visited if isinstance(u, Unit)]
         merged = [i for i, t in enumerate(self._plan.tasks) if t.arguments is not None]
-        return self._study(self._method.survey, units, merged)
+        return self._study(self._method.survey, units, merged, ranks)
 
     def _measures(self, apart: Apart) -> list[Any]:
         """What the method measures of one tensor, for each point."""
@@ -137,17 +160,23 @@ class Stream:
         units = list(slice_units(tasks, apart.task, range(len(tasks[apart.task].slices))))
         return self._study(self._method.measure, units, [apart.task])
 
-    def _study(self, study: Study, units: Sequence[Unit], tasks: Sequence[int]) -> list[Any]:
+    def _study(
+        self, study: Study, units: Sequence[Unit], tasks: Sequence[int], ranks: Ranks = ALONE
+    ) -> list[Any]:
         """For each point what is known from an earlier merge, or what the passes find."""
         points = range(len(self._plan.points))
-        known = {p: found for p in points for there, found in [self._recall(tasks, p)] if there}
+        known = ranks.lead(
+            lambda: {p: f for p in points for there, f in [self._recall(tasks, p)] if there}
+        )
         left = [p for p in points if p not in known]
         if left:
             digests: dict[tuple[int, int], tuple[str, ...]] = {}
-            found = study.sweep(self._visit(units, left, digests), len(left))
+            found = study.sweep(self._visit(units, left, digests), len(left), ranks.gather)
+            for theirs in ranks.gather(dict(digests)):
+                digests.update(theirs)
             for p, each in zip(left, found, strict=True):
                 known[p] = each
-                if self._studies is not None:
+                if self._studies is not None and ranks.rank == 0:
                     self._studies.remember(tasks, p, each, digests)
         return [known[p] for p in points]
 
@@ -196,7 +225,7 @@ class Stream:
             return
         of = _token(found)
 
-        def write(arrived: _Arrived, results: list[Sent]) -> None:
+        def write(arrived: _Arrived, results: list[_Computed]) -> None:
             with contextlib.ExitStack() as failed:
                 failed.callback(under_way.close)  # else the others wait for bytes for ever
                 entries = [e._replace(found=of) for e in self._write(arrived, results, output)]
@@ -288,20 +317,26 @@ class Stream:
         merged = self._plan.tasks[each.part.task].arguments is not None
         return self._place.send(each.tensors) if merged else Sent(each.tensors)
 
-    def _compute(self, part: Part, sent: Sent, found: Sequence[Any]) -> Sent:
+    def _compute(self, part: Part, sent: Sent, found: Sequence[Any]) -> _Computed:
         """The result of a part, flat, for each point."""
         task = self._plan.tasks[part.task]
         if task.arguments is None:
             copied = sent.tensors[0].to(task.compute).to(task.result)
-            return Sent([copied] * len(self._plan.points))
+            return _Computed(Sent([copied] * len(self._plan.points)), [])
         inputs = self.inputs(part, self._place.receive(sent))
-        merge = self._method.merge
-        return self._place.fetch(
-            [
-                merge(replace(inputs, survey=survey), **arguments).to(task.result).view(-1)
-                for arguments, survey in zip(task.arguments, found, strict=True)
-            ]
-        )
+        results, rows = [], []
+        for arguments, survey in zip(task.arguments, found, strict=True):
+            these = replace(inputs, survey=survey)
+            result = self._method.merge(these, **arguments).to(task.result).view(-1)
+            results.append(result)
+            if self._settings.report:
+                ranges = [(a - inputs.offset, b - inputs.offset) for a, b in self._slices(part)]
+                about = numbers_of_slices(these, arguments, self._method, result, ranges)
+                rows.append(about)
+        return _Computed(self._place.fetch(results), rows)
+
+    def _slices(self, part: Part) -> Sequence[tuple[int, int]]:
+        return self._plan.tasks[part.task].slices[part.first : part.last]
 
     def inputs(self, part: Part, tensors: Sequence[Tensor]) -> Inputs:
         """A part as its method takes it, of flat tensors as they are stored."""
@@ -323,19 +358,22 @@ class Stream:
             order=part.task,
         )
 
-    def _write(self, arrived: _Arrived, results: list[Sent], output: Sink) -> list[Entry]:
+    def _write(self, arrived: _Arrived, computed: list[_Computed], output: Sink) -> list[Entry]:
         entries = []
         pieces: list[list[Slice]] = [[] for _ in self._plan.points]
-        for each, sent in zip(arrived.loaded, results, strict=True):
-            part, task = each.part, self._plan.tasks[each.part.task]
-            origin, size = task.slices[part.first][0], task.result.itemsize
-            data = [bytes_of(x) for x in sent.wait()]
-            for i, read in zip(range(part.first, part.last), each.digests, strict=True):
-                begin, end = ((j - origin) * size for j in task.slices[i])
-                here = [result[begin:end] for result in data]
+        for each, (results, rows) in zip(arrived.loaded, computed, strict=True):
+            part, size = each.part, self._plan.tasks[each.part.task].result.itemsize
+            data = [bytes_of(x) for x in results.wait()]
+            origin = self._slices(part)[0][0]
+            for i, (begin, end) in enumerate(self._slices(part)):
+                here = [x[(begin - origin) * size : (end - origin) * size] for x in data]
                 for point, result in enumerate(here):
-                    pieces[point].append((part.task, i, result))
-                entries.append(Entry(part.task, i, tuple(map(digest_of, here)), read))
+                    pieces[point].append((part.task, part.first + i, result))
+                digests = tuple(map(digest_of, here))
+                numbers = [row[i] for row in rows]
+                entries.append(
+                    Entry(part.task, part.first + i, digests, each.digests[i], numbers=numbers)
+                )
         for point, made in enumerate(pieces):
             output.write(point, made)
         self._settings.bar.advance(self._written(arrived.unit))

@@ -65,13 +65,16 @@ def merge_units(
     return _batched(apiece())
 
 
-def visit_units(tasks: Sequence[Task]) -> Iterator[Unit | Apart]:
-    """Every task that is merged, for a survey."""
+def visit_units(
+    tasks: Sequence[Task], wanted: Callable[[int, int], bool]
+) -> Iterator[Unit | Apart]:
+    """The slices of every task that is merged, for a survey."""
 
     def apiece() -> Iterator[Unit | Apart]:
         for i, task in enumerate(tasks):
             if task.arguments is not None:
-                yield from slice_units(tasks, i, range(len(task.slices)))
+                pending = (j for j in range(len(task.slices)) if wanted(i, j))
+                yield from slice_units(tasks, i, pending)
 
     return _batched(apiece())
 

@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint
 from .config import load_config
 from .files import SafetensorsFile, WeightFile, nbytes
 from .files.formats import bytes_of
+from .folder import CARD
 from .job import Job, Options
 from .journal import Entries, Entry, digest_of, joined
 from .keys import Naming
@@ -29,8 +30,6 @@ from .plan import FORMAT, layout_of
 from .progress import Bar, bar
 from .reading import Reader
 from .stream import Slice, Stream
-
-_CARD = "README.md"  # may be edited
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _files(root: Path, about: Mapping[str, Any], notes: list[str]) -> Iterator[s
         if not path.is_file():
             yield f"{name}: is not there any more"
         elif digest_of(path.read_bytes()) != recorded:
-            if name == _CARD:
+            if name == CARD:  # which may be edited
                 notes.append(f"{name}: edited since")
             else:
                 yield f"{name}: is not what was written"
@@ -239,7 +238,8 @@ def _replay(
         )
     config = load_config(yaml.safe_load(about["config"])).with_parameters(about["swept"])
     options = Options(memory, 1 << 62, seed=about["seed"], host=about["host"])
-    with Job({"": config}, options) as job:
+    commits = [model["commit"] for model in about["models"]]
+    with Job({"": config}, options, commits) as job:
         plan = job.plan
         skipped: Entries = {
             (i, j): Entry(i, j, (), ())

@@ -152,6 +152,7 @@ DELLA = Method(
     cut=cut,
     measure=Study(_measure),
     needs=needs,
+    draws=frozenset({"mergekit"}),
 )
 DELLA_LINEAR = Method(
     "della_linear",
@@ -164,4 +165,5 @@ DELLA_LINEAR = Method(
     cut=cut,
     measure=Study(_measure),
     needs=needs,
+    draws=frozenset({"mergekit"}),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..check import accumulator
-from ..keep import above
+from ..keep import Keep, above
 from ..ops.merge_deltas import merge_deltas
 from .passes import Gather, Passes, Study
 from .registry import Inputs, Method, Parameter, anywhere
@@ -17,12 +17,16 @@ from .registry import Inputs, Method, Parameter, anywhere
 _CHUNK = 1 << 18
 
 
+def kept(inputs: Inputs, *, epsilon: float, **_: Any) -> list[Keep]:
+    return [above(_rounded(epsilon, inputs))] * len(inputs.xs)
+
+
 def _merge(inputs: Inputs, epsilon: float, alone: list[float] | None) -> Tensor:
     return merge_deltas(
         inputs.base,
         inputs.xs,
         [1.0] * len(inputs.xs),
-        keep=[above(_rounded(epsilon, inputs))] * len(inputs.xs),
+        keep=kept(inputs, epsilon=epsilon),
         elect="present",
         normalize="count",
         alone=alone,
@@ -99,6 +103,7 @@ RAM = Method(
     parameters=(_EPSILON,),
     merge=ram,
     cut=anywhere,
+    kept=kept,
 )
 RAMPLUS_TL = Method(
     "ramplus_tl",
@@ -113,4 +118,5 @@ RAMPLUS_TL = Method(
     merge=ramplus_tl,
     cut=anywhere,
     measure=Study(_measure),
+    kept=kept,
 )

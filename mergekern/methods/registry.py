@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import check
 from ..errors import ArgumentError
+from ..keep import Keep
 from .passes import Study
 
 REQUIRED: Any = object()
@@ -144,7 +145,13 @@ class Method:
     `merge` of the whole gives there, to the bit. measure: as survey, over the slices of one tensor;
     called for tensors of more than one, and `inputs.survey` in `merge` of each is what it returns.
     needs: whether `measure` is needed with these arguments; without, it finds None.
+    draws: hosts for which it draws from torch's generator, so that what a tensor gets depends on
+    those before it: such a merge is made in one go, by one process.
     studied: the parameters on which survey or measure depend; None: all.
+
+    kept: what `merge` keeps of each task vector, with the same inputs and arguments, for reports.
+    It returns None where that cannot be told without a change to the result, as of draws from
+    torch's generator. No `kept`: the method has no such rules.
     """
 
     name: str
@@ -158,7 +165,9 @@ class Method:
     cut: Cut = whole
     measure: Study | None = None
     needs: Needs = always
+    draws: frozenset[str] = frozenset()
     studied: tuple[str, ...] | None = None
+    kept: Callable[..., list[Keep] | None] | None = None
 
     # (parameters, names of floating tensors, backend) -> parameters, once before the first tensor
     whole_models: Callable[[dict[str, Any], Sequence[str], str], dict[str, Any]] | None = None

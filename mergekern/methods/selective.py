@@ -82,4 +82,5 @@ ARCEE_FUSION = Method(
         "mergekit": "the same elements under the same torch seed, which it takes its sample with; "
         "of 16-bit tensors its float32 result rounded to their dtype"
     },
+    draws=frozenset({"mergekit"}),
 )

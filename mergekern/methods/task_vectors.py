@@ -124,6 +124,18 @@ def _recipe(trim: Trim | None, elect: str | None) -> Callable[..., Tensor]:
     return merge
 
 
+def _kept_by(trim: Trim | None) -> Callable[..., list[Keep] | None]:
+    def kept(inputs: Inputs, *, density: list[float], **others: Any) -> list[Keep] | None:
+        if trim is None:
+            return [None] * len(inputs.xs)
+        if trim is RANDOM and inputs.host is not None:  # drawn from torch's generator, once
+            return None
+        special = {p.name: others[p.name] for p in trim.parameters}
+        return _kept(trim, inputs, density, special)[0]
+
+    return kept
+
+
 # ---- the methods -----------------------------------------------------------------------------
 
 _MERGEKIT = (
@@ -173,6 +185,7 @@ def _method(
     normalize: bool,
     rescale: bool,
     parity: dict[str, str],
+    draws: frozenset[str] = frozenset(),
 ) -> Method:
     special = trim.parameters if trim else ()
     return Method(
@@ -186,7 +199,9 @@ def _method(
         cut=cut_of(trim),
         measure=None if trim is None else measure_of(trim),
         needs=needs_of(trim),
+        draws=draws,
         studied=TRIMMED_BY,
+        kept=_kept_by(trim),
     )
 
 
@@ -224,6 +239,7 @@ DARE_LINEAR = _method(
     normalize=False,
     rescale=True,
     parity={"mergekit": _MERGEKIT.format(_DRAWS), "peft": _PEFT.format(_PEFT_DRAWS)},
+    draws=frozenset({"mergekit", "peft"}),
 )
 DARE_TIES = _method(
     "dare_ties",
@@ -233,6 +249,7 @@ DARE_TIES = _method(
     normalize=False,
     rescale=True,
     parity={"mergekit": _MERGEKIT.format(_DRAWS), "peft": _PEFT.format(_PEFT_DRAWS)},
+    draws=frozenset({"mergekit", "peft"}),
 )
 BREADCRUMBS = _method(
     "breadcrumbs",
@@ -273,6 +290,7 @@ MAGNITUDE_PRUNE = Method(
         Parameter("lambda", float, "tensor", 1.0, "factor on the merged task vector"),
     ),
     merge=_magnitude_prune,
+    kept=_kept_by(MAGNITUDE),
     parity={"peft": _PEFT.format(_TIES)},
     cut=cut_of(MAGNITUDE),
     measure=measure_of(MAGNITUDE),

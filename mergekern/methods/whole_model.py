@@ -175,6 +175,11 @@ def _sums(inputs: Inputs, keep: list[Keep]) -> Iterator[Tensor]:
         yield total
 
 
+def kept(inputs: Inputs, **_: Any) -> list[Keep]:
+    found: Found = inputs.survey
+    return [from_index(found.keep.get((inputs.name, i)), inputs.offset) for i in _models(inputs)]
+
+
 def ties_global(
     inputs: Inputs,
     *,
@@ -188,7 +193,7 @@ def ties_global(
         inputs.base,
         inputs.xs,
         weight,
-        keep=[from_index(found.keep.get((inputs.name, i)), inputs.offset) for i in _models(inputs)],
+        keep=kept(inputs),
         elect="sum",
         zero=found.zero,
         scale=lambda_,
@@ -227,4 +232,5 @@ TIES_GLOBAL = Method(
     },
     survey=Study(lambda gather: _Survey(gather).passes()),
     studied=("density",),
+    kept=kept,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,6 +178,51 @@ def _factors(
     if rescale == "density":
         return [1 / _probability(k) for k in rules]
     return [1.0] * len(xs)
+
+
+class Counts(NamedTuple):
+    """Kept elements of each task vector, and the places where kept ones have both signs."""
+
+    kept: list[int]
+    conflicts: int
+
+
+def count_kept(
+    base: Tensor | None,
+    xs: Sequence[Tensor],
+    keep: Sequence[Keep] | None = None,
+    *,
+    rounded: bool = False,
+    first: int = 0,
+    last: int | None = None,
+    backend: str = "auto",
+) -> Counts:
+    """How much of each x - base is kept, and where the kept differ in sign; 0 and NaN have none.
+
+    Shapes: all of one shape, any strides. keep: as in `merge_deltas`. rounded: differences are
+    rounded to the dtype of the xs, as with rounding="host". Counted are the elements of flat
+    indices `first` to `last`, all by default.
+    Result: exact. Cost: one read of every input.
+    Raises: ArgumentError for unequal inputs, rules that do not fit and ranges outside.
+    Source: the sign conflicts of TIES (Yadav et al., 2306.01708).
+
+    >>> import torch
+    >>> count_kept(None, [torch.tensor([1.0, -2.0]), torch.tensor([0.0, 3.0])])
+    Counts(kept=[2, 2], conflicts=1)
+    """
+    op = "count_kept"
+    xs = check.tensors(op, xs)
+    if base is not None:
+        base = check.tensor(op, base, "base")
+        check.same(op, "base", base, "xs[0]", xs[0])
+    rules, total = _rules(op, keep, xs[0], len(xs)), xs[0].numel()
+    last = total if last is None else last
+    if not 0 <= first <= last <= total:
+        got = f"{first} to {last}"
+        raise ArgumentError.of(op, "range leaves the tensor", got, f"within 0 to {total}")
+    chosen = dispatch.select(backend, "merge_deltas", xs[0].device, xs[0].dtype)
+    count = dispatch.load(chosen, "merge_deltas", op)
+    return Counts(*count(base, xs, rules, rounded, first, last))
 
 
 def l1_factor(everything: float, kept: float, dtype: torch.dtype = torch.float64) -> float:

@@ -51,7 +51,10 @@ def kill(real: Call, arguments: tuple[Any, ...]) -> None:
 def tear(real: Call, arguments: tuple[Any, ...]) -> None:
     """Half of a write reaches the file, and the process dies."""
     fd, data, *rest = arguments
-    real(fd, memoryview(data).cast("B")[: len(data) // 2], *rest)
+    if isinstance(data, list):  # of a vectored write
+        real(fd, [memoryview(data[0]).cast("B")[: len(data[0]) // 2]], *rest)
+    else:
+        real(fd, memoryview(data).cast("B")[: len(data) // 2], *rest)
     kill(real, arguments)
 
 

@@ -33,6 +33,7 @@ class Peaks:
         self.arguments: list[dict[str, Any]] = []
 
     def passes(self, gather: Gather) -> Passes:
+        """Of each model: the largest |x - base| anywhere, and how often it occurs."""
         largest: dict[int, float] = {}
         count: dict[int, int] = {}
 
@@ -50,8 +51,12 @@ class Peaks:
                 count[model] = count.get(model, 0) + int((size == largest[model]).sum())
 
         yield measure
+        for theirs in gather(largest):
+            for model, size in theirs.items():
+                largest[model] = max(largest.get(model, 0.0), size)
         yield occurrences
-        return {model: (largest[model], count[model]) for model in largest}
+        counts = gather(count)
+        return {i: (size, sum(c.get(i, 0) for c in counts)) for i, size in largest.items()}
 
     @staticmethod
     def magnitudes(inputs: Inputs) -> list[tuple[int, Tensor]]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ... import check
 from ...errors import ArgumentError
 from ...ops.covariance import Covariance
-from ..models import fingerprints, states_of
+from ..models import fingerprints, spaces_fingerprint, states_of
 from ..spaces import Spaces
 from .collector import Collector, Mask
+from .group import Group
 from .statistics import Moments, Statistics, Stored, accumulator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -32,6 +36,7 @@ def collect_statistics(
     memory: int | str = "4GiB",
     progress: bool = False,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> Statistics:
     """C[i, j] of the features i, j of all models, for every movable space, over the same inputs.
 
@@ -53,13 +58,18 @@ def collect_statistics(
     memory: bound on the accumulators, 8 (N size)**2 bytes for a space of N models. What does not
     fit at once is done in several passes over `batches`; those that are done go to a temporary
     folder (TMPDIR), from which they are read as they are needed.
-    Result: counts, means and covariances as `Covariance` of the activations, one after another.
+    group: of torch.distributed (gloo, nccl), such as `torch.distributed.group.WORLD`: each process
+    brings batches of its own, and all get what one process gets of all batches. Each calls this
+    with the same models, spaces and options; one of them may have no batches.
+    Result: counts, means and covariances as `Covariance` of the activations, one after another; of
+    a group merged in the order of ranks, within the same bound, the same bits in every process.
     Cost: for each pass a forward pass of each model; n d (d + 1) flops for n rows of d = N size.
     Memory: the accumulators, and for each model the values of its forward pass that are still to be
-    used.
+    used. A group passes each accumulator log2(processes) + 1 times, with one more in memory.
     Raises: ArgumentError for no batches, an iterator where several passes are needed, models that
     differ from the spaces' (in names or shapes, or in what they return for two rows), inputs
-    on another device, NaN or infinities (naming model and module), a space that does not fit.
+    on another device, NaN or infinities (naming model and module), a space that does not fit,
+    another process of the group that failed or was given other models.
     Source: ZipIt (2305.03053); the outputs for REPAIR (2211.08403).
 
     >>> import torch
@@ -83,6 +93,10 @@ def collect_statistics(
     states = states_of(_OP, models, spaces.architecture)
     options = {"nan": nan, "backend": backend, "device": next(iter(states[0].values())).device}
     passes = _passes(spaces, len(models), within, check.parse_size("memory", memory))
+    seen, together = fingerprints(models), Group(_OP, group)
+    together.require_same(
+        models=" ".join(seen), spaces=spaces_fingerprint(spaces), options=f"{within} {passes}"
+    )
     collector = Collector(models, states, program, within, mask, options)
     stored = Stored(spaces, len(models), within)
     covariances: dict[str, Covariance] = {}
@@ -91,15 +105,19 @@ def collect_statistics(
         covariances = {n: accumulator(spaces[n], len(models), within, **options) for n in names}
         before = collector.readings([spaces[n] for n in names], covariances, probes == "all")
         after = {} if round_ else collector.glances(spaces, outputs)
-        for batch in _again(batches, round_, len(passes), progress):
-            collector.add(batch, before, after)
+        with together.all_or_none():
+            count = 0
+            for batch in _again(batches, round_, len(passes), progress):
+                collector.add(batch, before, after)
+                count += 1
+        _share(together, count, [*covariances.values(), *(c for n in after for c in outputs[n])])
         if len(passes) > 1:
             stored.put(covariances)
             before.clear()  # it refers to the accumulators, which give way to the next ones
             covariances.clear()
     return Statistics(
         spaces,
-        fingerprints(models),
+        seen,
         within,
         covariances or stored,
         {
@@ -129,26 +147,26 @@ def _passes(spaces: Spaces, models: int, within: bool, limit: int) -> list[list[
     return passes
 
 
-def _again(batches: Batches, round_: int, rounds: int, progress: bool) -> Iterator[Any]:
-    """The batches once more; there has to be one."""
+def _share(together: Group, count: int, found: list[Covariance]) -> None:
+    """What all processes have seen, in each of them; there has to be a batch."""
+    if not any(together.gather(count)):
+        expected = "at least one, and an iterator that was not read before"
+        raise ArgumentError.of(_OP, "there are no batches", "none", expected)
+    for each in found:
+        together.merge(each)
+
+
+def _again(batches: Batches, round_: int, rounds: int, progress: bool) -> Iterable[Any]:
+    """The batches once more."""
     source = batches() if callable(batches) else batches
     if iter(source) is source and not callable(batches) and rounds > 1:
         what = f"batches can be read once only, and memory asks for {rounds} passes"
         expected = "a list, a DataLoader or a callable that returns an iterator, or more memory"
         raise ArgumentError.of(_OP, what, type(source).__name__, expected)
-    empty = True
-    for batch in _shown(source, f"statistics, pass {round_ + 1} of {rounds}", progress):
-        empty = False
-        yield batch
-    if empty:
-        expected = "at least one, and an iterator that was not read before"
-        raise ArgumentError.of(_OP, "there are no batches", "none", expected)
-
-
-def _shown(source: Iterable[Any], text: str, progress: bool) -> Iterable[Any]:
     if not progress:
         return source
     from rich.console import Console
     from rich.progress import track
 
+    text = f"statistics, pass {round_ + 1} of {rounds}"
     return track(source, text, console=Console(stderr=True))

@@ -71,7 +71,9 @@ class Collector:
         """By node, what adds the outputs of the layers that produce movable spaces."""
         glances: dict[str, list[After]] = {}
         for node, axis in _layers(spaces).items():
-            found[node] = []
+            channels = self.nodes[node].meta["val"].shape[axis]
+            # The products with one channel are not used; variances of all are kept beside them.
+            found[node] = [Covariance(channels, 1, **self.options) for _ in self.models]
             glances[node] = [partial(self._glance, node, axis, found[node])]
         return glances
 
@@ -88,9 +90,6 @@ class Collector:
         node = self.nodes[name]
         for i, y in enumerate(each):
             x = y.movedim(axis, -1)
-            if len(found) == i:
-                found.append(Covariance(x.shape[-1], 1, **self.options))
-            # The products with one channel are not used; variances of all are kept beside them.
             self._add(found[i], [x, x[..., :1]], {i: x}, node, module_of(node))
 
     def _add(

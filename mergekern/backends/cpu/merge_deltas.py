@@ -83,3 +83,32 @@ def l1_norms(
 
     runtime.chunks(kernel, total)
     return [(everything, kept) for everything, kept in sums.sum(0).tolist()]
+
+
+def count_kept(
+    base: Tensor | None,
+    xs: list[Tensor],
+    keep: list[Keep],
+    rounded: bool,
+    first: int,
+    last: int,
+) -> tuple[list[int], int]:
+    acc = accumulator(xs[0].dtype)
+    views, origin = [runtime.view(x) for x in xs], runtime.optional_view(base)
+    rules = [_rule(k, acc) for k in keep]
+    counts = torch.zeros(-(-(last - first) // runtime.CHUNK), len(xs) + 1, dtype=torch.int64)
+
+    def kernel(begin: int, end: int) -> None:
+        _cpu.count_kept(
+            xs=views,
+            base=origin,
+            rounded=rounded,
+            keep=rules,
+            counts=counts[begin // runtime.CHUNK].data_ptr(),
+            begin=first + begin,
+            end=first + end,
+        )
+
+    runtime.chunks(kernel, last - first)
+    *kept, conflicts = counts.sum(0).tolist()
+    return kept, conflicts

@@ -98,6 +98,34 @@ def l1_norms(
     return norms
 
 
+def count_kept(
+    base: Tensor | None,
+    xs: list[Tensor],
+    keep: list[Keep],
+    rounded: bool,
+    first: int,
+    last: int,
+) -> tuple[list[int], int]:
+    acc, dtype = accumulator(xs[0].dtype), xs[0].dtype
+    xs, base = [x.reshape(-1) for x in xs], None if base is None else base.reshape(-1)
+    counts, conflicts = [0] * len(xs), 0
+    for begin in range(first, last, chunks.CHUNK):
+        end = min(last, begin + chunks.CHUNK)
+        origin = None if base is None else chunks.part(base, begin, end, acc)
+        positive = torch.zeros(end - begin, dtype=torch.bool, device=xs[0].device)
+        negative = positive.clone()
+        for i, (x, k) in enumerate(zip(xs, keep, strict=True)):
+            d = chunks.part(x, begin, end, acc)
+            d = d if origin is None else d - origin
+            d = d.to(dtype).to(acc) if rounded else d
+            mask = kept(k, d, begin).expand(d.shape)
+            counts[i] += int(mask.sum())
+            positive |= mask & (d > 0)
+            negative |= mask & (d < 0)
+        conflicts += int((positive & negative).sum())
+    return counts, conflicts
+
+
 def kept(keep: Keep, d: Tensor, first: int) -> Tensor:
     """Which of the elements from flat index `first` on survive."""
     if isinstance(keep, Threshold):

@@ -79,6 +79,13 @@ class SafetensorsWriter:
         finally:
             os.close(fd)
 
+    def sync(self) -> None:
+        fd = os.open(self._path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     def read_bytes(self, name: str, begin: int, size: int) -> bytes:
         """What the file holds there, for a comparison."""
         fd = os.open(self._path, os.O_RDONLY)
