@@ -135,12 +135,12 @@ def merge(
         "host": host,
     }
     quiet = quiet or not is_first()  # one rank speaks, but for errors
-    points = None if sweep is None else _swept(sweep)
     kept = {"none": False, "": True}.get(statistics, statistics)
     events = JsonLines() if as_json and is_first() else None
     shown: Bar = events or bar(shown=not quiet)
     return_freed()
     try:
+        points = None if sweep is None else _swept(sweep)
         if dry_run:
             _foretell(*plan_merge(config, out, sweep=points, **options), events)
             return

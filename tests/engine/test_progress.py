@@ -169,6 +169,15 @@ def test_a_short_merge_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines(capsys, 0.9, 100) == []
 
 
+def test_a_line_about_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tensors without elements, and a disk that takes its time."""
+    clock = Clock()
+    shown = _Lines(clock)
+    shown.expect(0)
+    list(run(shown, clock, [(0, 2.0)]))
+    assert capsys.readouterr().err == "merging: 0 %, 0.00 of 0.00 MB, 0.00 GB/s\n"
+
+
 def test_what_a_line_says(capsys: pytest.CaptureFixture[str]) -> None:
     (passed, done, text), *_ = lines(capsys, 40, 4000)
     assert (done, round(passed)) == (400 * MB, 4)
