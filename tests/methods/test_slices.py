@@ -229,12 +229,26 @@ def test_slices_give_the_bits_of_the_whole(
         ((10007,), torch.float16, "plain"),
         ((97, 131), torch.float32, "ties"),
         ((103, 99), torch.float64, "ties"),
+        ((103, 99), torch.float64, "plain"),
         ((97, 131), torch.float32, "odd"),
     ):
         merge = Merge(name, given, *models(n, shape, dtype, values), backend=backend)
         if merge.cut is None:
             continue
         assert_bits_equal(merge.by_slices(), merge.merged())
+
+
+@pytest.mark.parametrize(("name", "given"), cases())
+def test_slices_change_no_tensor_in_memory(
+    name: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums in another order are the same after one rounding to 16 bits."""
+    for shape, values in (((97, 131), "plain"), ((53, 9, 17), "ties")):
+        merge = Merge(name, given, *models(count_of(name), shape, torch.bfloat16, values))
+        expected = merge.merged()
+        monkeypatch.setattr(slices, "SLICE", 1000)
+        assert_bits_equal(merge.merged(), expected)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(("name", "host"), hosts())
