@@ -341,7 +341,12 @@ class Processes:
                 raise
 
         with ThreadPoolExecutor(self.count) as pool:
-            return list(pool.map(one, range(self.count)))
+            runs = [pool.submit(one, rank) for rank in range(self.count)]
+        errors = [run.exception() for run in runs]
+        for error in errors:
+            if error is not None and not isinstance(error, threading.BrokenBarrierError):
+                raise error
+        return [run.result() for run in runs]
 
 
 def model_units(values: str, host: str | None, density: Any) -> list[tuple[Inputs, dict[str, Any]]]:
