@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..engine.defaults import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE
+from ..engine.ranks import is_first
 from ..errors import ArgumentError, MergekernError
 from .stopping import Stopped
 
@@ -122,7 +123,6 @@ def merge(
     """
     from ..engine.manifest import MANIFEST
     from ..engine.progress import JsonLines, bar
-    from ..engine.ranks import is_first
     from ..engine.run import merge_checkpoints, merge_sweep, plan_merge
 
     options: dict[str, Any] = {
@@ -133,7 +133,7 @@ def merge(
         "backend": backend,
         "host": host,
     }
-    quiet = quiet or not is_first()
+    quiet = quiet or not is_first()  # one rank speaks, but for errors
     points = None if sweep is None else _swept(sweep)
     kept = {"none": False, "": True}.get(statistics, statistics)
     events = JsonLines() if as_json and is_first() else None

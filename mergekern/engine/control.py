@@ -93,6 +93,13 @@ def held(target: Path) -> Iterator[Control]:
         os.close(fd)
 
 
+def forget(target: Path) -> None:
+    """Removes what a run left that was killed after its output had the name."""
+    if control_folder(target).exists():
+        with held(target) as control:
+            control.remove()
+
+
 @contextlib.contextmanager
 def shared(target: Path, word: str) -> Iterator[Control]:
     """The control folder that rank 0 holds and has shared with those who know the word."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..errors import ArgumentError
 from .checkpoint import Checkpoint
 from .config import MergeConfig
-from .control import Control, check_space, check_target, held, shared, writing_failed
+from .control import Control, check_space, check_target, forget, held, shared, writing_failed
 from .folder import CARD, CONFIG_NAME, carry
 from .journal import Entries, Entry, Journal, digest_of, read_journals
 from .manifest import Manifest, describe, read_manifest, write_manifest
@@ -26,7 +26,7 @@ from .reading import Reader
 from .report.card import card, library_of
 from .report.numbers import Row, added
 from .report.page import page
-from .resume import finished, head_of, intact, require_same_inputs
+from .resume import finished, head_of, intact, require_same_inputs, require_unwritten
 from .shares import shares
 from .stream import Settings, Stream
 from .studies import Studies
@@ -118,12 +118,12 @@ class Job:
         points = self.plan.points
         if (done := ranks.lead(lambda: self._complete(target))) is not None:
             return [self._outcome(target / p, d, 0, 0.0) for p, d in zip(points, done, strict=True)]
-        ranks.show(bar)
         bar.plan(
             tensors=len(self.plan.tasks),
             bytes_read=self.plan.bytes_read,
             bytes_written=self.plan.bytes_written,
         )
+        ranks.show(bar)
         with contextlib.ExitStack() as stack:
             if ranks.rank == 0:
                 check_target(target)
@@ -162,7 +162,10 @@ class Job:
         report = self.options.report
         if report is not None:
             done = [about for about in done if report in about["files"]]
-        return done if len(done) == len(abouts) else None
+        if len(done) < len(abouts):
+            return None
+        forget(target)
+        return done
 
     def _begin(self, control: Control, ranks: Ranks) -> _Begin:
         """What an earlier run has done; files of their final size for all that is not."""
@@ -201,10 +204,11 @@ class Job:
             parts = shares(plan, entries, ranks.size)
             made: Entries = {}
             if any(parts):
-                others = (part for rank, part in enumerate(parts) if rank != ranks.rank)
+                theirs = (part for rank, part in enumerate(parts) if rank != ranks.rank)
+                others = frozenset().union(*theirs)
                 journal = Journal(control.folder, begin.head, ranks.rank)
                 try:
-                    made = stream.merge(output, journal, set(entries).union(*others))
+                    made = stream.merge(output, journal, entries, others)
                 finally:
                     journal.close()
             if ranks.size > 1:
@@ -216,7 +220,9 @@ class Job:
 
     def _finish(self, control: Control, output: Output, entries: Entries) -> list[dict[str, Any]]:
         """What lies beside the weights; then the output takes its name. The manifests."""
+        require_unwritten(self.checkpoints, control.target)
         home = self.checkpoints[self.config.paths.index(self.config.home)]
+        output.clear_rest()
         output.write_indices()
         abouts = []
         for i, (point, config) in enumerate(self.configs.items()):

@@ -44,6 +44,7 @@ class Entry(NamedTuple):
     slice: int
     results: tuple[str, ...]  # digest of the result in each point of the sweep
     inputs: tuple[str, ...]  # digest of what was read of each source
+    found: str = ""  # digest of what a pass before had found, which the result depends on
     numbers: Sequence[Mapping[str, list[float]]] = ()  # of each point, for the report
 
 
@@ -95,8 +96,8 @@ def read_journals(folder: Path) -> tuple[list[dict[str, Any]], Entries]:
         if not isinstance(head, dict):
             continue  # died while it wrote the first line
         heads.append(head)
-        for task, index, results, inputs, numbers in values:
-            entries[task, index] = Entry(task, index, tuple(results), tuple(inputs), numbers)
+        for task, index, results, inputs, found, numbers in values:
+            entries[task, index] = Entry(task, index, tuple(results), tuple(inputs), found, numbers)
     return heads, entries
 
 

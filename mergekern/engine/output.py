@@ -53,6 +53,16 @@ class Output:
         for writer in self._written:
             writer.sync()
 
+    def clear_rest(self) -> None:
+        """Removes all but the weights: what another run left there may be outdated since."""
+        weights = {self._root / p / s.path for p in self._plan.points for s in self._plan.shards}
+        for path in sorted(self._root.rglob("*"), reverse=True):  # what a folder holds before it
+            if not path.is_dir() or path.is_symlink():
+                if path not in weights:
+                    path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
+
     def write_indices(self) -> None:
         folders: dict[Path, list[Shard]] = {}
         for shard in self._plan.shards:

@@ -195,7 +195,7 @@ def make_plan(
 def _sources(checkpoints: Sequence[Checkpoint]) -> Iterator[Source]:
     for i, c in enumerate(checkpoints):
         for file in c.files:
-            yield Source(i, c.name_of(file), file.path.stat().st_size, layout_of(file))
+            yield Source(i, c.name_of(file), file.opened.st_size, layout_of(file))
 
 
 def layout_of(file: WeightFile) -> str:

@@ -19,14 +19,13 @@ _ADVICE = "run it again with --no-resume to begin anew"
 
 def head_of(plan: Plan, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
     """What a journal says of the merge it belongs to."""
-    stamps = [_stamp(c, s.name) for s in plan.sources for c in [checkpoints[s.checkpoint]]]
+    stamps = [_stamp(file.opened) for c in checkpoints for file in c.files]
     sources = [list(vars(s).values()) for s in plan.sources]
     return {"plan": plan.digest, "sources": sources, "stamps": stamps}
 
 
-def _stamp(checkpoint: Checkpoint, name: str) -> list[int]:
+def _stamp(status: os.stat_result) -> list[int]:
     """A file whose stamp is the same has not been written to."""
-    status = os.stat(checkpoint.folder / name if checkpoint.folder else checkpoint.path)
     return [status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
@@ -63,6 +62,17 @@ def _file(path: os.PathLike[str], name: str) -> str:
     return os.path.join(path, name) if os.path.isdir(path) else str(path)
 
 
+def require_unwritten(checkpoints: Sequence[Checkpoint], target: object) -> None:
+    """Whether the inputs stayed as they were while they were read."""
+    for checkpoint in checkpoints:
+        for file in checkpoint.files:
+            if file.written_to():
+                raise CheckpointError(
+                    f"{target}: {file.path} was written to while it was read; when that has ended, "
+                    f"{_ADVICE}"
+                )
+
+
 def intact(output: Output, plan: Plan, entries: Entries) -> Entries:
     """Those slices whose bytes in the output have the checksum that was recorded."""
     good: Entries = {}
@@ -75,11 +85,11 @@ def intact(output: Output, plan: Plan, entries: Entries) -> Entries:
 
 def require_same_inputs(plan: Plan, reader: Reader, entries: Entries, target: object) -> None:
     """Whether what was read for these slices is still what the inputs hold."""
-    for (task, index), entry in entries.items():
+    for entry in entries.values():
         for source, digest in enumerate(entry.inputs):
-            if digest_of(reader.slice_bytes(task, index, source)) != digest:
-                t = plan.tasks[task]
+            if digest_of(reader.slice_bytes(entry.task, entry.slice, source)) != digest:
                 raise CheckpointError(
-                    f"{target}: tensor {t.key} of {reader.file_of(task, source)} has changed "
-                    f"since this merge was begun; put it back, or {_ADVICE}"
+                    f"{target}: tensor {plan.tasks[entry.task].key} of "
+                    f"{reader.file_of(entry.task, source)} has changed since this merge was begun; "
+                    f"put it back, or {_ADVICE}"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..methods.found import dump
 from ..methods.passes import Study
 from ..methods.registry import Inputs
 from .config import MergeConfig
@@ -51,6 +53,7 @@ class _Arrived(NamedTuple):
     buffers: list[Tensor]
 
 
+Places = Container[tuple[int, int]]  # task and index of slices
 Slice = tuple[int, int, memoryview]  # task, index, bytes of the result
 
 
@@ -88,17 +91,25 @@ class Stream:
 
     # ---- the passes --------------------------------------------------------------------------
 
-    def merge(self, output: Sink, journal: Record, done: Container[tuple[int, int]]) -> Entries:
-        """Everything that is not done, and its entries."""
+    def merge(
+        self,
+        output: Sink,
+        journal: Record,
+        done: Entries,
+        others: Places = frozenset(),
+    ) -> Entries:
+        """Everything that is not done, and not what other ranks do; the entries of it."""
         tasks = self._plan.tasks
-        units = list(merge_units(tasks, self._limit, lambda i, j: (i, j) in done))
+        units = self._units(done, others)
         if not units and self._settings.ranks.size == 1:  # other ranks' surveys need this one
             return {}
         left = [u for u in units if isinstance(u, Unit)]
         for apart in (u for u in units if isinstance(u, Apart)):
-            left += slice_units(tasks, apart.task, self._pending(apart, done))
+            left += slice_units(tasks, apart.task, self._pending(apart, done, others))
         self._settings.bar.expect(sum(map(self._moved, left)))
         found = self._surveys()
+        if self._method.survey is not None:
+            units = self._units(_of_the_same(found, done), others)
         made: Entries = {}
         with contextlib.ExitStack() as draws:
             if self._settings.host is not None:  # hosts draw masks from torch's own generator
@@ -111,14 +122,22 @@ class Stream:
                     continue
                 self._merge_units(together, found, output, journal, made)
                 together = []
-                slices = slice_units(tasks, unit.task, self._pending(unit, done))
-                self._merge_units(list(slices), self._measures(unit), output, journal, made)
+                here = self._measures(unit)
+                pending = self._pending(unit, _of_the_same(here, done), others)
+                slices = list(slice_units(tasks, unit.task, pending))
+                self._merge_units(slices, here, output, journal, made)
             self._merge_units(together, found, output, journal, made)
         return made
 
-    def _pending(self, apart: Apart, done: Container[tuple[int, int]]) -> list[int]:
-        count = len(self._plan.tasks[apart.task].slices)
-        return [j for j in range(count) if (apart.task, j) not in done]
+    def _units(self, done: Places, others: Places) -> list[Unit | Apart]:
+        tasks = self._plan.tasks
+        return list(
+            merge_units(tasks, self._limit, lambda i, j: (i, j) in done or (i, j) in others)
+        )
+
+    def _pending(self, apart: Apart, done: Places, others: Places) -> list[int]:
+        places = [(apart.task, j) for j in range(len(self._plan.tasks[apart.task].slices))]
+        return [j for _, j in (p for p in places if p not in done and p not in others)]
 
     def _surveys(self) -> list[Any]:
         """What the method's survey of the whole model finds, for each point.
@@ -204,11 +223,12 @@ class Stream:
         """Reader and writer threads around the computing one; any error ends all three."""
         if not units:
             return
+        of = _token(found)
 
         def write(arrived: _Arrived, results: list[_Computed]) -> None:
             with contextlib.ExitStack() as failed:
                 failed.callback(under_way.close)  # else the others wait for bytes for ever
-                entries = self._write(arrived, results, output)
+                entries = [e._replace(found=of) for e in self._write(arrived, results, output)]
                 results.clear()
                 journal.add(entries)
                 made.update({(e.task, e.slice): e for e in entries})
@@ -351,11 +371,25 @@ class Stream:
                     pieces[point].append((part.task, part.first + i, result))
                 digests = tuple(map(digest_of, here))
                 numbers = [row[i] for row in rows]
-                entries.append(Entry(part.task, part.first + i, digests, each.digests[i], numbers))
+                entries.append(
+                    Entry(part.task, part.first + i, digests, each.digests[i], numbers=numbers)
+                )
         for point, made in enumerate(pieces):
             output.write(point, made)
         self._settings.bar.advance(self._written(arrived.unit))
         return entries
+
+
+def _token(found: Sequence[Any]) -> str:
+    """What results that depend on it are recorded with; empty if nothing was found."""
+    known = any(each is not None for each in found)
+    return digest_of(json.dumps([dump(each) for each in found])) if known else ""
+
+
+def _of_the_same(found: Sequence[Any], done: Entries) -> Entries:
+    """What is done on the same findings. They differ where an input has changed meanwhile."""
+    of = _token(found)
+    return {key: entry for key, entry in done.items() if entry.found == of}
 
 
 def _shape(task: Task, whole: bool) -> tuple[int, ...]:

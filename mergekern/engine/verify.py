@@ -180,9 +180,7 @@ def _opened(
         return
     with contextlib.closing(checkpoint):
         recorded = {f["name"]: (f["size"], f["layout"]) for f in model["files"]}
-        found = {
-            checkpoint.name_of(f): (f.path.stat().st_size, layout_of(f)) for f in checkpoint.files
-        }
+        found = {checkpoint.name_of(f): (f.opened.st_size, layout_of(f)) for f in checkpoint.files}
         changed = [name for name in recorded if found.get(name) != recorded[name]]
         problems += [
             f"input {model['path']}: {name} is another file than was read" for name in changed

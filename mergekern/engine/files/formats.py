@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +52,7 @@ class WeightFile(Protocol):
     """An open file of named tensors."""
 
     path: Path
+    opened: os.stat_result  # what the system said of it then
     signatures: Mapping[str, Signature]
     metadata: Mapping[str, str]
     # Tensor -> its first byte in the file and one past its last; a tensor missing here is held in
@@ -60,4 +62,5 @@ class WeightFile(Protocol):
     def read_into(self, name: str, begin: int, buffer: memoryview) -> None: ...
     def read_many(self, pieces: Sequence[Piece]) -> None: ...
     def read(self, name: str) -> Tensor: ...
+    def written_to(self) -> bool: ...
     def close(self) -> None: ...

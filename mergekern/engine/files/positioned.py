@@ -31,6 +31,7 @@ class PositionedFile:
             self._fd = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        self.opened = os.fstat(self._fd)
         self._close = weakref.finalize(self, os.close, self._fd)
 
     def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
@@ -80,6 +81,11 @@ class PositionedFile:
             return os.preadv(self._fd, [data for _, _, data in run], begin) == end - begin
         except OSError:
             return False
+
+    def written_to(self) -> bool:
+        """Whether the file is other than when it was opened. A link more or less is no matter."""
+        now = os.fstat(self._fd)
+        return (now.st_size, now.st_mtime_ns) != (self.opened.st_size, self.opened.st_mtime_ns)
 
     def read(self, name: str) -> Tensor:
         signature = self.signatures[name]
