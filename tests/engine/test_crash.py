@@ -221,9 +221,9 @@ def test_a_disk_that_is_filled_by_others_meanwhile(
 
 def test_an_input_that_cannot_be_read(models: list[Path], tmp_path: Path) -> None:
     whole = Whole(sliced.job(models, tmp_path / "whole" / "out"))
-    for k in (0, 3, 11, 30):
+    for k in (0, 3, 11, 30, 50):
         job = sliced.job(models, tmp_path / f"{k}" / "out")
-        end = run(job, Fault(refuse(errno.EIO), k, READS))
+        end = run(job, Fault(refuse(errno.EIO), k, READS, lasting=True))
         assert end.code == 0
         assert errno_text(errno.EIO) in end.error
         assert any(str(model) in end.error for model in models)
