@@ -160,7 +160,7 @@ def test_any_number_of_ranks_goes_on_after_a_kill(
     config, expected = oracle
     out = tmp_path / "theirs" / "out"
     act = broken(config, out, partial(jobs.die_at, 3))
-    with jobs.started(3, act, tmp_path / "logs") as job:
+    with jobs.started(2, act, tmp_path / "logs") as job:
         ended = job.wait()
     assert ended[1].code == -signal.SIGKILL
     assert all(each.code for each in ended)
@@ -174,7 +174,7 @@ def test_any_number_of_ranks_goes_on_after_a_kill(
     assert 0 < manifest.bytes_read < sum(x.nbytes for i in range(3) for x in content(i).values())
     assert_same_files(out, expected)
     act = partial(jobs.cut_at, CUT, partial(jobs.merge, config, again / "out"))
-    with jobs.started(2, act, tmp_path / "logs") as job:
+    with jobs.started(3, act, tmp_path / "logs") as job:
         assert_all_well(job.wait())
     assert_same_files(again / "out", expected)
     assert {p.name for p in again.iterdir()} <= {"out", FOLDER}
