@@ -100,7 +100,7 @@ def assert_all_well(ended: list[jobs.Ended]) -> None:
 def test_bytes_do_not_depend_on_ranks(models: list[Path], tmp_path: Path, ranks: int) -> None:
     """Measured, counted over the whole model, at random; one file and several, and a sweep."""
     theirs, ours = tmp_path / "ranks", tmp_path / "alone"  # statistics lie beside the output
-    cases: dict[str, tuple[Path, str]] = {}
+    cases: dict[str, tuple[Path, dict[str, Any]]] = {}
     acts: list[Callable[[], int]] = []
     for method in ("ties", "ties_global", "dare_ties", "karcher"):
         config = write_config(tmp_path / f"{method}.yml", models, method)
@@ -110,13 +110,15 @@ def test_bytes_do_not_depend_on_ranks(models: list[Path], tmp_path: Path, ranks:
         for size in ("5GB", str(SHARD)):
             name = f"{method}-{size}"
             acts.append(partial(jobs.merge, config, theirs / name, "--shard-size", size))
-            cases[name] = config, size
+            cases[name] = config, {"shard_size": size}
+    swept = tmp_path / "ties_global.yml"
     name = "ties_global-other-lambda"  # for which the statistics are those of before
     other = write_config(tmp_path / "other.yml", models, "ties_global", **{"lambda": 0.5})
     acts.append(partial(jobs.merge, other, theirs / name))
-    cases[name] = other, "5GB"
+    cases[name] = other, {}
+    acts.append(partial(jobs.merge, swept, theirs / "report", "--report", "html"))
+    cases["report"] = swept, {"report": "html"}
     values = {"density": [0.2, 0.7]}
-    swept = tmp_path / "ties_global.yml"
     acts.append(partial(jobs.sweep, swept, theirs / "sweep", values))
     act = partial(jobs.cut_at, CUT, partial(jobs.in_turn, acts))
     with jobs.started(ranks, act, tmp_path / "logs") as job:
@@ -124,8 +126,8 @@ def test_bytes_do_not_depend_on_ranks(models: list[Path], tmp_path: Path, ranks:
     assert_all_well(ended)
     assert len(ended[0].out.splitlines()) == len(cases)
     assert not any(each.out for each in ended[1:])
-    for name, (config, size) in cases.items():
-        assert_same_files(theirs / name, merged(config, ours / name, shard_size=size))
+    for name, (config, options) in cases.items():
+        assert_same_files(theirs / name, merged(config, ours / name, **options))
     mk.merge_sweep(swept, ours / "sweep", values, progress=False)
     assert_same_files(theirs / "sweep", ours / "sweep")
     assert {p.name for p in theirs.iterdir()} == {*cases, "sweep", FOLDER}
@@ -158,7 +160,7 @@ def test_any_number_of_ranks_goes_on_after_a_kill(
     config, expected = oracle
     out = tmp_path / "theirs" / "out"
     act = broken(config, out, partial(jobs.die_at, 3))
-    with jobs.started(3, act, tmp_path / "logs") as job:
+    with jobs.started(2, act, tmp_path / "logs") as job:
         ended = job.wait()
     assert ended[1].code == -signal.SIGKILL
     assert all(each.code for each in ended)
@@ -172,7 +174,7 @@ def test_any_number_of_ranks_goes_on_after_a_kill(
     assert 0 < manifest.bytes_read < sum(x.nbytes for i in range(3) for x in content(i).values())
     assert_same_files(out, expected)
     act = partial(jobs.cut_at, CUT, partial(jobs.merge, config, again / "out"))
-    with jobs.started(2, act, tmp_path / "logs") as job:
+    with jobs.started(3, act, tmp_path / "logs") as job:
         assert_all_well(job.wait())
     assert_same_files(again / "out", expected)
     assert {p.name for p in again.iterdir()} <= {"out", FOLDER}

@@ -95,7 +95,9 @@ def collect_statistics(
     passes = _passes(spaces, len(models), within, check.parse_size("memory", memory))
     seen, together = fingerprints(models), Group(_OP, group)
     together.require_same(
-        models=" ".join(seen), spaces=spaces_fingerprint(spaces), options=f"{within} {passes}"
+        models=" ".join(seen),
+        spaces=spaces_fingerprint(spaces),
+        options=f"within={within}, passes {passes}",
     )
     collector = Collector(models, states, program, within, mask, options)
     stored = Stored(spaces, len(models), within)
