@@ -13,14 +13,14 @@ from mergekern.ops._cost import Cost
 pytestmark = pytest.mark.alignment
 
 
-def scores(n: int, count: int, timed: bool) -> list[Tensor]:
+def scores(n: int, count: int, timed: bool, noise: float = 0.7) -> list[Tensor]:
     """Correlations of features that have a noisy counterpart each."""
     n = n if timed else 8
     g = torch.Generator().manual_seed(0)
     found = []
     for _ in range(count):
         f = torch.randn(n, 64, generator=g)
-        f_ = f[torch.randperm(n, generator=g)] + 0.7 * torch.randn(n, 64, generator=g)
+        f_ = f[torch.randperm(n, generator=g)] + noise * torch.randn(n, 64, generator=g)
         found.append(torch.nn.functional.normalize(f) @ torch.nn.functional.normalize(f_).T)
     return found
 
@@ -34,9 +34,13 @@ def read(xs: list[Tensor]) -> Cost:
     return Cost(sum(x.nbytes for x in xs), 0)
 
 
-@pytest.mark.parametrize(("n", "count"), [(1024, 1), (768, 12)], ids=["one", "layers"])
-def bench_assign(row, timed: bool, n: int, count: int) -> None:
-    xs = scores(n, count, timed)
+@pytest.mark.parametrize(
+    ("n", "count", "noise"),
+    [(1024, 1, 0.7), (768, 12, 0.7), (3072, 2, 20.0)],
+    ids=["one", "layers", "noise"],
+)
+def bench_assign(row, timed: bool, n: int, count: int, noise: float) -> None:
+    xs = scores(n, count, timed, noise)
     same = all(map(torch.equal, mk.assign(xs), theirs(xs)))
     row(
         lambda: mk.assign(xs),

@@ -199,9 +199,10 @@ void bracket_count(const std::vector<const KeySource*>& sources,
       *row++ = count;
 }
 
-void digit_histogram(const KeySource& source, uint64_t prefix, int shift, Address histogram,
-                     int64_t begin, int64_t end) {
-  mk::digit_histogram(source.get(), begin, end, prefix, shift, at<int64_t>(histogram));
+void digit_histogram(const KeySource& source, uint64_t prefix, int shift, int lanes,
+                     Address histogram, int64_t begin, int64_t end) {
+  require(lanes == 1 || lanes == 4, "digit_histogram: 1 or 4 lanes");
+  mk::digit_histogram(source.get(), begin, end, prefix, shift, lanes, at<int64_t>(histogram));
 }
 
 void pattern_histogram(const mk::View& x, Address histogram, int64_t begin, int64_t end) {
@@ -359,7 +360,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("bracket_count", &bracket_count, no_gil, kw, "sources"_a, "brackets"_a, "kept"_a,
         "capacity"_a, "counts"_a, "begin"_a, "end"_a);
   m.def("digit_histogram", &digit_histogram, no_gil, kw, "source"_a, "prefix"_a, "shift"_a,
-        "histogram"_a, "begin"_a, "end"_a);
+        "lanes"_a, "histogram"_a, "begin"_a, "end"_a);
   m.def("pattern_histogram", &pattern_histogram, no_gil, kw, "x"_a, "histogram"_a, "begin"_a,
         "end"_a);
   m.def("find_key", &find_key, no_gil, kw, "source"_a, "key"_a, "rank"_a, "begin"_a, "end"_a);

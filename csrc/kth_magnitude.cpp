@@ -3,6 +3,45 @@
 #include "magnitude_keys.h"
 
 namespace mk {
+namespace {
+
+// The topmost digit of every key. Neighbours often have the same one: each waits for the last
+// unless they go to histograms of their own.
+template <class K>
+void count_digits(const K* keys, std::int64_t n, int shift, int lanes, std::int64_t* histogram) {
+  constexpr int kLanes = 4;
+  std::int64_t i = 0;
+  if (lanes == kLanes)
+    for (; i + kLanes <= n; i += kLanes)
+      for (int l = 0; l < kLanes; ++l) ++histogram[(l << 16) + (keys[i + l] >> shift)];
+  for (; i < n; ++i) ++histogram[keys[i] >> shift];
+}
+
+template <class K>
+MK_CLONES bool any_matches(const K* keys, std::int64_t n, K prefix, int shift) {
+  K found = 0;
+  for (std::int64_t i = 0; i < n; ++i) found |= K(keys[i] >> shift) == prefix;
+  return found != 0;
+}
+
+// Few keys match, as a rule: groups without one are passed over in vector registers.
+template <class K>
+void count_matching(const K* keys, std::int64_t n, K prefix, int shift, std::int64_t* histogram) {
+  constexpr std::int64_t kGroup = 64;
+  for (std::int64_t at = 0; at < n; at += kGroup) {
+    const std::int64_t end = std::min(n, at + kGroup);
+    if (!any_matches(keys + at, end - at, prefix, shift + 16)) continue;
+    K found[kGroup];
+    int count = 0;  // no branch on a key: it would be mispredicted
+    for (std::int64_t i = at; i < end; ++i) {
+      found[count] = keys[i];
+      count += K(keys[i] >> (shift + 16)) == prefix;
+    }
+    for (int i = 0; i < count; ++i) ++histogram[(found[i] >> shift) & 0xffffu];
+  }
+}
+
+}  // namespace
 
 void magnitude_keys(const Magnitudes& args, std::int64_t begin, std::int64_t end, void* out) {
   for_key_blocks(args, begin, end, [&](auto* keys, std::int64_t at, std::int64_t n) {
@@ -37,13 +76,14 @@ void sample_keys(const Magnitudes& args, std::int64_t total, std::int64_t runs, 
 }
 
 void digit_histogram(const Magnitudes& args, std::int64_t begin, std::int64_t end,
-                     std::uint64_t prefix, int shift, std::int64_t* histogram) {
+                     std::uint64_t prefix, int shift, int lanes, std::int64_t* histogram) {
+  const bool topmost = shift + 16 == (args.xs[0].dtype == DType::f64 ? 64 : 32);
   for_key_blocks(args, begin, end, [&](auto* keys, std::int64_t, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) {
-      const std::uint64_t key = keys[i];
-      // Two shifts: the digit may be the topmost, and a shift by the full width is undefined.
-      if ((key >> shift >> 16) == prefix) ++histogram[(key >> shift) & 0xffffu];
-    }
+    using K = std::remove_pointer_t<decltype(keys)>;
+    if (topmost)
+      count_digits(keys, n, shift, lanes, histogram);
+    else
+      count_matching(keys, n, K(prefix), shift, histogram);
   });
 }
 

@@ -49,10 +49,10 @@ struct Bracket {
 void bracket_count(const Magnitudes* args, Bracket* brackets, std::int64_t n, std::int64_t begin,
                    std::int64_t end);
 
-// Adds to histogram[65536] the 16-bit digit at `shift` of every key that equals `prefix` above
-// it (key >> (shift + 16) == prefix).
+// Adds to histogram[lanes][65536] the 16-bit digit at `shift` of every key that equals `prefix`
+// above it (key >> (shift + 16) == prefix); the sum over lanes, 1 or 4, is the count.
 void digit_histogram(const Magnitudes& args, std::int64_t begin, std::int64_t end,
-                     std::uint64_t prefix, int shift, std::int64_t* histogram);
+                     std::uint64_t prefix, int shift, int lanes, std::int64_t* histogram);
 
 // For 16-bit types without base: adds to histogram[32768] the stored bits of every |x|.
 void pattern_histogram(const View& x, std::int64_t begin, std::int64_t end,

@@ -122,6 +122,7 @@ def merge(
     merge that is interrupted goes on where it stopped when the same command is given again.
     """
     from ..engine.manifest import MANIFEST
+    from ..engine.memory import return_freed
     from ..engine.progress import JsonLines, bar
     from ..engine.run import merge_checkpoints, merge_sweep, plan_merge
 
@@ -138,6 +139,7 @@ def merge(
     kept = {"none": False, "": True}.get(statistics, statistics)
     events = JsonLines() if as_json and is_first() else None
     shown: Bar = events or bar(shown=not quiet)
+    return_freed()
     try:
         if dry_run:
             _foretell(*plan_merge(config, out, sweep=points, **options), events)

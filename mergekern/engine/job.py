@@ -127,11 +127,6 @@ class Job:
         with contextlib.ExitStack() as stack:
             if ranks.rank == 0:
                 check_target(target)
-                bar.plan(
-                    tensors=len(self.plan.tasks),
-                    bytes_read=self.plan.bytes_read,
-                    bytes_written=self.plan.bytes_written,
-                )
                 control = stack.enter_context(held(target))
                 begin = ranks.gather(self._begin(control, ranks))[0]
             else:

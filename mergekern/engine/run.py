@@ -82,7 +82,12 @@ def merge_checkpoints(
     options = _options(memory, shard_size, device, seed, backend, host, resume)
     options = replace(options, statistics=_folder(statistics, out), report=_report(report))
     points = {"": load_config(config, only=only, skip=skip)}
-    return _run(points, out, options, progress, distributed)[0]
+    with (
+        joined(distributed) as ranks,
+        _job(points, options, ranks) as job,
+        _bar(progress, ranks) as shown,
+    ):
+        return job.run(Path(out), shown, ranks)[0]
 
 
 def merge_sweep(
@@ -117,7 +122,12 @@ def merge_sweep(
     options = _options(memory, shard_size, device, seed, backend, host, resume)
     options = replace(options, statistics=_folder(statistics, out), report=_report(report))
     points = swept(load_config(config, only=only, skip=skip), sweep)
-    return dict(zip(points, _run(points, out, options, progress, distributed), strict=True))
+    with (
+        joined(distributed) as ranks,
+        _job(points, options, ranks) as job,
+        _bar(progress, ranks) as shown,
+    ):
+        return dict(zip(points, job.run(Path(out), shown, ranks), strict=True))
 
 
 def plan_merge(
@@ -180,20 +190,6 @@ def _options(
     return Options(limit, largest, device, seed, backend, host, resume)
 
 
-def _run(
-    points: Mapping[str, MergeConfig],
-    out: str | Path,
-    options: Options,
-    progress: bool | Bar,
-    distributed: bool,
-) -> list[Manifest]:
-    with joined(distributed) as ranks, _job(points, options, ranks) as job:
-        if ranks.rank > 0 and progress is True:
-            progress = False
-        with bar(shown=progress) as shown:
-            return job.run(Path(out), shown, ranks)
-
-
 def _job(points: Mapping[str, MergeConfig], options: Options, ranks: Ranks = ALONE) -> Job:
     """Opened and planned, with a warning of settings that have no effect."""
     config = next(iter(points.values()))
@@ -204,6 +200,11 @@ def _job(points: Mapping[str, MergeConfig], options: Options, ranks: Ranks = ALO
         lines = "".join(f"\n  {what}" for what in without_effect)
         warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
     return job
+
+
+def _bar(progress: bool | Bar, ranks: Ranks) -> Bar:
+    """Rank 0 shows one; whoever gives one counts with it."""
+    return bar(shown=progress if ranks.rank == 0 or isinstance(progress, Bar) else False)
 
 
 def _folder(statistics: str | Path | bool, out: str | Path) -> Path | None:

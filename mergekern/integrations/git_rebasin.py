@@ -180,7 +180,7 @@ def weight_matching(
                 b = get_permuted_param(ps, perm, key, params_b, except_axis=axis)
                 rows = [w.movedim(axis, 0).reshape(n, -1) for w in (params_a[key], b)]
                 score += rows[0] @ rows[1].T
-            found = assign(score)
+            found = assign(score.double())  # of several best ones the port's
             rows_of = range(n)
             gained = score[rows_of, found].sum() > score[rows_of, perm[p]].sum() + 1e-12
             progress |= bool(gained)

@@ -16,6 +16,11 @@ from torch import Tensor
 
 from .. import check
 from ..errors import ArgumentError
+from ._prices import priced
+
+_GLANCE = 256  # rows from which on it is worth a look whether all have columns of their own
+_LARGE = 1024  # rows from which on prices pay: of 768 the search is as short without
+_EASY = 0.9  # share of the columns that are best for some row, from which on few rows compete
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,13 +34,16 @@ def assign(
     Shapes: score [n, m] with n <= m, any floating dtype; index int64 [n] on its device, with
     score[i, index[i]] matched. A list of matrices, of any sizes, or one tensor [B, n, m] gives a
     list, solved side by side.
-    Result: an optimal matching of the scores in float64; which of several, scipy decides.
+    Result: an optimal matching of the scores in float64; which of several, scipy decides for
+    float64 scores, and is left open for others.
     workers: threads that solve, by default MERGEKERN_THREADS or torch's number. scipy's solver
     releases the GIL.
-    Cost: O(n^2 m) at worst; each worker holds a float64 copy of its matrix.
+    Cost: O(n^2 m) at worst; each worker holds a float64 copy of its matrix. Square matrices of
+    1024 rows and more, other than float64, are searched from prices of their columns, which leave
+    the optimum where it is: the scores of random layers of 3072 take a quarter of the time.
     Raises: ArgumentError for more rows than columns, NaN or infinities.
-    Source: `scipy.optimize.linear_sum_assignment` (Crouse, 2016); Permute of ZipIt and Git
-    Re-Basin.
+    Source: `scipy.optimize.linear_sum_assignment` (Crouse, 2016), prices by the auction of
+    Bertsekas (1988); Permute of ZipIt and Git Re-Basin.
 
     >>> import torch
     >>> assign(torch.tensor([[0.1, 0.9, 0.2], [0.3, 0.8, 0.0]]))
@@ -50,7 +58,7 @@ def assign(
             )
 
     def solve(x: Tensor) -> Tensor:
-        return torch.from_numpy(_solve(_float64(x), maximize)).to(x.device)
+        return _match(x.cpu(), maximize).to(x.device)
 
     found = _side_by_side(op, solve, [*scores.values()], workers)
     return found if several else found[0]
@@ -124,6 +132,22 @@ def _matrices(op: str, score: Any) -> tuple[bool, dict[str, Tensor]]:
             raise ArgumentError.of(op, f"{name} is no matrix", list(x.shape), "[n, m]")
         check.finite(op, name, x)
     return "score" not in scores, scores
+
+
+def _match(x: Tensor, maximize: bool) -> Tensor:
+    """The best matching: found by a glance, with prices, or by the solver alone.
+
+    float64 scores go to the solver as they are: their differences from prices may round.
+    """
+    rows, columns = x.shape
+    if rows >= _GLANCE and x.dtype != torch.float64:
+        favourite = x.argmax(1) if maximize else x.argmin(1)
+        wanted = int((torch.bincount(favourite, minlength=columns) > 0).sum())
+        if wanted == rows:
+            return favourite
+        if _LARGE <= rows == columns and wanted < _EASY * rows:
+            return torch.from_numpy(_solve(priced(x, maximize), False))
+    return torch.from_numpy(_solve(_float64(x), maximize))
 
 
 def _float64(x: Tensor) -> np.ndarray:

@@ -48,22 +48,24 @@ class Started:
         ]
 
 
-@contextlib.contextmanager
-def started(
-    ranks: int, act: Callable[[], int], logs: Path, **environment: str
-) -> Iterator[Started]:
-    """`act` in every rank, whose result is its exit code."""
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    shared = {
+def environment(ranks: int, store: TCPStore) -> dict[str, str]:
+    """What torchrun, which has the store, tells all ranks."""
+    return {
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        **environment,
     }
+
+
+@contextlib.contextmanager
+def started(ranks: int, act: Callable[[], int], logs: Path) -> Iterator[Started]:
+    """`act` in every rank, whose result is its exit code."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     logs.mkdir(parents=True, exist_ok=True)
     processes: list[BaseProcess] = [
-        _SERVER.Process(target=_rank, args=(rank, shared, logs, act)) for rank in range(ranks)
+        _SERVER.Process(target=_rank, args=(rank, environment(ranks, store), logs, act))
+        for rank in range(ranks)
     ]
     for p in processes:
         p.start()
@@ -75,8 +77,8 @@ def started(
             p.join()
 
 
-def _rank(rank: int, environment: dict[str, str], logs: Path, act: Callable[[], int]) -> None:
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+def _rank(rank: int, known: dict[str, str], logs: Path, act: Callable[[], int]) -> None:
+    os.environ.update(known, RANK=str(rank), LOCAL_RANK=str(rank))
     for fd, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(logs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     code = act()
@@ -88,8 +90,8 @@ def _rank(rank: int, environment: dict[str, str], logs: Path, act: Callable[[], 
 
 
 def in_turn(acts: Sequence[Callable[[], int]]) -> int:
-    """One after the other; the first exit code that is not 0."""
-    return next((code for act in acts if (code := act())), 0)
+    """One after the other, whatever comes of each; the largest exit code."""
+    return max([act() for act in acts])
 
 
 def merge(*arguments: object) -> int:
@@ -119,9 +121,11 @@ def cut_at(size: int, act: Callable[[], int]) -> int:
 
 
 def writing(before: Callable[[int], None], act: Callable[[], int]) -> int:
-    """`before(n)` is called before the n-th time that slices are written."""
+    """`before(n)` is called before the n-th slice is written."""
+    from mergekern.engine import units
     from mergekern.engine.output import Output
 
+    units._BATCH = 0  # one at a time
     real, calls = Output.write, itertools.count()
 
     def write(*a: Any) -> None:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
+from mergekern.engine.report.card import card, library_of
 from mergekern.engine.report.numbers import Row, added, numbers, numbers_of_slices
+from mergekern.engine.report.page import check_report, page
 from mergekern.engine.report.summary import summarise
 from mergekern.methods import REGISTRY
 from mergekern.methods.registry import Inputs, Method
 
 from accuracy import assert_bits_equal, assert_within
 from cases import values
+from refusal import refused
 
 # ---- numbers ---------------------------------------------------------------------------------
 
@@ -45,6 +54,10 @@ def merged(inputs: Inputs, name: str, **given: Any) -> tuple[Row, Method, dict[s
     return numbers(inputs, arguments, method, result), method, arguments, result
 
 
+def f64(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def products(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Exact dot products, one rounding, and a bound on the error of any order of summation."""
     flat = [t.double().reshape(-1).tolist() for t in tensors]
@@ -64,9 +77,9 @@ def test_numbers_of_ties() -> None:
     assert base is not None
     taus = [x.double() - base.double() for x in inputs.xs]
     dots, bound = products(taus)
-    assert_within(torch.tensor(row["task_vectors"]).double().view(n, n), dots, bound)
+    assert_within(f64(row["task_vectors"]).view(n, n), dots, bound)
     square, its_bound = products([result.double() - base.double()])
-    assert_within(torch.tensor([row["merged"]], dtype=torch.float64), square, its_bound)
+    assert_within(f64([row["merged"]]), square, its_bound)
     assert row["elements"] == [total] * n
     assert row["kept"] == [int(0.2 * total)] * n
     kept = [
@@ -136,8 +149,8 @@ def test_without_a_base_the_models_are_compared(name: str) -> None:
     row, _, _, result = merged(inputs, name, **({"weight": 1.0} if name == "linear" else {}))
     assert set(row) == {"elements", "models", "merged"}
     dots, bound = products([*inputs.xs, result])
-    assert_within(torch.tensor(row["models"]).double().view(3, 3), dots[:3, :3], bound[:3, :3])
-    assert_within(torch.tensor(row["merged"]).double(), dots[3, 3:], bound[3, 3:])
+    assert_within(f64(row["models"]).view(3, 3), dots[:3, :3], bound[:3, :3])
+    assert_within(f64(row["merged"]), dots[3, 3:], bound[3, 3:])
 
 
 def test_absent_models_count_nothing() -> None:
@@ -147,8 +160,8 @@ def test_absent_models_count_nothing() -> None:
     assert row["elements"] == [total, 0, total]
     assert row["kept"] == [alone["kept"][0], 0, alone["kept"][1]]
     assert row["conflicts"] == alone["conflicts"]
-    whole = torch.tensor(row["task_vectors"]).view(3, 3)
-    assert_bits_equal(whole[::2, ::2], torch.tensor(alone["task_vectors"]).view(2, 2))
+    whole = f64(row["task_vectors"]).view(3, 3)
+    assert_bits_equal(whole[::2, ::2], f64(alone["task_vectors"]).view(2, 2))
     assert not whole[1].any()
     assert not whole[:, 1].any()
 
@@ -210,7 +223,7 @@ def test_results_of_another_dtype() -> None:
         row, _, _, result = merged(inputs, "task_arithmetic", weight=0.37)
         assert inputs.base is not None
         square, bound = products([result.double() - inputs.base.double()])
-        assert_within(torch.tensor([row["merged"]], dtype=torch.float64), square, bound)
+        assert_within(f64([row["merged"]]), square, bound)
 
 
 # ---- summary ---------------------------------------------------------------------------------
@@ -256,3 +269,259 @@ def test_norms_and_cosines_of_known_vectors() -> None:
     assert s.conflict_shares is not None
     assert s.conflict_shares.tolist() == [0.25] * 5
     assert s.kept_shares is None
+
+
+# ---- the page --------------------------------------------------------------------------------
+
+LABELS = ["/models/expert-a", "/models/expert-b <script>", "org/with_$x$_and_$y$"]
+
+
+@pytest.fixture
+def drawing() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib: not installed")
+
+
+def rows_of(n: int, kind: str = "task_vectors") -> dict[str, Row]:
+    """Three layers and a stem, of random vectors in the plane."""
+    g = np.random.default_rng(n)
+    rows = {}
+    keys = [f"layers.{i}.{k}.weight" for i in range(3) for k in ("attn", "mlp")]
+    for i, key in enumerate(["stem", *keys, "head.<b>&amp;"]):
+        v = g.normal(size=(n, 2))
+        row: Row = {
+            "elements": [1000.0] * n,
+            kind: (v @ v.T).ravel().tolist(),
+            "merged": [float((v.mean(0) ** 2).sum()) * 2],
+        }
+        if kind == "task_vectors":
+            row |= {"conflicts": [10.0 * (i * 5 % 8)], "kept": [200.0] * n}
+        rows[key] = row
+    return rows
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+@pytest.mark.usefixtures("drawing")
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["task_vectors", "models"])
+def test_a_page_is_whole_and_needs_nothing_else(n: int, kind: str, tmp_path: Path) -> None:
+    rows, labels = rows_of(n, kind), LABELS[:n]
+    page(rows, tmp_path / "r.html", models=labels, title="Merge of $a$ & b")
+    text = (tmp_path / "r.html").read_text()
+    page(rows, tmp_path / "again.html", models=labels, title="Merge of $a$ & b")
+    assert text == (tmp_path / "again.html").read_text()
+    assert not re.search(r"https?://|<script|@import|<link", text)
+    assert "<h1>Merge of $a$ &amp; b</h1>" in text
+    figures = re.findall(r'<img alt="[^"<>]+" src="data:image/png;base64,([^"]+)">', text)
+    assert len(figures) == 2 + (n > 1) + (kind == "task_vectors")
+    for data in figures:
+        assert min(png_size(base64.b64decode(data))) > 200
+    head = re.findall(r"<th>([^<]+)</th>", text)
+    assert ("conflicting" in head) == (f"kept of {n - 1}" in head) == (kind == "task_vectors")
+    lines = re.findall(r"<tr><td>(.+?)</td>(.*)</tr>", text)
+    assert sorted(key for key, _ in lines) == sorted(
+        k.replace("<b>&amp;", "&lt;b&gt;&amp;amp;") for k in rows
+    )
+    cells = [re.findall(r"<td>([^<]*)</td>", rest) for _, rest in lines]
+    assert {len(c) for c in cells} == {len(head) - 1}
+    if kind == "task_vectors":
+        shares = [float(c[1].removesuffix(" %")) for c in cells]
+        assert shares == sorted(shares, reverse=True) == [7, 6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.usefixtures("drawing")
+def test_a_picture(tmp_path: Path) -> None:
+    for name in ("a.png", "b.PNG"):
+        page(rows_of(3), tmp_path / name, models=LABELS, title="t")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.PNG").read_bytes()
+    width, height = png_size((tmp_path / "a.png").read_bytes())
+    assert width == 1210
+    assert height > width
+
+
+@pytest.mark.usefixtures("drawing")
+@pytest.mark.parametrize("n", [2, 8])
+def test_names_do_not_overlap(n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts as they are drawn of 300 tensors: none lies on another, none leaves the picture."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    boxes: dict[Text, Any] = {}
+    draw, save = Text.draw, Figure.savefig
+
+    def recording(self: Text, renderer: Any) -> None:
+        boxes[self] = self.get_window_extent(renderer)
+        draw(self, renderer)
+
+    def checked(self: Figure, *arguments: Any, **options: Any) -> None:
+        boxes.clear()
+        save(self, *arguments, **options)
+        right, top = options["dpi"] * self.get_size_inches()
+        shown = [(t.get_text(), b) for t, b in boxes.items() if t.get_text().strip()]
+        assert len(shown) > 10
+        for i, (text, a) in enumerate(shown):
+            assert min(a.x0, a.y0) >= -1, text
+            assert a.x1 <= right + 1, text
+            assert a.y1 <= top + 1, text
+            for other, b in shown[:i]:
+                beside = a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1
+                assert beside or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1, (text, other)
+
+    monkeypatch.setattr(Text, "draw", recording)
+    monkeypatch.setattr(Figure, "savefig", checked)
+    keys = [f"encoder.layers.{i}.{k}" for i in range(24) for k in "abcdefghijkl"]
+    keys += [f"outside_with_a_very_long_name_that_is_cut_{c}.weight" for c in "abcdefghijkl"]
+    rows = dict.fromkeys(keys, rows_of(n)["stem"])
+    labels = [f"/a/rather/long/path/of/a/fine-tuned/model-{i}" for i in range(n)]
+    for name in ("r.html", "r.png"):
+        page(rows, tmp_path / name, models=labels, title="A merge")
+
+
+@pytest.mark.usefixtures("drawing")
+def test_pages_of_what_is_missing_or_not_finite(tmp_path: Path) -> None:
+    """A model that lacks a tensor, a NaN, a tensor without elements, a row without `kept`."""
+    rows = rows_of(3)
+    rows["layers.0.attn.weight"] = {**rows_of(1)["stem"]}  # of model 0 alone
+    rows["layers.1.attn.weight"]["task_vectors"] = [math.nan] * 9
+    rows["layers.1.attn.weight"]["merged"] = [math.inf]
+    rows["layers.2.attn.weight"] = {
+        "elements": [0.0] * 3,
+        "task_vectors": [0.0] * 9,
+        "merged": [0.0],
+        "conflicts": [0.0],
+    }
+    for name in ("r.html", "r.png"):
+        page(rows, tmp_path / name, models=LABELS, title="")
+    lines = dict(re.findall(r"<tr><td>(.+?)</td>(.*)</tr>", (tmp_path / "r.html").read_text()))
+    empty = re.findall(r"<td>([^<]*)</td>", lines["layers.2.attn.weight"])
+    assert empty[:5] == ["0", "", "", "", ""]
+    one = re.findall(r"<td>([^<]*)</td>", lines["layers.0.attn.weight"])
+    assert one[2:5] == ["20.0 %", "", ""]
+    assert "nan" not in "".join(lines.values())
+
+
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("r.pdf", "report", ".html"):
+        with refused("report", "unknown kind of file", repr(Path(name).suffix), ".html or .png"):
+            check_report(tmp_path / name)
+    with refused("report", "nothing was merged"):
+        page({}, tmp_path / "r.html", models=[], title="")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with refused("report", "matplotlib is not installed", "pip install 'mergekern[picture]'"):
+        check_report(tmp_path / "r.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_core_loads_no_matplotlib() -> None:
+    code = "import sys, mergekern.engine.report.numbers; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# ---- the model card --------------------------------------------------------------------------
+
+
+def manifest(**more: Any) -> dict[str, Any]:
+    tensor = {"dtype": "bfloat16", "arguments": {"weight": [1.0]}, "inputs": {"0": "aa", "1": "bb"}}
+    copied = {"arguments": None, "inputs": {"0": "cc"}}
+    return {
+        "mergekern": "1.2.3",
+        "plan": "0123abcd",
+        "method": "ties",
+        "host": None,
+        "seed": 7,
+        "config": "merge_method: ties\nbase_model: org/base@main\nmodels:\n- model: ./a`b|c\n",
+        "swept": {},
+        "models": [
+            {"path": "org/base@main", "commit": "f" * 40, "files": [{"size": 5}, {"size": 6}]},
+            {"path": "./a`b|c", "commit": None, "files": [{"size": 7}]},
+        ],
+        "tensors": {
+            "w": tensor,
+            "position_ids": {"dtype": "int64", **copied},
+            "head": {"dtype": "float32", **copied},
+        },
+        "dropped": ["old.head"],
+        "left_out": ["onnx/"],
+        **more,
+    }
+
+
+def front_of(text: str) -> dict[str, Any]:
+    opened, front, _ = text.split("---\n", 2)
+    assert opened == ""
+    return yaml.safe_load(front)
+
+
+def test_the_front_matter_is_what_the_hub_reads() -> None:
+    about = front_of(card(manifest(), library="transformers"))
+    assert about == {
+        "base_model": ["org/base"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "mergekern"],
+    }
+    local = manifest()
+    for model in local["models"]:
+        model["commit"] = None
+    assert front_of(card(local)) == {"tags": ["merge", "mergekern"]}
+
+
+def test_a_card_says_all_there_is_to_know() -> None:
+    text = card(manifest(), report="report.html")
+    assert text == card(manifest(), report="report.html")
+    for part in (
+        "mergekern 1.2.3 with the method `ties`: Trim each task vector",
+        "[2306.01708](https://arxiv.org/abs/2306.01708)",
+        "[Report](report.html)",
+        f"| base | `org/base@main` | `{'f' * 40}` | 11 | `",
+        r"| model | `` ./a`b\|c `` |  | 7 | `bb` |",
+        "3 tensors, of dtype bfloat16 (1), float32 (1), int64 (1):\n\n- 1 merged\n",
+        "are the same in all models: `position_ids`",
+        "as the configuration says or no other has them: `head`",
+        "- 1 dropped, as the configuration says: `old.head`",
+        "left behind: `onnx/`",
+        "```yaml\nmerge_method: ties\n",
+        "Seed of random masks: 7.",
+        "mergekern verify .",
+        "`0123abcd`",
+    ):
+        assert part in text, part
+    assert "![" in card(manifest(), report="report.png")
+    assert "eport](" not in card(manifest())
+
+
+def test_a_card_of_a_host_and_of_a_sweep() -> None:
+    text = card(manifest(host="peft", swept={"density": 0.2}))
+    assert "As peft computes it: bits of the merged task vector" in text
+    assert "One point of a sweep, with `density: 0.2`" in text
+
+
+def test_a_card_is_not_broken_by_its_content() -> None:
+    """A fence in the configuration, hundreds of names."""
+    config = "merge_method: ties  # ```\nbase_model: x\n"
+    many = {f"t{i}": {"dtype": "int64", "arguments": None, "inputs": {}} for i in range(500)}
+    text = card(manifest(config=config, tensors=many))
+    assert f"````yaml\n{config.strip()}\n````" in text
+    assert "`t7` and 492 more" in text
+    assert "| `org/base@main` |" in text
+
+
+@pytest.mark.parametrize(
+    ("files", "library"),
+    [
+        ({"config.json": '{"model_type": "vit"}'}, "transformers"),
+        ({"config.json": '{"model_type": "bert"}', "modules.json": "[]"}, "sentence-transformers"),
+        ({"config.json": '{"architecture": "vit", "pretrained_cfg": {}}'}, "timm"),
+        ({"open_clip_config.json": "{}"}, "open_clip"),
+        ({"config.json": "[]"}, None),
+        ({}, None),
+    ],
+)
+def test_library_of(files: dict[str, str], library: str | None, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert library_of(tmp_path) == library

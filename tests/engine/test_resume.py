@@ -36,7 +36,7 @@ def whole(models: list[Path], tmp_path: Path) -> dict[str, bytes]:
     return content(other.out)
 
 
-def cut_short(job: Job, at: int = 12) -> None:
+def cut_short(job: Job, at: int = 6) -> None:
     """Killed when `at` parts of tensors are written."""
     assert run(job, Fault(kill, at, PARTS)).code == -9
     assert control(job.out).is_dir()
@@ -54,7 +54,7 @@ def test_what_is_finished_is_not_computed_again(
     every = parts(sliced.job(models, tmp_path / "all" / "out"))
     cut_short(job)
     rest = parts(job)
-    assert every - 12 <= rest < every - 6
+    assert every - 6 <= rest < every - 3
     same(job.out, whole)
 
 

@@ -45,7 +45,7 @@ def plan_of(files: Sequence[Sequence[Size]]) -> Plan:
         keys = [f"{f}.{i}" for i in range(len(sizes))]
         tasks += [task(key, size) for key, size in zip(keys, sizes, strict=True)]
         shards.append(Shard(f"model-{f}.safetensors", {key: key for key in keys}))
-    return Plan("linear", None, 0, ("",), tuple(tasks), tuple(shards), (), {}, ())
+    return Plan("linear", None, 0, ("",), tuple(tasks), tuple(shards), (), (), {}, ())
 
 
 def places(plan: Plan) -> set[Place]:

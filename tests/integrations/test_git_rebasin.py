@@ -62,6 +62,19 @@ def test_one_hidden_layer_is_one_assignment() -> None:
     assert ours.weight_matching(spec, a, b)["P_0"].tolist() == columns.tolist()
 
 
+def test_of_several_assignments_it_is_scipys() -> None:
+    """Features that are always zero fit all others as well, in layers of any width."""
+    spec = ours.mlp_permutation_spec(1)
+    a, b = parameters(spec, 1100, 0), parameters(spec, 1100, 1)
+    for x in (a, b):
+        x["layer0.weight"][::4], x["layer0.bias"][::4], x["layer1.weight"][:, ::4] = 0, 0, 0
+    score = a["layer0.weight"] @ b["layer0.weight"].T
+    score += torch.outer(a["layer0.bias"], b["layer0.bias"])
+    score += a["layer1.weight"].T @ b["layer1.weight"]
+    _, columns = scipy.optimize.linear_sum_assignment(score.numpy(), maximize=True)
+    assert ours.weight_matching(spec, a, b)["P_0"].tolist() == columns.tolist()
+
+
 def test_one_axis_may_stay() -> None:
     spec = ours.permutation_spec_from_axes_to_perm({"w": ("P", "Q")})
     perm = {"P": torch.tensor([1, 0]), "Q": torch.tensor([2.0, 0.0, 1.0])}  # as the port holds them

@@ -86,7 +86,7 @@ def _norms(s: Summary) -> Drawn:
             _dots(parts[-1].subplots(), s, outside)
         handles = [_handle(i) for i in range(len(s.models))]
         names = [_label(s, i) for i in range(len(s.models))]
-        where.legend(handles, names, loc="outside upper center", ncols=4, fontsize=8)
+        where.legend(handles, names, loc="outside upper center", ncols=4, fontsize=7)
 
     text = f"|x| of each of the {s.compared}. "
     stacks = dict.fromkeys(layer.stack for layer in s.layers)
@@ -170,12 +170,12 @@ def _cosines(s: Summary) -> Drawn:
     pairs = [(i, j) for i in range(n) for j in range(i + 1, n)]
 
     def draw(where: Any) -> None:
-        columns = where.subfigures(1, 2, width_ratios=(5, 6)) if s.layers else [where]
+        columns = where.subfigures(1, 2, width_ratios=(1, 1)) if s.layers else [where]
         axes = columns[0].subplots()
         whole = s.cosines(range(len(s.keys)))
         shown = _heat(axes, whole, aspect="equal")
-        axes.set_xticks(range(n), [str(i) for i in range(n)], fontsize=8)
-        axes.set_yticks(range(n), [_label(s, i) for i in range(n)], fontsize=8)
+        axes.set_xticks(range(n), [str(i) for i in range(n)], fontsize=7)
+        axes.set_yticks(range(n), [_label(s, i) for i in range(n)], fontsize=7)
         axes.set_title("all tensors together", fontsize=9)
         if n <= _IN_CELLS:
             _write(axes, whole)
@@ -247,7 +247,7 @@ def _shares(s: Summary) -> Drawn:
         axes.set_xlabel("% of the elements", fontsize=8)
         axes.set_xlim(0, 101)
         axes.grid(axis="x", alpha=0.3)
-        where.legend(loc="outside upper center", ncols=5, fontsize=8)
+        where.legend(loc="outside upper center", ncols=5, fontsize=7)
 
     text = "Bars: elements where the kept task vectors have both signs. "
     text += "Marks: elements of each task vector that are kept. " if kept is not None else ""

@@ -86,7 +86,7 @@ def match_tensors_permute(
     models = _models(r)
     size = len(correlation) // models
     scores = [correlation[:size, size * i : size * (i + 1)] for i in range(1, models)]
-    found = assign(scores) if scores else []
+    found = assign([x.double() for x in scores])  # of several best ones the original's
     eye = torch.eye(size, device=correlation.device)
     matrices = _identical([eye, *(eye[:, i] for i in found)], add_bias)
     if not get_merge_value:
