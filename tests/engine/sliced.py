@@ -12,6 +12,7 @@ from engine.faults import Job
 from engine.models import linear, ties, write_folder
 
 SHARD = 9000  # bytes of an output file
+MEMORY = "64KiB"  # so that larger tensors are measured and merged slice by slice
 
 
 def tensors(seed: int, size: int = 1) -> dict[str, Tensor]:
@@ -65,4 +66,5 @@ METHODS = (
 
 def job(models: list[Path], out: Path, method: str = "ties", **options: Any) -> Job:
     host = "mergekit" if method.endswith("mergekit") else None
-    return Job(configs(models)[method], out, options={"shard_size": SHARD, "host": host, **options})
+    settings = {"shard_size": SHARD, "memory": MEMORY, "host": host, **options}
+    return Job(configs(models)[method], out, options=settings)

@@ -211,7 +211,10 @@ def test_one_byte_of_an_input_changed(
 
 @pytest.mark.parametrize("method", ["ties_global", "karcher"])
 def test_one_tensor_of_an_input_changed(models: list[Path], tmp_path: Path, method: str) -> None:
-    """What is done depends on tensors that were not merged yet, where all were surveyed."""
+    """What is done depends on tensors that were not merged yet, where all were surveyed.
+
+    Refused where what changed had been merged; else as if it had been so from the start.
+    """
     victim = models[1] / "model.safetensors"
     before = sliced.tensors(1)
     taken = []
@@ -230,7 +233,7 @@ def test_one_tensor_of_an_input_changed(models: list[Path], tmp_path: Path, meth
         done(fresh)
         same(job.out, content(fresh.out))
         taken.append(name)
-    assert bool(taken) == (method == "karcher")
+    assert taken
 
 
 @pytest.mark.parametrize("change", ["more tensors", "fewer tensors", "other shape", "missing"])
