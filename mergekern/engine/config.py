@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..methods.merge import method_named
 from ..methods.registry import Method
 from .keys import AS_STORED, Naming
+from .yaml_text import plain, read_yaml, shown
 
 DTYPES = {
     "float32": torch.float32,
@@ -139,45 +140,15 @@ def load_config(
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     if isinstance(source, Mapping):
-        data = _plain(source)
+        data = plain(source)
         try:
             return data, yaml.safe_dump(data, sort_keys=False)
         except yaml.YAMLError as error:
             raise ConfigError(f"config: {' '.join(map(str, error.args))}") from None
-    path = Path(source)
-    if not path.is_file():
-        raise ConfigError(f"config: no such file; got {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = yaml.load(text, _Loader)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"config: {path} is no valid YAML: {' '.join(str(error).split())}"
-        ) from None
+    data, text = read_yaml(Path(source))
     if not isinstance(data, Mapping):
-        raise ConfigError(f"config: {path} holds no mapping; got {type(data).__name__}")
-    return data, text
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [k for i, k in enumerate(keys) if k in keys[:i]]
-        if twice:
-            line = node.start_mark.line + 1
-            raise ConfigError(f"config: key '{twice[0]}' is given twice (line {line})")
-        return super().construct_mapping(node, deep)
-
-
-def _plain(value: Any) -> Any:
-    """Paths as text, other mappings and tuples as what YAML knows."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+        raise ConfigError(f"config: {source} holds no mapping; got {type(data).__name__}")
+    return plain(data), text
 
 
 def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
@@ -188,7 +159,9 @@ def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
             raise ConfigError(f"config: unknown key '{key}'; expected one of {', '.join(KEYS)}")
     if "merge_method" not in data:
         raise ConfigError("config: key 'merge_method' is missing")
-    method = method_named(str(data["merge_method"]))
+    if not isinstance(data["merge_method"], str):
+        raise ConfigError(f"config: 'merge_method' is no name; got {shown(data['merge_method'])}")
+    method = method_named(data["merge_method"])
     if method.tensor_valued:
         names = ", ".join(method.tensor_valued)
         raise ConfigError(
@@ -207,7 +180,7 @@ def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
     if data.get("tokenizer_source") not in (None, "base"):
         raise ConfigError(
             "config: key 'tokenizer_source' is only supported as 'base': vocabularies cannot be "
-            f"rebuilt; got {data['tokenizer_source']!r}"
+            f"rebuilt; got {shown(data['tokenizer_source'])}"
         )
     known = [m.path for m in entries] + ([base] if base else [])
     return MergeConfig(
@@ -254,22 +227,24 @@ def _mapping(value: Any, key: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"config: '{key}' is no mapping; got {value!r}")
+        raise ConfigError(f"config: '{key}' is no mapping; got {shown(value)}")
     return value
 
 
 def _list(value: Any, key: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ConfigError(f"config: '{key}' is no list; got {value!r}")
+        raise ConfigError(f"config: '{key}' is no list; got {shown(value)}")
     return value
 
 
 def _path(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"config: '{key}' is no path; got {value!r}; expected a file or folder")
-    if "+" in value and not Path(value).exists():
+    if not isinstance(value, str) or not value:
         raise ConfigError(
-            f"config: '{key}' names a LoRA adapter on a model; got {value!r}; "
+            f"config: '{key}' is no path; got {shown(value)}; expected a file or folder"
+        )
+    if "+" in value and not os.path.exists(value):
+        raise ConfigError(
+            f"config: '{key}' names a LoRA adapter on a model; got {shown(value)}; "
             "merge the adapter into its base first"
         )
     return value
@@ -302,13 +277,13 @@ def _naming(entry: Mapping[str, Any], key: str) -> Naming:
     fits = isinstance(prefix, Mapping) and set(prefix) == {"from", "to"}
     if not fits or not all(isinstance(text, str) for text in prefix.values()):
         raise ConfigError(
-            f"config: '{key}.prefix' is no prefix; got {prefix!r}; "
+            f"config: '{key}.prefix' is no prefix; got {shown(prefix)}; "
             'expected such as {from: "module.", to: ""}'
         )
     renames = entry.get("renames", [])
     if not isinstance(renames, list) or not all(map(_is_rename, renames)):
         raise ConfigError(
-            f"config: '{key}.renames' is no list of renames; got {renames!r}; "
+            f"config: '{key}.renames' is no list of renames; got {shown(renames)}; "
             'expected such as [["LayerNorm.gamma", "LayerNorm.weight"]]'
         )
     return Naming((prefix["from"], prefix["to"]), tuple((old, new) for old, new in renames))
@@ -326,7 +301,7 @@ def _patterns(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
     patterns = _list(data.get(key, []), key)
     if not all(isinstance(p, str) for p in patterns):
         raise ConfigError(
-            f"config: '{key}' is no list of patterns; got {patterns!r}; "
+            f"config: '{key}' is no list of patterns; got {shown(patterns)}; "
             'expected such as ["vision_model.*"]'
         )
     return tuple(patterns)
@@ -337,7 +312,9 @@ def _dtype(data: Mapping[str, Any], key: str) -> torch.dtype | None:
     if name is None or (key == "out_dtype" and name == "auto"):
         return None
     if not isinstance(name, str) or name not in DTYPES:
-        raise ConfigError(f"config: '{key}' is unknown; got {name!r}; expected {', '.join(DTYPES)}")
+        raise ConfigError(
+            f"config: '{key}' is unknown; got {shown(name)}; expected {', '.join(DTYPES)}"
+        )
     return DTYPES[name]
 
 
@@ -352,12 +329,12 @@ def _exception(value: Any, known: list[str]) -> ExceptionRule:
     if not isinstance(entry.get("filter"), str) or action not in ACTIONS:
         raise ConfigError(
             f"config: an exception needs a filter and an action of {', '.join(ACTIONS)}; "
-            f"got {dict(entry)!r}"
+            f"got {shown(dict(entry))}"
         )
     source = next((k for k in known if isinstance(source, str) and _same(k, source)), source)
     if (action == "copy") != (source is not None) or (source is not None and source not in known):
         raise ConfigError(
             f"config: exception {entry['filter']!r}: 'from' names the model to copy from, "
-            f"with action copy only; got {source!r}; expected one of {', '.join(known)}"
+            f"with action copy only; got {shown(source)}; expected one of {', '.join(known)}"
         )
     return ExceptionRule(entry["filter"], str(action), source)

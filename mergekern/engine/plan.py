@@ -217,7 +217,7 @@ def _misnamed(config: MergeConfig, checkpoints: Sequence[Checkpoint]) -> str | N
 
 def _listing(problems: dict[str, str], note: str | None) -> str:
     lines = "".join(f"\n  {key}: {what}" for key, what in problems.items())
-    lines += f"\n{note}" if note else ""
+    lines += f"\n  {note}" if note else ""
     noun = "tensor does" if len(problems) == 1 else "tensors do"
     return (
         f"{len(problems)} {noun} not fit; say in the configuration what to do with them "

@@ -169,7 +169,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (config(nonsense=1), "unknown key 'nonsense'"),
     ({"models": []}, "key 'merge_method' is missing"),
     (config(merge_method="delta"), "unknown method; got 'delta'"),
-    (config(merge_method=["linear"]), "unknown method"),
+    (config(merge_method=["linear"]), "'merge_method' is no name; got ['linear']"),
     ({"merge_method": "linear"}, "'models' is no list"),
     (config(models={"model": "a"}), "'models' is no list"),
     (config(models=[]), "wrong number of models"),
