@@ -134,7 +134,9 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path}: index and shard disagree about {len(odd)} tensors: {listed}"
             )
-        for stored, name in self.naming.names(file.signatures, path).items():
+        renamed = self.naming.names(file.signatures, path)
+        _check_names(path, renamed.values())
+        for stored, name in renamed.items():
             if prefix + name in self._where:
                 other = self._where[prefix + name].file.path
                 raise CheckpointError(f"{path}: tensor {prefix}{name} is also in {other}")
@@ -220,7 +222,8 @@ def folders(root: Path) -> list[Path]:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})")
 
     home = root.resolve()
-    found, seen = [], set()
+    found: list[Path] = []
+    seen: set[str] = set()
     for path, below, _ in os.walk(root, followlinks=True, onerror=refuse):
         if len(found) == MOST_FOLDERS:
             raise CheckpointError(f"{root}: no model; got more than {MOST_FOLDERS} folders in it")
