@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -44,20 +45,25 @@ def safetensors(rng: random.Random) -> bytes:
 def _mutate(rng: random.Random, header: dict[str, Any]) -> None:
     """One value, key or entry of the header."""
     if not header or rng.random() < 0.2:
-        header[rng.choice(_NAMES)] = rng.choice([*_WEIRD, {"a": 1}, {"format": 5}])
+        header[rng.choice(_NAMES)] = _weird(rng, {"a": 1}, {"format": 5})
         return
     name = rng.choice(list(header))
     entry = header[name]
     if not isinstance(entry, dict) or not entry or rng.random() < 0.2:
-        header[rng.choice([name, *_NAMES])] = rng.choice([*_WEIRD, entry])
+        header[rng.choice([name, *_NAMES])] = _weird(rng, entry)
         return
     key = rng.choice(list(entry))
     if isinstance(entry[key], list) and entry[key] and rng.random() < 0.5:
-        entry[key][rng.randrange(len(entry[key]))] = rng.choice(_WEIRD)
+        entry[key][rng.randrange(len(entry[key]))] = _weird(rng)
     elif rng.random() < 0.2:
         del entry[key]
     else:
-        entry[rng.choice([key, "more", "dtype", "shape"])] = rng.choice(_WEIRD)
+        entry[rng.choice([key, "more", "dtype", "shape"])] = _weird(rng)
+
+
+def _weird(rng: random.Random, *others: Any) -> Any:
+    """A value of its own, which later mutations may change."""
+    return copy.deepcopy(rng.choice([*_WEIRD, *others]))
 
 
 def _garble(rng: random.Random, text: bytes) -> bytes:
