@@ -40,7 +40,8 @@ class Statistics:
 
     fingerprints: of the models, in their order. covariances: of the features of all models of a
     space, those of model 0 first; without `within`, of model 0 with those of all others.
-    outputs: node of the traced model -> the moments of what it returns, for each model.
+    outputs: node of the traced model -> the moments of what it returns, for each model, of the
+    layers that REPAIR scales.
     """
 
     spaces: Spaces
