@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,31 @@ def test_maps_that_are_not_finite(
     if backend == "cpu":
         assert_bits_equal(got, mk.covariance(zeros, backend=backend))
     assert_within(got, exact(zeros), bound(zeros, backend=backend))
+
+
+GUARDED = """
+import ctypes, mmap, torch, mergekern as mk
+page, libc = mmap.PAGESIZE, ctypes.CDLL(None)
+area = mmap.mmap(-1, 3 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+x = torch.frombuffer(area, dtype=torch.float32, count=page // 4, offset=page).normal_()
+for guard in (start, start + 2 * page):
+    assert libc.mprotect(ctypes.c_void_p(guard), page, 0) == 0
+for channels in (1, 3, 8, 20):
+    for pixels in (2, 4, 5, 7, 12):
+        n = channels * pixels
+        for part in (x[:n], x[-n:]):
+            rows = part.view(channels, pixels).T.expand(3, pixels, channels)
+            got = mk.covariance(rows, backend="cpu")
+            assert torch.equal(got, mk.covariance(rows.contiguous(), backend="cpu"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect as Linux has it")
+def test_nothing_outside_of_maps_is_read(cpu_backend: Any) -> None:
+    """The pages around them are out of bounds; one image is seen three times."""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", GUARDED], capture_output=True)
+    assert ran.returncode == 0, ran.stderr.decode()
 
 
 # ---- several tensors side by side --------------------------------------------------------------
