@@ -24,6 +24,8 @@ namespace mk {
 
 constexpr std::int64_t kPartialRows = 256;
 constexpr std::int64_t kPanelBytes = 192;
+template <class A>  // an accumulator
+constexpr std::int64_t kPanel = kPanelBytes / std::int64_t(sizeof(A));
 
 // Rows of `width` features: row r begins `offsets[r]` elements after `data`, features are `stride`
 // elements apart. They are features [first, first + width) of the `side` ones that are taken as one

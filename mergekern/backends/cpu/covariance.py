@@ -1,4 +1,4 @@
-"""covariance by csrc/covariance.cpp."""
+"""covariance by csrc/covariance.cpp and covariance_pack.cpp."""
 
 from __future__ import annotations
 
@@ -143,6 +143,6 @@ def _multiply(x: _Side, y: _Side, rows: int, products: Tensor) -> None:
     def kernel(begin: int, end: int) -> None:
         runtime._cpu.add_products(pairs=pairs, begin=begin, end=end)
 
-    threads = runtime.threads()
+    threads = runtime.threads()  # a single one needs a single call
     together = pairs.count if threads == 1 else min(_PAIRS, -(-pairs.count // (8 * threads)))
     runtime.chunks(kernel, pairs.count, together)
