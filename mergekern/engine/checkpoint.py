@@ -220,7 +220,8 @@ def folders(root: Path) -> list[Path]:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})")
 
     home = root.resolve()
-    found, seen = [], set()
+    found: list[Path] = []
+    seen: set[str] = set()
     for path, below, _ in os.walk(root, followlinks=True, onerror=refuse):
         if len(found) == MOST_FOLDERS:
             raise CheckpointError(f"{root}: no model; got more than {MOST_FOLDERS} folders in it")
