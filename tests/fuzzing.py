@@ -26,7 +26,7 @@ from typing import NamedTuple
 import mutants
 
 SECONDS = 5.0  # of the processor, for one case
-WAITING = 120.0  # seconds until the next case is done; the machine may be busy
+WAITING = 600.0  # seconds until the next case is done; the machine may be busy
 MEMORY = 1 << 30  # beside what the process has when it begins
 LONGEST = 4000  # characters of an error
 
@@ -88,7 +88,7 @@ def _cases(kind: str, first: int, last: int, folder: Path) -> tuple[list[str], i
         for thread in hearing:
             thread.join()
     if not memory:
-        raise RuntimeError(said[0])  # before the first case
+        raise RuntimeError(f"before the first case: {end}: {said[0]}")
     return outcomes, memory, f"{end}: {said[0][-3000:]}"
 
 

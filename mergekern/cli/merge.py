@@ -54,6 +54,22 @@ def merge(
             rich_help_panel=_RESULT,
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="merge what fits, copy the rest from the base: 'vision_model.*'; repeatable",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="copy what fits from the base: '*.bias'; repeatable",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -133,6 +149,8 @@ def merge(
         "seed": seed,
         "backend": backend,
         "host": host,
+        "only": only or (),
+        "skip": skip or (),
     }
     quiet = quiet or not is_first()  # one rank speaks, but for errors
     kept = {"none": False, "": True}.get(statistics, statistics)

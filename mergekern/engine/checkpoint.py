@@ -134,7 +134,9 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path}: index and shard disagree about {len(odd)} tensors: {listed}"
             )
-        for stored, name in self.naming.names(file.signatures, path).items():
+        renamed = self.naming.names(file.signatures, path)
+        _check_names(path, renamed.values())
+        for stored, name in renamed.items():
             if prefix + name in self._where:
                 other = self._where[prefix + name].file.path
                 raise CheckpointError(f"{path}: tensor {prefix}{name} is also in {other}")

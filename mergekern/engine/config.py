@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..errors import ConfigError
 from ..methods.merge import method_named
 from ..methods.registry import Method
 from .keys import AS_STORED, Naming
+from .model_entry import ModelEntry, mapping, model_entry, model_path, same_path, sequence
 from .yaml_text import plain, read_yaml, shown
 
 DTYPES = {
@@ -36,8 +36,6 @@ KEYS = (
     "only",
     "skip",
 )
-# only, skip; prefix and renames of a model are ours, not mergekit's.
-ENTRY_KEYS = ("model", "parameters", "prefix", "renames")
 # Keys of mergekit that are not served, with what to do instead.
 UNSUPPORTED = {
     "slices": "layers cannot be stacked or cut here; list whole models under 'models'",
@@ -46,13 +44,6 @@ UNSUPPORTED = {
     "chat_template": "the base model's files are copied as they are; edit the template afterwards",
 }
 ACTIONS = ("copy", "drop", "present")
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    path: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    naming: Naming = AS_STORED
 
 
 @dataclass(frozen=True)
@@ -168,12 +159,14 @@ def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
             f"config: merge_method {method.name} needs a tensor per model ({names}), which a "
             f"configuration cannot give; use merge_state_dicts(..., '{method.name}', {names}=[...])"
         )
-    base = _path(data["base_model"], "base_model") if data.get("base_model") else None
-    entries = [_entry(e, i, base) for i, e in enumerate(_list(data.get("models"), "models"))]
+    base = model_path(data["base_model"], "base_model") if data.get("base_model") else None
+    entries = [
+        model_entry(e, i, base) for i, e in enumerate(sequence(data.get("models"), "models"))
+    ]
     models = _settle_base(method, entries, base)
     method.check_count(len(models), base is not None and method.subtracts_base)
 
-    parameters = _mapping(data.get("parameters"), "parameters")
+    parameters = mapping(data.get("parameters"), "parameters")
     for owner in (parameters, *(m.parameters for m in models)):
         for name in owner:
             method.parameter(name)
@@ -191,7 +184,7 @@ def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
         dtype=_dtype(data, "dtype"),
         out_dtype=_dtype(data, "out_dtype"),
         exceptions=tuple(
-            _exception(e, known) for e in _list(data.get("exceptions", []), "exceptions")
+            _exception(e, known) for e in sequence(data.get("exceptions", []), "exceptions")
         ),
         only=_patterns(data, "only"),
         skip=_patterns(data, "skip"),
@@ -223,82 +216,8 @@ def _settle_base(method: Method, entries: list[ModelEntry], base: str | None) ->
     return entries if base in paths else entries + own  # as mergekit: an implicit base comes last
 
 
-def _mapping(value: Any, key: str) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"config: '{key}' is no mapping; got {shown(value)}")
-    return value
-
-
-def _list(value: Any, key: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ConfigError(f"config: '{key}' is no list; got {shown(value)}")
-    return value
-
-
-def _path(value: Any, key: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(
-            f"config: '{key}' is no path; got {shown(value)}; expected a file or folder"
-        )
-    if "+" in value and not os.path.exists(value):
-        raise ConfigError(
-            f"config: '{key}' names a LoRA adapter on a model; got {shown(value)}; "
-            "merge the adapter into its base first"
-        )
-    return value
-
-
-def _same(path: str, other: str | None) -> bool:
-    """Whether two spellings ("a", "./a/") name one file or folder."""
-    return other is not None and os.path.realpath(path) == os.path.realpath(other)
-
-
-def _entry(value: Any, i: int, base: str | None) -> ModelEntry:
-    """A model of the list; the base goes by its spelling in base_model."""
-    key = f"models[{i}]"
-    entry = _mapping(value, key)
-    for k in entry:
-        if k not in ENTRY_KEYS:
-            raise ConfigError(
-                f"config: unknown key '{k}' in {key}; expected {', '.join(ENTRY_KEYS)}"
-            )
-    if "model" not in entry:
-        raise ConfigError(f"config: key 'model' is missing in {key}")
-    parameters = _mapping(entry.get("parameters"), f"{key}.parameters")
-    path = _path(entry["model"], f"{key}.model")
-    path = base if base is not None and _same(path, base) else path
-    return ModelEntry(path, parameters, _naming(entry, key))
-
-
-def _naming(entry: Mapping[str, Any], key: str) -> Naming:
-    prefix = entry.get("prefix", {"from": "", "to": ""})
-    fits = isinstance(prefix, Mapping) and set(prefix) == {"from", "to"}
-    if not fits or not all(isinstance(text, str) for text in prefix.values()):
-        raise ConfigError(
-            f"config: '{key}.prefix' is no prefix; got {shown(prefix)}; "
-            'expected such as {from: "module.", to: ""}'
-        )
-    renames = entry.get("renames", [])
-    if not isinstance(renames, list) or not all(map(_is_rename, renames)):
-        raise ConfigError(
-            f"config: '{key}.renames' is no list of renames; got {shown(renames)}; "
-            'expected such as [["LayerNorm.gamma", "LayerNorm.weight"]]'
-        )
-    return Naming((prefix["from"], prefix["to"]), tuple((old, new) for old, new in renames))
-
-
-def _is_rename(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(isinstance(text, str) and text for text in value)
-    )
-
-
 def _patterns(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    patterns = _list(data.get(key, []), key)
+    patterns = sequence(data.get(key, []), key)
     if not all(isinstance(p, str) for p in patterns):
         raise ConfigError(
             f"config: '{key}' is no list of patterns; got {shown(patterns)}; "
@@ -319,7 +238,7 @@ def _dtype(data: Mapping[str, Any], key: str) -> torch.dtype | None:
 
 
 def _exception(value: Any, known: list[str]) -> ExceptionRule:
-    entry = _mapping(value, "exceptions")
+    entry = mapping(value, "exceptions")
     for k in entry:
         if k not in ("filter", "action", "from"):
             raise ConfigError(
@@ -331,7 +250,7 @@ def _exception(value: Any, known: list[str]) -> ExceptionRule:
             f"config: an exception needs a filter and an action of {', '.join(ACTIONS)}; "
             f"got {shown(dict(entry))}"
         )
-    source = next((k for k in known if isinstance(source, str) and _same(k, source)), source)
+    source = next((k for k in known if isinstance(source, str) and same_path(k, source)), source)
     if (action == "copy") != (source is not None) or (source is not None and source not in known):
         raise ConfigError(
             f"config: exception {entry['filter']!r}: 'from' names the model to copy from, "

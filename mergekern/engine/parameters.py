@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import ArgumentError, ConfigError
 from ..methods.registry import Parameter
-from .config import MergeConfig, ModelEntry
+from .config import MergeConfig
+from .model_entry import ModelEntry
 from .yaml_text import shown
 
 _LAYER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.|$)")

@@ -72,6 +72,8 @@ def test_a_prefix_need_not_be_in_every_file(tmp_path: Path) -> None:
         Checkpoint(root, Naming(("no.", "")))
     with pytest.raises(CheckpointError, match=r"tensor a\.w is also in"):
         Checkpoint(root, Naming(("b.", "a.")))
+    with pytest.raises(CheckpointError, match=r"got '\.\./w'"):
+        Checkpoint(root, Naming(("b.", "../")))
 
 
 # ---- which are merged --------------------------------------------------------------------------
