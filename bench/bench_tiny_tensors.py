@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from bench_merge_checkpoints import CONFIG, Python, mergekern_merge, write_models
 from safetensors.torch import load_file
+
+from bench_merge_checkpoints import CONFIG, Python, mergekern_merge, write_models
 
 LINEAR = """merge_method: linear
 models:

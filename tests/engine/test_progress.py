@@ -194,7 +194,7 @@ def test_json_events(capsys: pytest.CaptureFixture[str]) -> None:
         assert same is shown
         shown.plan(tensors=3, bytes_read=5)
         shown.expect(100 * MB)
-        list(run(shown, clock, [(MB, 0.125)] * 100))
+        list(run(shown, clock, [(MB // 2, 0.0625)] * 200))
     printed, errors = capsys.readouterr()
     assert errors == ""
     plan, *progress = map(json.loads, printed.splitlines())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import math
 import re
 import subprocess
@@ -203,11 +204,8 @@ def test_slices_that_are_together_have_the_bits_of_slices_alone(name: str) -> No
     together = numbers_of_slices(inputs, arguments, method, result, ranges)
     alone = [numbers(cut(inputs, a, b), arguments, method, result.view(-1)[a:b]) for a, b in ranges]
     assert together == alone
-    total: Row | None = None
-    for row in together:
-        total = added(total, row)
+    total = functools.reduce(added, together)
     whole = numbers(inputs, arguments, method, result)
-    assert total is not None
     assert total.keys() == whole.keys()
     for key in ("elements", "kept", "conflicts"):
         assert total.get(key) == whole.get(key)

@@ -11,7 +11,7 @@ from .summary import Array, Summary
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 STYLES = ("-", "--", ":", "-.")  # once the colours are used up
-_PANELS = 12  # of norms, the largest kinds of tensors
+_PANELS = 11  # of the largest kinds of tensors, beside one of whole layers
 _ACROSS = 4  # panels side by side
 _BARS = 24  # tensors whose names can be read one below the other
 _TICKS = 12  # names of layers along an axis
