@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,16 +115,18 @@ def load_config(
 ) -> MergeConfig:
     """The configuration in a YAML file or a mapping; ConfigError names the key that is wrong.
 
-    only, skip: as the keys of that name, which the configuration then must not have; they are
-    added to its text.
+    only, skip: as the keys of that name, which the configuration then must not have; its text is
+    one that has them.
     """
     data, text = _read(source)
-    for key, patterns in (("only", only), ("skip", skip)):
-        if patterns and key in data:
+    options = {"only": list(only), "skip": list(skip)}
+    options = {key: patterns for key, patterns in options.items() if patterns}
+    for key in options:
+        if key in data:
             raise ConfigError(f"config: key '{key}' is also given as an option; give one of them")
-        if patterns:
-            data = {**data, key: list(patterns)}
-            text = f"{text.rstrip()}\n{key}: {json.dumps(list(patterns))}\n"
+    if options:
+        data = {**data, **options}
+        text = yaml.safe_dump(data, sort_keys=False)
     return _parse(data, text)
 
 
