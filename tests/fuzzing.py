@@ -28,7 +28,7 @@ import mutants
 SECONDS = 5.0  # of the processor, for one case
 WAITING = 600.0  # seconds until the next case is done; the machine may be busy
 MEMORY = 1 << 30  # beside what the process has when it begins
-LONGEST = 4000  # characters of an error
+LONGEST = 10_000  # characters of an error, which may hold a text of 4096 twice
 
 
 class Report(NamedTuple):
