@@ -60,7 +60,7 @@ class Bench:
 
     def row(self, name: str, config: dict[str, Any]) -> dict[str, Any]:
         files = self._files(config)
-        plan, _ = mk.plan_merge(config, self.out / "merged", memory=self.memory)
+        plan, outlook = mk.plan_merge(config, self.out / "merged", memory=self.memory)
         rounds = [self._round(config, files, i) for i in range(self.rounds)]
         merges = [merge for _, _, merge in rounds]
         middle = statistics.median
@@ -70,12 +70,14 @@ class Bench:
             "dd_s": middle(written.seconds for _, written, _ in rounds),
             "merge_s": middle(merge.seconds for merge in merges),
             "share": middle((r.seconds + w.seconds) / m.seconds for r, w, m in rounds),
-            "gbs": (plan.bytes_read + plan.bytes_written) / 1e9 / middle(m.seconds for m in merges),
+            "gbs": (outlook.bytes_read + plan.bytes_written)
+            / 1e9
+            / middle(m.seconds for m in merges),
             "over_import_mib": (max(m.peak for m in merges) - self.idle.peak) / 2**20,
             "peak_mib": max(m.peak for m in merges) / 2**20,
-            "read_gb": plan.bytes_read / 1e9,
+            "read_gb": outlook.bytes_read / 1e9,
             "written_gb": plan.bytes_written / 1e9,
-            "read_over_plan": middle(m.read - self.idle.read for m in merges) / plan.bytes_read,
+            "read_over_plan": middle(m.read - self.idle.read for m in merges) / outlook.bytes_read,
             "written_over_plan": middle(m.written for m in merges) / plan.bytes_written,
             "from_disk_gb": middle(m.from_disk for m in merges) / 1e9,
         }
