@@ -120,3 +120,36 @@ def bench_correlation(row, timed: bool, kind: str, ratio: int) -> None:
         error=error,
         torch=lambda: torch.corrcoef(x.float().T),
     )
+
+
+@pytest.mark.parametrize(("channels", "side"), [(64, 56), (256, 14), (512, 28), (2048, 7)])
+def bench_covariance_maps(row, timed: bool, channels: int, side: int) -> None:
+    """Maps of two models, as ResNet-50 makes them of 32 images, into accumulators that are there.
+
+    torch: torch.mm of the full product of their channels, gathered as rows, as ZipIt forms it.
+    """
+    images, channels = (32, channels) if timed else (4, channels // 32)
+    each = [
+        activations(images * side**2, channels, torch.float32, seed)
+        .view(images, side, side, channels)
+        .movedim(-1, 1)
+        .contiguous()
+        for seed in (0, 1)
+    ]
+    xs = [x.movedim(1, -1) for x in each]
+    rows = torch.cat(xs, -1).flatten(0, -2)
+    moments = mk.Covariance(2 * channels)
+    moments.update(xs)
+    error = over_bound(moments.covariance(), rows, rows)
+
+    def full() -> Tensor:
+        features = torch.cat([x.transpose(0, 1).flatten(1) for x in each])
+        return torch.mm(features, features.T)
+
+    row(
+        lambda: moments.update(xs),
+        cost=covariance.cost(len(rows), 2 * channels, 4),
+        error=error,
+        torch=full,
+        result=0,
+    )

@@ -1,4 +1,4 @@
-"""Whole jobs from a cold Python: three ViT-B checkpoints and a base; thousands of tiny tensors."""
+"""Whole jobs from a cold Python: three ViT-B checkpoints and a base."""
 
 from __future__ import annotations
 
@@ -23,13 +23,6 @@ models:
   - model: {folder}/c{suffix}
     parameters: {{weight: 1.0, density: 0.2}}
 dtype: bfloat16
-"""
-TINY = """merge_method: linear
-models:
-  - model: {folder}/a
-  - model: {folder}/b
-  - model: {folder}/c
-parameters: {{weight: 1.0}}
 """
 
 
@@ -143,19 +136,3 @@ def bench_merge_vit_base(benchmark, timed: bool, tmp_path: Path, importing: Pyth
         raw = tmp_path / "raw.yml"
         raw.write_text(CONFIG.format(folder=tmp_path, suffix="/model.safetensors"))
         info["mergekit"] = Process(str(peer), str(raw), str(tmp_path / "peer")).seconds / ours
-
-
-def bench_merge_tiny_tensors(benchmark, timed: bool, tmp_path: Path, importing: Python) -> None:
-    """4,000 tensors of 4 elements, three models: overhead alone."""
-    names = [f"layers.{i}.weight" for i in range(4000 if timed else 100)]
-    write_models(tmp_path, dict.fromkeys(names, (4,)), torch.bfloat16)
-    config = tmp_path / "tiny.yml"
-    config.write_text(TINY.format(folder=tmp_path))
-    out = tmp_path / "out"
-    runs = [mergekern_merge(config, out) for _ in range(3 if timed else 1)]
-    benchmark.pedantic(mergekern_merge, args=(config, out), rounds=1)
-    assert len(load_file(out / "model.safetensors")) == len(names)
-    info = benchmark.extra_info
-    info["ms"], info["error"] = 1e3 * min(run.seconds for run in runs), 0.0
-    info["over_import_ms"] = info["ms"] - 1e3 * importing.seconds
-    info["extra_mb"] = (max(run.peak for run in runs) - importing.peak) / 1e6

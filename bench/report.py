@@ -20,6 +20,9 @@ from mergekern import __version__, dispatch
 
 COLUMNS = (
     ("ms", "ms", "{:.2f}"),
+    ("over_import_ms", "ms over import", "{:.0f}"),
+    ("cpu_over_import_ms", "CPU ms over import", "{:.0f}"),
+    ("us_each", "CPU us a tensor", "{:.0f}"),
     ("gbs", "GB/s", "{:.1f}"),
     ("copy_gbs", "copy GB/s", "{:.1f}"),
     ("times_limit", "x limit", "{:.2f}"),

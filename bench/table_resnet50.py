@@ -2,6 +2,7 @@
 
 `python -m bench.table_resnet50` prints both and writes them under bench/results. Weights are random
 and BatchNorm's statistics those of the images, so that features have a spread at every depth.
+Forward passes, ZipIt's with the copies that its hooks make, are told apart: "beside" is all else.
 ZipIt's part needs MERGEKERN_ZIPIT, a checkout of it, and takes minutes. Its matching keeps a matrix
 of every step, 12 d**3 bytes for d features of each model: 103 GB for the last 2,048. So places of
 more than LARGEST features are told by their first steps, which tells a tenth too little of those
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +26,10 @@ from torch.nn import functional
 
 import mergekern as mk
 from bench import paths  # noqa: F401
+from mergekern.align.statistics import collector
 
 import original_zipit
 import zipit
-from measure import seconds
 from report import describe
 
 RESULTS = Path(__file__).parent / "results"
@@ -97,19 +100,9 @@ def pair(images: Tensor) -> list[ResNet50]:
     return models
 
 
-def plain_passes(models: Sequence[nn.Module], batches: Sequence[Tensor]) -> float:
-    @torch.inference_mode()
-    def call() -> None:
-        for model in models:
-            for x in batches:
-                model(x)
-
-    return seconds(call)
-
-
-def beside(parts: Parts, passes: float) -> float:
-    """All but the plain forward passes."""
-    return sum(parts.values()) - passes
+def beside(parts: Parts) -> float:
+    """All but the forward passes."""
+    return sum(parts.values()) - parts["forward"]
 
 
 def after(parts: Parts) -> float:
@@ -128,10 +121,18 @@ def theirs(models: Sequence[nn.Module], batches: Sequence[Tensor]) -> tuple[Part
 
 
 def ours(models: Sequence[nn.Module], batches: Sequence[Tensor]) -> Parts:
-    """Seconds by part; those of statistics with the forward passes."""
+    """Seconds by part: statistics batch by batch, and comparing the models with the traced one."""
     clock = original_zipit.Clock()
+    update = clock.timed("statistics", mk.Covariance.update)
+    forward = clock.timed("forward", collector.run_together)
     spaces = clock.timed("spaces", mk.discover_spaces)(models[0], batches[0][:2])
-    found = clock.timed("statistics", mk.collect_statistics)(models, batches, spaces)
+    with (
+        mock.patch.object(mk.Covariance, "update", update),
+        mock.patch.object(collector, "run_together", forward),
+    ):
+        found = clock.timed("comparing", mk.collect_statistics)(models, batches, spaces)
+    clock["comparing"] -= clock["forward"]
+    clock["forward"] -= clock["statistics"]
     match = clock.timed("matching", mk.match)(found, "zip")
     clock.timed("applying", mk.apply)(models, match)
     return clock
@@ -140,17 +141,22 @@ def ours(models: Sequence[nn.Module], batches: Sequence[Tensor]) -> Parts:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.table_resnet50")
     parser.add_argument("--images", type=int, default=640)
+    parser.add_argument(
+        "--processor-time", action="store_true", help="where others share the cores"
+    )
     options = parser.parse_args()
+    if options.processor_time:
+        original_zipit.now = time.process_time
     g = torch.Generator().manual_seed(2)
     batches = torch.randn(options.images, 3, SIDE, SIDE, generator=g).split(BATCH)
     models = pair(batches[0])
-    passes = plain_passes(models, batches)
     parts = {"mergekern": ours(models, batches)}
-    out: dict[str, Any] = {"machine": describe(), "images": options.images, "passes": passes}
+    out: dict[str, Any] = {"machine": describe(), "images": options.images}
+    out["clock"] = original_zipit.now.__name__
     if zipit.AT_HAND:
         parts["zipit"], out["zipit's matching by places"] = theirs(models, batches)
     for name, x in parts.items():
-        out[name] = {**x, "beside": beside(x, passes), "after": after(x)}
+        out[name] = {**x, "beside": beside(x), "after": after(x)}
     if zipit.AT_HAND:
         for key in ("beside", "after"):
             out[f"times faster {key}"] = out["zipit"][key] / out["mergekern"][key]

@@ -11,14 +11,16 @@ using std::int64_t;
 namespace {
 
 mk::Rows make_rows(Address data, mk::DType dtype, Address offsets, int64_t width, int64_t stride,
-                   bool zero) {
-  return {at<const void>(data), dtype, at<const int64_t>(offsets), width, stride, zero};
+                   int64_t first, int64_t side, bool zero) {
+  require(first + width <= side, "Rows: more features than their side");
+  return {
+      at<const void>(data), dtype, at<const int64_t>(offsets), width, stride, first, side, zero};
 }
 
 // The arrays of a center, one after another.
 mk::Center center_at(Address address, int64_t width) {
   double* a = at<double>(address);
-  return {a, a + width, a + 2 * width, a + 3 * width, a + 4 * width, a + 5 * width};
+  return {a, a + width, a + 2 * width, a + 3 * width, a + 4 * width, a + 5 * width, a + 6 * width};
 }
 
 bool column_means(const mk::Rows& x, Address mean, Address largest, int64_t begin, int64_t end) {
@@ -34,7 +36,7 @@ void center(mk::DType dtype, int64_t width, int64_t n, Address chunk_mean, Addre
 
 void pack(const mk::Rows& x, int64_t first_row, int64_t last_row, Address center, Address panels,
           Address squares, int64_t begin, int64_t end) {
-  mk::pack(x, first_row, last_row, center_at(center, x.width), begin, end, at<void>(panels),
+  mk::pack(x, first_row, last_row, center_at(center, x.side), begin, end, at<void>(panels),
            at<double>(squares));
 }
 
@@ -59,7 +61,7 @@ void bind_covariance(py::module_& m) {
   const py::kw_only kw;
 
   py::class_<mk::Rows>(m, "Rows").def(py::init(&make_rows), kw, "data"_a, "dtype"_a, "offsets"_a,
-                                      "width"_a, "stride"_a, "zero"_a);
+                                      "width"_a, "stride"_a, "first"_a, "side"_a, "zero"_a);
   py::class_<mk::Pairs>(m, "Pairs")
       .def(py::init(&make_pairs), kw, "dtype"_a, "rows"_a, "x"_a, "y"_a, "width_x"_a, "width_y"_a,
            "center_x"_a, "center_y"_a, "products"_a)

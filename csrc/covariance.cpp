@@ -6,154 +6,6 @@
 namespace mk {
 namespace {
 
-constexpr std::int64_t kColumns = 512;  // of a block of column_means: its sums stay in L1
-constexpr std::int64_t kGroup = 8;      // rows that are packed before the next panel
-
-template <class A>
-constexpr std::int64_t kPanel = kPanelBytes / std::int64_t(sizeof(A));
-
-// ---- reading rows ------------------------------------------------------------------------------
-
-// The same bits, or 0 in the place of NaN and infinities.
-template <bool kZero, class T>
-MK_INLINE acc_t<T> read(T x) {
-  const acc_t<T> v = widen(x);
-  if constexpr (!kZero) return v;
-  constexpr auto kInfinity = sizeof(v) == 8 ? key_t<T>(kNanKey64 - 1) : key_t<T>(kNanKey32 - 1);
-  return magnitude_bits(v) < kInfinity ? v : acc_t<T>(0);
-}
-
-// Features [column, column + n) of rows [begin, begin + rows), as rows at `offsets` from the result
-// on: where they lie, or gathered row after row into `scratch`.
-template <class T>
-const T* gather(const Rows& x, std::int64_t begin, std::int64_t rows, std::int64_t column,
-                std::int64_t n, T* scratch, std::int64_t* offsets) {
-  const T* data = static_cast<const T*>(x.data);
-  if (x.stride == 1) {
-    std::copy(x.offsets + begin, x.offsets + begin + rows, offsets);
-    return data + column;
-  }
-  for (std::int64_t r = 0; r < rows; ++r) offsets[r] = r * n;
-  for (std::int64_t c = 0; c < n; ++c)
-    for (std::int64_t r = 0; r < rows; ++r)
-      scratch[r * n + c] = data[x.offsets[begin + r] + (column + c) * x.stride];
-  return scratch;
-}
-
-// f(std::bool_constant<x.zero>{}, a null pointer of the element type).
-template <class F>
-void with_rows(const Rows& x, F&& f) {
-  with_type(x.dtype, [&](auto* tag) {
-    if (x.zero)
-      f(std::true_type{}, tag);
-    else
-      f(std::false_type{}, tag);
-  });
-}
-
-// ---- means -------------------------------------------------------------------------------------
-
-template <bool kZero, class T>
-MK_CLONES void add_row(const T* x, const double* first, std::int64_t n, double* sums,
-                       key_t<T>* largest) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const acc_t<T> v = read<kZero>(x[i]);
-    const key_t<T> magnitude = magnitude_bits(v);
-    sums[i] += double(v) - first[i];
-    largest[i] = magnitude > largest[i] ? magnitude : largest[i];
-  }
-}
-
-template <bool kZero, class T>
-bool means(const Rows& x, std::int64_t begin, std::int64_t end, double* mean, double* largest) {
-  alignas(64) T scratch[kGroup * kColumns];
-  alignas(64) double first[kColumns], sums[kColumns];
-  alignas(64) key_t<T> magnitudes[kColumns];
-  std::int64_t offsets[kGroup];
-  bool finite = true;
-  for (std::int64_t column = 0; column < x.width; column += kColumns) {
-    const std::int64_t n = std::min(kColumns, x.width - column);
-    const T* row = gather(x, begin, 1, column, n, scratch, offsets) + offsets[0];
-    for (std::int64_t c = 0; c < n; ++c) first[c] = double(read<kZero>(row[c]));
-    std::fill(sums, sums + n, 0.0);
-    std::fill(magnitudes, magnitudes + n, key_t<T>(0));
-    for (std::int64_t r = begin; r < end; r += kGroup) {
-      const std::int64_t rows = std::min(kGroup, end - r);
-      const T* from = gather(x, r, rows, column, n, scratch, offsets);
-      for (std::int64_t k = 0; k < rows; ++k)
-        add_row<kZero>(from + offsets[k], first, n, sums, magnitudes);
-    }
-    for (std::int64_t c = 0; c < n; ++c) {
-      mean[column + c] = first[c] + sums[c] / double(end - begin);
-      largest[column + c] = double(bit_cast<acc_t<T>>(magnitudes[c]));
-      finite &= std::isfinite(largest[column + c]);
-    }
-  }
-  return finite;
-}
-
-// ---- packing -----------------------------------------------------------------------------------
-
-template <bool kZero, class T>
-MK_CLONES void pack_rows(const T* x, const std::int64_t* offsets, std::int64_t rows,
-                         const acc_t<T>* shift, const acc_t<T>* scale, std::int64_t n,
-                         acc_t<T>* out) {
-  constexpr std::int64_t kWidth = kPanel<acc_t<T>>;
-  for (std::int64_t r = 0; r < rows; ++r, out += kWidth) {
-    const T* row = x + offsets[r];
-    if (n == kWidth) {
-      for (std::int64_t c = 0; c < kWidth; ++c) out[c] = read<kZero>(row[c]) * scale[c] - shift[c];
-    } else {
-      for (std::int64_t c = 0; c < n; ++c) out[c] = read<kZero>(row[c]) * scale[c] - shift[c];
-      for (std::int64_t c = n; c < kWidth; ++c)
-        out[c] = 0;  // what was there may be subnormal: slow
-    }
-  }
-}
-
-template <class A>
-MK_CLONES void add_squares(const A* v, std::int64_t rows, const double* unscale, double* squares) {
-  constexpr std::int64_t kWidth = kPanel<A>;
-  for (std::int64_t r = 0; r < rows; ++r, v += kWidth)
-    for (std::int64_t c = 0; c < kWidth; ++c) {
-      const double d = double(v[c]) * unscale[c];
-      squares[c] += d * d;
-    }
-}
-
-template <bool kZero, class T>
-void pack_panels(const Rows& x, std::int64_t begin, std::int64_t end, const Center& center,
-                 std::int64_t first, std::int64_t last, void* panels, double* squares) {
-  using A = acc_t<T>;
-  constexpr std::int64_t kWidth = kPanel<A>;
-  alignas(64) T scratch[kGroup * kWidth];
-  std::int64_t offsets[kGroup];
-  for (std::int64_t r = begin; r < end; r += kGroup) {
-    const std::int64_t rows = std::min(kGroup, end - r);
-    for (std::int64_t p = first; p < last; ++p) {
-      const std::int64_t column = p * kWidth, n = std::min(kWidth, x.width - column);
-      alignas(64) A shift[kWidth], scale[kWidth];
-      for (std::int64_t c = 0; c < n; ++c) {
-        shift[c] = A(center.shift[column + c]);
-        scale[c] = A(center.scale[column + c]);
-      }
-      A* out = static_cast<A*>(panels) + (p * (end - begin) + r - begin) * kWidth;
-      const T* from = gather(x, r, rows, column, n, scratch, offsets);
-      pack_rows<kZero>(from, offsets, rows, shift, scale, n, out);
-      if (squares) {
-        alignas(64) double unscale[kWidth] = {}, sums[kWidth] = {};
-        for (std::int64_t c = 0; c < n; ++c) unscale[c] = 1 / center.scale[column + c];
-        add_squares(out, rows, unscale, sums);
-        for (std::int64_t c = 0; c < n; ++c) squares[column + c] += sums[c];
-      }
-    }
-  }
-  if (!squares) return;
-  const std::int64_t stop = std::min(x.width, last * kWidth);
-  for (std::int64_t i = first * kWidth; i < stop; ++i)
-    squares[i] += center.weighted[i] * center.delta[i] - center.weighted_rest[i] * center.rest[i];
-}
-
 // ---- products ----------------------------------------------------------------------------------
 
 // sums[i][j] += v_i v_j over rows, for kRows features from `x` on and kVectors vectors from `y` on,
@@ -187,24 +39,36 @@ MK_INLINE void multiply(const A* x, const A* y, std::int64_t rows, double* sums)
   }
 }
 
-// All products of kTileRows features of one panel with another panel: as many at a time as the
-// registers hold. Only here products are contracted to FMA, whose bound the sums keep to.
+// Products of kTileRows features of one panel with features [begin, end) of another, and with more
+// of the vectors that these lie in: as many at a time as the registers hold. Only here products are
+// contracted to FMA, whose bound the sums keep to.
 constexpr int kTileRows = 8;
 
 template <class A, int kBytes, int kRows, int kVectors>
-MK_INLINE void multiply_tile(const A* x, const A* y, std::int64_t rows, double* sums) {
-  constexpr std::int64_t kWidth = kPanel<A>, kColumns = kVectors * kBytes / int(sizeof(A));
+MK_INLINE void multiply_tile(const A* x, const A* y, std::int64_t rows, std::int64_t begin,
+                             std::int64_t end, double* sums) {
+  constexpr std::int64_t kWidth = kPanel<A>, kLanes = kBytes / std::int64_t(sizeof(A));
   for (int i = 0; i < kTileRows; i += kRows)
-    for (std::int64_t j = 0; j < kWidth; j += kColumns)
-      multiply<A, kBytes, kRows, kVectors>(x + i, y + j, rows, sums + i * kWidth + j);
+    for (std::int64_t j = begin / kLanes * kLanes; j < end; j += kVectors * kLanes) {
+      double* to = sums + i * kWidth + j;
+      const std::int64_t left = (end - j + kLanes - 1) / kLanes;
+      if (left >= kVectors)
+        multiply<A, kBytes, kRows, kVectors>(x + i, y + j, rows, to);
+      else if (kVectors == 3 && left == 2)
+        multiply<A, kBytes, kRows, 2>(x + i, y + j, rows, to);
+      else
+        multiply<A, kBytes, kRows, 1>(x + i, y + j, rows, to);
+    }
 }
 
 template <class A>
-using Tile = void (*)(const A* x, const A* y, std::int64_t rows, double* sums);
+using Tile = void (*)(const A* x, const A* y, std::int64_t rows, std::int64_t begin,
+                      std::int64_t end, double* sums);
 
 template <class A>
-void tile_of_16_bytes(const A* x, const A* y, std::int64_t rows, double* sums) {
-  multiply_tile<A, 16, 4, 2>(x, y, rows, sums);
+void tile_of_16_bytes(const A* x, const A* y, std::int64_t rows, std::int64_t begin,
+                      std::int64_t end, double* sums) {
+  multiply_tile<A, 16, 4, 2>(x, y, rows, begin, end, sums);
 }
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -212,14 +76,16 @@ void tile_of_16_bytes(const A* x, const A* y, std::int64_t rows, double* sums) {
 
 template <class A>
 MK_FMA("x86-64-v3")
-void tile_of_32_bytes(const A* x, const A* y, std::int64_t rows, double* sums) {
-  multiply_tile<A, 32, 4, 3>(x, y, rows, sums);
+void tile_of_32_bytes(const A* x, const A* y, std::int64_t rows, std::int64_t begin,
+                      std::int64_t end, double* sums) {
+  multiply_tile<A, 32, 4, 3>(x, y, rows, begin, end, sums);
 }
 
 template <class A>
 MK_FMA("x86-64-v4")
-void tile_of_64_bytes(const A* x, const A* y, std::int64_t rows, double* sums) {
-  multiply_tile<A, 64, 8, 3>(x, y, rows, sums);
+void tile_of_64_bytes(const A* x, const A* y, std::int64_t rows, std::int64_t begin,
+                      std::int64_t end, double* sums) {
+  multiply_tile<A, 64, 8, 3>(x, y, rows, begin, end, sums);
 }
 
 template <class A>
@@ -238,10 +104,10 @@ Tile<A> best_tile() {
 // Row i of a tile into its n products, from feature j on.
 MK_CLONES void merge_row(const double* sums, const Center& x, std::int64_t i, const Center& y,
                          std::int64_t j, std::int64_t n, double* products) {
-  const double unscale = 1 / x.scale[i], weighted = x.weighted[i], rest = x.weighted_rest[i];
+  const double unscale = x.unscale[i], weighted = x.weighted[i], rest = x.weighted_rest[i];
   for (std::int64_t k = 0; k < n; ++k)
     products[k] +=
-        sums[k] * unscale / y.scale[j + k] + (weighted * y.delta[j + k] - rest * y.rest[j + k]);
+        sums[k] * unscale * y.unscale[j + k] + (weighted * y.delta[j + k] - rest * y.rest[j + k]);
 }
 
 // Products of panel a of x with panel b of y.
@@ -250,18 +116,21 @@ void add_panels(const Pairs& args, Tile<A> tile, std::int64_t a, std::int64_t b)
   constexpr std::int64_t kWidth = kPanel<A>;
   const A* x = static_cast<const A*>(args.x) + a * args.rows * kWidth;
   const A* y = static_cast<const A*>(args.y) + b * args.rows * kWidth;
-  const bool triangle = args.x == args.y;
-  const std::int64_t last = std::min(args.width_y, (b + 1) * kWidth);
+  double* products = args.products + a * kWidth * args.width_y + b * kWidth;
+  const bool diagonal = args.x == args.y && a == b;
   const std::int64_t height = std::min(kWidth, args.width_x - a * kWidth);
+  const std::int64_t width = std::min(kWidth, args.width_y - b * kWidth);
   for (std::int64_t i = 0; i < height; i += kTileRows) {
     alignas(64) double sums[kTileRows * kWidth] = {};
-    tile(x + i, y, args.rows, sums);
-    for (std::int64_t k = 0; k < std::min<std::int64_t>(kTileRows, height - i); ++k) {
-      const std::int64_t row = a * kWidth + i + k;
-      const std::int64_t begin = triangle ? std::max(row, b * kWidth) : b * kWidth;
-      if (begin < last)
-        merge_row(sums + k * kWidth + begin - b * kWidth, args.center_x, row, args.center_y, begin,
-                  last - begin, args.products + row * args.width_y + begin);
+    const std::int64_t stop = std::min(i + kTileRows, height);
+    for (std::int64_t k = i; k < stop; ++k)  // here by the time that the sums are
+      for (std::int64_t j = 0; j < width; j += kLine / sizeof(double))
+        __builtin_prefetch(products + k * args.width_y + j);
+    tile(x + i, y, args.rows, diagonal ? i : 0, width, sums);
+    for (std::int64_t k = i; k < stop; ++k) {
+      const std::int64_t begin = diagonal ? k : 0;
+      merge_row(sums + (k - i) * kWidth + begin, args.center_x, a * kWidth + k, args.center_y,
+                b * kWidth + begin, width - begin, products + k * args.width_y + begin);
     }
   }
 }
@@ -274,16 +143,6 @@ void with_accumulator(DType dtype, F&& f) {
 
 }  // namespace
 
-bool column_means(const Rows& x, std::int64_t begin, std::int64_t end, double* mean,
-                  double* largest) {
-  bool finite = true;
-  with_rows(x, [&](auto zero, auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    finite = means<zero, T>(x, begin, end, mean, largest);
-  });
-  return finite;
-}
-
 void center(DType dtype, std::int64_t width, std::int64_t n, const double* chunk_mean,
             const double* largest, std::int64_t count, double* mean, const Center& out) {
   const double share = double(n) / double(count + n);
@@ -292,7 +151,9 @@ void center(DType dtype, std::int64_t width, std::int64_t n, const double* chunk
     int exponent;
     std::frexp(largest[i], &exponent);
     const double shift = dtype == DType::f64 ? chunk_mean[i] : double(float(chunk_mean[i]));
-    out.scale[i] = std::ldexp(1.0, -std::clamp(exponent, -most, most));
+    exponent = std::clamp(exponent, -most, most);
+    out.scale[i] = std::ldexp(1.0, -exponent);
+    out.unscale[i] = std::ldexp(1.0, exponent);
     out.shift[i] = shift * out.scale[i];
     out.delta[i] = chunk_mean[i] - mean[i];
     out.weighted[i] = out.delta[i] * (double(count) * share);
@@ -305,14 +166,6 @@ void center(DType dtype, std::int64_t width, std::int64_t n, const double* chunk
 std::int64_t panel_count(DType dtype, std::int64_t width) {
   const std::int64_t panel = dtype == DType::f64 ? kPanel<double> : kPanel<float>;
   return (width + panel - 1) / panel;
-}
-
-void pack(const Rows& x, std::int64_t begin, std::int64_t end, const Center& center,
-          std::int64_t first, std::int64_t last, void* panels, double* squares) {
-  with_rows(x, [&](auto zero, auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    pack_panels<zero, T>(x, begin, end, center, first, last, panels, squares);
-  });
 }
 
 std::int64_t pair_count(const Pairs& args) {

@@ -5,7 +5,8 @@
 //    a constant feature has exactly its value as mean).
 // 2. pack: v = x scale - shift scale in the accumulator of the stored type (float, or double for
 //    double), where shift is the mean rounded to it and scale a power of two that makes |v| <= 8,
-//    so that no product or sum leaves its range. Features lie in panels of kPanelBytes.
+//    so that no product or sum leaves its range. Features lie in panels of kPanelBytes, those of
+//    several tensors of a side one after the other.
 // 3. add_products: sums of v_i v_j over kPartialRows rows in the accumulator, in order, by FMA
 //    where there is one; each partial sum is added to a double, in order, and the chunk's total
 //    S to `products` with the two corrections
@@ -23,22 +24,25 @@ namespace mk {
 
 constexpr std::int64_t kPartialRows = 256;
 constexpr std::int64_t kPanelBytes = 192;
+template <class A>  // an accumulator
+constexpr std::int64_t kPanel = kPanelBytes / std::int64_t(sizeof(A));
 
 // Rows of `width` features: row r begins `offsets[r]` elements after `data`, features are `stride`
-// elements apart. `zero`: NaN and infinities count as 0.
+// elements apart. They are features [first, first + width) of the `side` ones that are taken as one
+// row; arrays of one per feature are of all of these. `zero`: NaN and infinities count as 0.
 struct Rows {
   const void* data;
   DType dtype;
   const std::int64_t* offsets;
-  std::int64_t width, stride;
+  std::int64_t width, stride, first, side;
   bool zero;
 };
 
 // How a chunk is centred, and how it merges with what was before: arrays of one per feature.
 struct Center {
-  double *shift, *scale, *delta, *weighted, *rest, *weighted_rest;
+  double *shift, *scale, *unscale, *delta, *weighted, *rest, *weighted_rest;
 };
-constexpr int kCenterArrays = 6;
+constexpr int kCenterArrays = 7;
 
 // Means and largest magnitudes of features over rows [begin, end), at least one.
 // Returns whether all are finite.
@@ -53,8 +57,8 @@ void center(DType dtype, std::int64_t width, std::int64_t n, const double* chunk
 std::int64_t panel_count(DType dtype, std::int64_t width);
 
 // Rows [begin, end) of panels [first, last) into `panels`, where a panel is [rows, kPanelBytes]
-// and its features beyond the last one are 0. `squares`, if given, gets the moments of each feature
-// with itself added, all in double.
+// and its features beyond the last one of the side are 0. `squares`, if given, gets the moments of
+// each feature with itself added, all in double.
 void pack(const Rows& x, std::int64_t begin, std::int64_t end, const Center& center,
           std::int64_t first, std::int64_t last, void* panels, double* squares);
 

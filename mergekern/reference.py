@@ -306,12 +306,12 @@ def covariance(
     means: list[Tensor],
     squares: list[Tensor],
     count: int,
-    xs: list[Tensor],
+    xs: list[list[Tensor]],
     rows: Tensor | None,
     zero: bool,
 ) -> bool:
     centred, deltas = [], []
-    flat = [x.double().reshape(-1, x.shape[-1]) for x in xs]
+    flat = [torch.cat([x.double().reshape(-1, x.shape[-1]) for x in side], -1) for side in xs]
     flat = [x if rows is None else x[rows] for x in flat]
     if not zero and not all(bool(x.isfinite().all()) for x in flat):
         return False

@@ -54,6 +54,22 @@ def merge(
             rich_help_panel=_RESULT,
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="merge what fits, copy the rest from the base: 'vision_model.*'; repeatable",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="copy what fits from the base: '*.bias'; repeatable",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -133,14 +149,16 @@ def merge(
         "seed": seed,
         "backend": backend,
         "host": host,
+        "only": only or (),
+        "skip": skip or (),
     }
     quiet = quiet or not is_first()  # one rank speaks, but for errors
-    points = None if sweep is None else _swept(sweep)
     kept = {"none": False, "": True}.get(statistics, statistics)
     events = JsonLines() if as_json and is_first() else None
     shown: Bar = events or bar(shown=not quiet)
     return_freed()
     try:
+        points = None if sweep is None else _swept(sweep)
         if dry_run:
             _foretell(*plan_merge(config, out, sweep=points, **options), events)
             return

@@ -30,6 +30,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # Weights in forms that are not read: never carried along, since the merge makes them stale.
 FOREIGN = (".h5", ".msgpack", ".onnx", ".gguf", ".ggml", ".tflite", ".ot", ".onnx_data", ".pb")
 IGNORED_FOLDERS = ("onnx", "openvino", "coreml", "__pycache__")
+MOST_FOLDERS = 1000
 
 
 class _Place(NamedTuple):
@@ -133,7 +134,9 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path}: index and shard disagree about {len(odd)} tensors: {listed}"
             )
-        for stored, name in self.naming.names(file.signatures, path).items():
+        renamed = self.naming.names(file.signatures, path)
+        _check_names(path, renamed.values())
+        for stored, name in renamed.items():
             if prefix + name in self._where:
                 other = self._where[prefix + name].file.path
                 raise CheckpointError(f"{path}: tensor {prefix}{name} is also in {other}")
@@ -211,11 +214,19 @@ def folders(root: Path) -> list[Path]:
 
     Hidden folders hold caches, version control and unfinished outputs.
 
-    Raises: CheckpointError for a link to a folder elsewhere, which may be the whole disk.
+    Raises: CheckpointError for a folder that cannot be read, a link to one elsewhere, which may be
+    the whole disk, and for more folders than a model has.
     """
+
+    def refuse(error: OSError) -> None:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})")
+
     home = root.resolve()
-    found, seen = [], set()
-    for path, below, _ in os.walk(root, followlinks=True):
+    found: list[Path] = []
+    seen: set[str] = set()
+    for path, below, _ in os.walk(root, followlinks=True, onerror=refuse):
+        if len(found) == MOST_FOLDERS:
+            raise CheckpointError(f"{root}: no model; got more than {MOST_FOLDERS} folders in it")
         real = os.path.realpath(path)
         _check_link(Path(path), home)
         below[:] = sorted(b for b in below if b not in IGNORED_FOLDERS and b[0] != ".")

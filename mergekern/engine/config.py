@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +14,8 @@ from ..errors import ConfigError
 from ..methods.merge import method_named
 from ..methods.registry import Method
 from .keys import AS_STORED, Naming
+from .model_entry import ModelEntry, mapping, model_entry, model_path, same_path, sequence
+from .yaml_text import plain, read_yaml, shown
 
 DTYPES = {
     "float32": torch.float32,
@@ -35,8 +35,6 @@ KEYS = (
     "only",
     "skip",
 )
-# only, skip; prefix and renames of a model are ours, not mergekit's.
-ENTRY_KEYS = ("model", "parameters", "prefix", "renames")
 # Keys of mergekit that are not served, with what to do instead.
 UNSUPPORTED = {
     "slices": "layers cannot be stacked or cut here; list whole models under 'models'",
@@ -45,13 +43,6 @@ UNSUPPORTED = {
     "chat_template": "the base model's files are copied as they are; edit the template afterwards",
 }
 ACTIONS = ("copy", "drop", "present")
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    path: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    naming: Naming = AS_STORED
 
 
 @dataclass(frozen=True)
@@ -124,60 +115,32 @@ def load_config(
 ) -> MergeConfig:
     """The configuration in a YAML file or a mapping; ConfigError names the key that is wrong.
 
-    only, skip: as the keys of that name, which the configuration then must not have; they are
-    added to its text.
+    only, skip: as the keys of that name, which the configuration then must not have; its text is
+    one that has them.
     """
     data, text = _read(source)
-    for key, patterns in (("only", only), ("skip", skip)):
-        if patterns and key in data:
+    options = {"only": list(only), "skip": list(skip)}
+    options = {key: patterns for key, patterns in options.items() if patterns}
+    for key in options:
+        if key in data:
             raise ConfigError(f"config: key '{key}' is also given as an option; give one of them")
-        if patterns:
-            data = {**data, key: list(patterns)}
-            text = f"{text.rstrip()}\n{key}: {json.dumps(list(patterns))}\n"
+    if options:
+        data = {**data, **options}
+        text = yaml.safe_dump(data, sort_keys=False)
     return _parse(data, text)
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     if isinstance(source, Mapping):
-        data = _plain(source)
+        data = plain(source)
         try:
             return data, yaml.safe_dump(data, sort_keys=False)
         except yaml.YAMLError as error:
             raise ConfigError(f"config: {' '.join(map(str, error.args))}") from None
-    path = Path(source)
-    if not path.is_file():
-        raise ConfigError(f"config: no such file; got {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = yaml.load(text, _Loader)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"config: {path} is no valid YAML: {' '.join(str(error).split())}"
-        ) from None
+    data, text = read_yaml(Path(source))
     if not isinstance(data, Mapping):
-        raise ConfigError(f"config: {path} holds no mapping; got {type(data).__name__}")
-    return data, text
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [k for i, k in enumerate(keys) if k in keys[:i]]
-        if twice:
-            line = node.start_mark.line + 1
-            raise ConfigError(f"config: key '{twice[0]}' is given twice (line {line})")
-        return super().construct_mapping(node, deep)
-
-
-def _plain(value: Any) -> Any:
-    """Paths as text, other mappings and tuples as what YAML knows."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+        raise ConfigError(f"config: {source} holds no mapping; got {type(data).__name__}")
+    return plain(data), text
 
 
 def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
@@ -188,26 +151,30 @@ def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
             raise ConfigError(f"config: unknown key '{key}'; expected one of {', '.join(KEYS)}")
     if "merge_method" not in data:
         raise ConfigError("config: key 'merge_method' is missing")
-    method = method_named(str(data["merge_method"]))
+    if not isinstance(data["merge_method"], str):
+        raise ConfigError(f"config: 'merge_method' is no name; got {shown(data['merge_method'])}")
+    method = method_named(data["merge_method"])
     if method.tensor_valued:
         names = ", ".join(method.tensor_valued)
         raise ConfigError(
             f"config: merge_method {method.name} needs a tensor per model ({names}), which a "
             f"configuration cannot give; use merge_state_dicts(..., '{method.name}', {names}=[...])"
         )
-    base = _path(data["base_model"], "base_model") if data.get("base_model") else None
-    entries = [_entry(e, i, base) for i, e in enumerate(_list(data.get("models"), "models"))]
+    base = model_path(data["base_model"], "base_model") if data.get("base_model") else None
+    entries = [
+        model_entry(e, i, base) for i, e in enumerate(sequence(data.get("models"), "models"))
+    ]
     models = _settle_base(method, entries, base)
     method.check_count(len(models), base is not None and method.subtracts_base)
 
-    parameters = _mapping(data.get("parameters"), "parameters")
+    parameters = mapping(data.get("parameters"), "parameters")
     for owner in (parameters, *(m.parameters for m in models)):
         for name in owner:
             method.parameter(name)
     if data.get("tokenizer_source") not in (None, "base"):
         raise ConfigError(
             "config: key 'tokenizer_source' is only supported as 'base': vocabularies cannot be "
-            f"rebuilt; got {data['tokenizer_source']!r}"
+            f"rebuilt; got {shown(data['tokenizer_source'])}"
         )
     known = [m.path for m in entries] + ([base] if base else [])
     return MergeConfig(
@@ -218,7 +185,7 @@ def _parse(data: Mapping[str, Any], text: str) -> MergeConfig:
         dtype=_dtype(data, "dtype"),
         out_dtype=_dtype(data, "out_dtype"),
         exceptions=tuple(
-            _exception(e, known) for e in _list(data.get("exceptions", []), "exceptions")
+            _exception(e, known) for e in sequence(data.get("exceptions", []), "exceptions")
         ),
         only=_patterns(data, "only"),
         skip=_patterns(data, "skip"),
@@ -250,83 +217,11 @@ def _settle_base(method: Method, entries: list[ModelEntry], base: str | None) ->
     return entries if base in paths else entries + own  # as mergekit: an implicit base comes last
 
 
-def _mapping(value: Any, key: str) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"config: '{key}' is no mapping; got {value!r}")
-    return value
-
-
-def _list(value: Any, key: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ConfigError(f"config: '{key}' is no list; got {value!r}")
-    return value
-
-
-def _path(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"config: '{key}' is no path; got {value!r}; expected a file or folder")
-    if "+" in value and not Path(value).exists():
-        raise ConfigError(
-            f"config: '{key}' names a LoRA adapter on a model; got {value!r}; "
-            "merge the adapter into its base first"
-        )
-    return value
-
-
-def _same(path: str, other: str | None) -> bool:
-    """Whether two spellings ("a", "./a/") name one file or folder."""
-    return other is not None and os.path.realpath(path) == os.path.realpath(other)
-
-
-def _entry(value: Any, i: int, base: str | None) -> ModelEntry:
-    """A model of the list; the base goes by its spelling in base_model."""
-    key = f"models[{i}]"
-    entry = _mapping(value, key)
-    for k in entry:
-        if k not in ENTRY_KEYS:
-            raise ConfigError(
-                f"config: unknown key '{k}' in {key}; expected {', '.join(ENTRY_KEYS)}"
-            )
-    if "model" not in entry:
-        raise ConfigError(f"config: key 'model' is missing in {key}")
-    parameters = _mapping(entry.get("parameters"), f"{key}.parameters")
-    path = _path(entry["model"], f"{key}.model")
-    path = base if base is not None and _same(path, base) else path
-    return ModelEntry(path, parameters, _naming(entry, key))
-
-
-def _naming(entry: Mapping[str, Any], key: str) -> Naming:
-    prefix = entry.get("prefix", {"from": "", "to": ""})
-    fits = isinstance(prefix, Mapping) and set(prefix) == {"from", "to"}
-    if not fits or not all(isinstance(text, str) for text in prefix.values()):
-        raise ConfigError(
-            f"config: '{key}.prefix' is no prefix; got {prefix!r}; "
-            'expected such as {from: "module.", to: ""}'
-        )
-    renames = entry.get("renames", [])
-    if not isinstance(renames, list) or not all(map(_is_rename, renames)):
-        raise ConfigError(
-            f"config: '{key}.renames' is no list of renames; got {renames!r}; "
-            'expected such as [["LayerNorm.gamma", "LayerNorm.weight"]]'
-        )
-    return Naming((prefix["from"], prefix["to"]), tuple((old, new) for old, new in renames))
-
-
-def _is_rename(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(isinstance(text, str) and text for text in value)
-    )
-
-
 def _patterns(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    patterns = _list(data.get(key, []), key)
+    patterns = sequence(data.get(key, []), key)
     if not all(isinstance(p, str) for p in patterns):
         raise ConfigError(
-            f"config: '{key}' is no list of patterns; got {patterns!r}; "
+            f"config: '{key}' is no list of patterns; got {shown(patterns)}; "
             'expected such as ["vision_model.*"]'
         )
     return tuple(patterns)
@@ -337,12 +232,14 @@ def _dtype(data: Mapping[str, Any], key: str) -> torch.dtype | None:
     if name is None or (key == "out_dtype" and name == "auto"):
         return None
     if not isinstance(name, str) or name not in DTYPES:
-        raise ConfigError(f"config: '{key}' is unknown; got {name!r}; expected {', '.join(DTYPES)}")
+        raise ConfigError(
+            f"config: '{key}' is unknown; got {shown(name)}; expected {', '.join(DTYPES)}"
+        )
     return DTYPES[name]
 
 
 def _exception(value: Any, known: list[str]) -> ExceptionRule:
-    entry = _mapping(value, "exceptions")
+    entry = mapping(value, "exceptions")
     for k in entry:
         if k not in ("filter", "action", "from"):
             raise ConfigError(
@@ -352,12 +249,12 @@ def _exception(value: Any, known: list[str]) -> ExceptionRule:
     if not isinstance(entry.get("filter"), str) or action not in ACTIONS:
         raise ConfigError(
             f"config: an exception needs a filter and an action of {', '.join(ACTIONS)}; "
-            f"got {dict(entry)!r}"
+            f"got {shown(dict(entry))}"
         )
-    source = next((k for k in known if isinstance(source, str) and _same(k, source)), source)
+    source = next((k for k in known if isinstance(source, str) and same_path(k, source)), source)
     if (action == "copy") != (source is not None) or (source is not None and source not in known):
         raise ConfigError(
             f"config: exception {entry['filter']!r}: 'from' names the model to copy from, "
-            f"with action copy only; got {source!r}; expected one of {', '.join(known)}"
+            f"with action copy only; got {shown(source)}; expected one of {', '.join(known)}"
         )
     return ExceptionRule(entry["filter"], str(action), source)

@@ -64,10 +64,10 @@ class Window:
     def _buffers(self, sizes: Sequence[int]) -> list[Tensor]:
         grains = [-(-size // _GRAIN) * _GRAIN for size in sizes]
         found = [self._idle[g].pop() if self._idle.get(g) else None for g in grains]
-        self._idle_bytes -= sum(len(x) for x in found if x is not None)
+        self._idle_bytes -= sum(x.nbytes for x in found if x is not None)
         while self._idle_bytes > max(0, self._limit - self._taken):
             stack = next(stack for stack in self._idle.values() if stack)
-            self._idle_bytes -= len(stack.pop())
+            self._idle_bytes -= stack.pop().nbytes
         return [
             torch.empty(g, dtype=torch.uint8, pin_memory=self._pinned) if x is None else x
             for g, x in zip(grains, found, strict=True)
@@ -77,8 +77,8 @@ class Window:
         with self._changed:
             self._taken -= cost
             for x in buffers:
-                self._idle.setdefault(len(x), []).append(x)
-                self._idle_bytes += len(x)
+                self._idle.setdefault(x.nbytes, []).append(x)
+                self._idle_bytes += x.nbytes
             self._changed.notify_all()
 
     def close(self) -> None:

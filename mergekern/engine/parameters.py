@@ -8,7 +8,9 @@ from typing import Any
 
 from ..errors import ArgumentError, ConfigError
 from ..methods.registry import Parameter
-from .config import MergeConfig, ModelEntry
+from .config import MergeConfig
+from .model_entry import ModelEntry
+from .yaml_text import shown
 
 _LAYER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.|$)")
 
@@ -76,7 +78,7 @@ def _conditions(setting: Any) -> list[tuple[Any, Any]] | None:
             or set(condition) - {"filter", "value"}
         ):
             raise ConfigError(
-                f"config: a conditional parameter has filter and value; got {condition!r}"
+                f"config: a conditional parameter has filter and value; got {shown(condition)}"
             )
     return [(condition.get("filter"), condition["value"]) for condition in setting]
 
@@ -96,7 +98,7 @@ def _gradient(values: list[Any], position: float) -> Any:
     except ValueError:
         return values[round(place)]
     except TypeError:
-        raise ConfigError(f"config: a gradient is a list of numbers; got {values!r}") from None
+        raise ConfigError(f"config: a gradient is a list of numbers; got {shown(values)}") from None
     high = min(low + 1, len(values) - 1)
     return numbers[low] + (place - low) * (numbers[high] - numbers[low])
 

@@ -145,7 +145,7 @@ class _Lines(Bar):
         return seconds >= 10 or (seconds >= 1 and 10 * done >= self.total)
 
     def _show(self) -> None:
-        percent = 100 * self.done // self.total
+        percent = 100 * self.done // max(1, self.total)
         print(f"{self.doing}: {percent} %, {self._figures()}", file=sys.stderr, flush=True)
 
 

@@ -188,7 +188,8 @@ def label() -> str:
     >>> label()
     ''
     """
-    return f"rank {_number('RANK', 0)}: " if _number("WORLD_SIZE", 1) > 1 else ""
+    alone = os.environ.get("WORLD_SIZE", "1") in ("", "1")
+    return "" if alone else f"rank {os.environ.get('RANK', '0')}: "
 
 
 def own_device(device: str) -> str:

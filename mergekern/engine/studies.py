@@ -106,6 +106,6 @@ class Studies:
             if self._method.studied is not None:
                 given = {k: v for k, v in given.items() if k in self._method.studied}
             each.append([t.key, t.shape, t.sources, t.slices[:2], str(t.compute), repr(given)])
-        who = [_FORMAT, __version__, self._method.name, plan.host, plan.seed]
+        who = [_FORMAT, __version__, self._method.name, plan.host, plan.seed, repr(plan.models)]
         about = [who, self._inputs, each]
         return self._folder / f"{self._method.name}-{digest_of(json.dumps(about))}.json"

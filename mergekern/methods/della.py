@@ -101,6 +101,14 @@ def _masks(inputs: Inputs, chances: list[tuple[float, float]]) -> tuple[list[Kee
     return keep, norms
 
 
+def _kept(
+    inputs: Inputs, *, density: list[float], epsilon: list[float], **_: Any
+) -> list[Keep] | None:
+    if inputs.host is not None:  # drawn from torch's generator, once
+        return None
+    return _masks(inputs, list(zip(density, epsilon, strict=True)))[0]
+
+
 def _added(a: Norms, b: Norms) -> Norms:
     return [(p + r, q + s) for (p, q), (r, s) in zip(a, b, strict=True)]
 
@@ -148,6 +156,7 @@ DELLA = Method(
     models=(1, None),
     parameters=parameters("by rank and chance", True, True, _EPSILON),
     merge=_recipe("sum"),
+    kept=_kept,
     parity=_PARITY,
     cut=cut,
     measure=Study(_measure),
@@ -161,6 +170,7 @@ DELLA_LINEAR = Method(
     models=(1, None),
     parameters=parameters("by rank and chance", False, True, _EPSILON),
     merge=_recipe(None),
+    kept=_kept,
     parity=_PARITY,
     cut=cut,
     measure=Study(_measure),

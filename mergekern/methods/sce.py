@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..keep import Mask, Threshold
+from ..keep import Keep, Mask, Threshold
 from ..ops.merge_deltas import merge_deltas
 from ..ops.variance_mask import VarianceMask, WholeVariance, variance_mask, variance_threshold
 from . import slices
@@ -43,6 +43,15 @@ def sce(inputs: Inputs, *, select_topk: float, int8_mask: bool) -> Tensor:
     for one, masked in zip(parts, masks, strict=True):
         _merge(one, masked.mask, squares, slices.of(out, one, "elements"))
     return out
+
+
+def _kept(inputs: Inputs, *, select_topk: float, **_: Any) -> list[Keep]:
+    known: Chosen | None = inputs.survey
+    if known is not None:
+        mask = _masked(inputs, known.threshold).mask
+    else:
+        mask = variance_mask(inputs.xs, select_topk, base=inputs.base, backend=inputs.backend).mask
+    return [mask] * len(inputs.xs)
 
 
 def _masked(inputs: Inputs, threshold: Threshold | None) -> VarianceMask:
@@ -136,6 +145,7 @@ SCE = Method(
         Parameter("int8_mask", bool, "tensor", False, "accepted; changes no result"),
     ),
     merge=sce,
+    kept=_kept,
     cut=anywhere,
     measure=Study(lambda gather: _Measure().passes()),
 )

@@ -91,18 +91,26 @@ def _dots_along(inputs: Inputs, dim: int, part: _Part) -> Tensor:
 
     shape = inputs.xs[0].shape
     row = math.prod(shape[1:])
-    if dim != 0 or not row:
+    if dim != 0 or math.prod(shape) <= slices.SLICE:
         return dots(0, shape[0])
     ranges = slices.slices(shape, "rows")
     return functools.reduce(operator.add, (dots(b // row, e // row) for b, e in ranges))
 
 
-def vectors(inputs: Inputs, dim: int, coefficients: Coefficients) -> Tensor:
+def vectors(
+    inputs: Inputs, dim: int, coefficients: Coefficients, out: Tensor | None = None
+) -> Tensor:
     """The same for each vector along `dim`, 0 or -1."""
     first, n = inputs.xs[0], len(inputs.xs)
     if first.ndim < 2:
         return whole(inputs, coefficients)
-    out = check.output("merge", None, first, dtype=inputs.out_dtype)
+    if out is None:
+        out = check.output("merge", None, first, dtype=inputs.out_dtype)
+    if dim != 0 and first.numel() > slices.SLICE and first.shape[0] > 1:
+        # The bits of a dot product may depend on how many are taken at a time.
+        for one in slices.parts(inputs, "rows"):
+            vectors(one, dim, coefficients, slices.of(out, one, "rows"))
+        return out
     for i, part in enumerate(_parts(first.shape, n, dim)):
         xs = [part.of(x) for x in inputs.xs]
         base = None if inputs.base is None else part.of(inputs.base)

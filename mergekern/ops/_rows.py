@@ -36,9 +36,9 @@ def selected(op: str, mask: Any, x: Tensor) -> Tensor:
     return mask.reshape(-1).nonzero().reshape(-1)
 
 
-def not_finite(op: str, xs: list[Tensor], rows: Tensor | None) -> ArgumentError:
-    """Names the first rows of the first tensor that has NaN or infinities."""
-    bad = [_numbers(x, rows) for x in xs]
+def not_finite(op: str, xs: list[list[Tensor]], rows: Tensor | None) -> ArgumentError:
+    """Names the first rows of the first side that has NaN or infinities in one of its tensors."""
+    bad = [_numbers(side, rows) for side in xs]
     i = 0 if len(bad[0]) else 1
     named = ", ".join(map(str, bad[i][:_NAMED].tolist()))
     more = f" and {len(bad[i]) - _NAMED} more" if len(bad[i]) > _NAMED else ""
@@ -46,7 +46,11 @@ def not_finite(op: str, xs: list[Tensor], rows: Tensor | None) -> ArgumentError:
     return ArgumentError.of(op, what, f"rows {named}{more}", "finite values, or nan='zero'")
 
 
-def _numbers(x: Tensor, rows: Tensor | None) -> Tensor:
-    parts = torch.split(x, _BLOCK)
-    bad = torch.cat([~part.isfinite().all(-1).reshape(-1) for part in parts])
+def _numbers(side: list[Tensor], rows: Tensor | None) -> Tensor:
+    bad = torch.stack([_bad(x) for x in side]).any(0)
     return bad.nonzero().reshape(-1) if rows is None else rows[bad[rows]]
+
+
+def _bad(x: Tensor) -> Tensor:
+    parts = torch.split(x, _BLOCK)
+    return torch.cat([~part.isfinite().all(-1).reshape(-1) for part in parts])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ._cost import Cost
 
 _OP = "covariance"
 _BLOCK = 256  # rows of a result that are scaled or mirrored at a time
+Side = Tensor | Sequence[Tensor]
 
 
 def covariance(
@@ -129,15 +131,17 @@ class Covariance:
         self._products = _zeros(device, dims[0], dims[-1])
         self._squares = [_zeros(device, d) for d in dims] if len(dims) == 2 else []
 
-    def update(self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | None = None) -> None:
+    def update(self, x: Side, y: Side | None = None, *, mask: Tensor | None = None) -> None:
         """Adds the rows of x [..., dim_x] (and y [..., dim_y]) where `mask` is not False.
 
-        No rows add nothing.
+        No rows add nothing. Either side may be a list of tensors of as many rows each, which count
+        as one: the features of the first, then those of the second, and so on.
         """
         xs = self._batch(x, y)
-        rows = None if mask is None else _rows.selected(_OP, mask, xs[0])
-        n = xs[0].shape[:-1].numel() if rows is None else len(rows)
-        chosen = dispatch.select(self._backend, _OP, xs[0].device, xs[0].dtype)
+        first = xs[0][0]
+        rows = None if mask is None else _rows.selected(_OP, mask, first)
+        n = first.shape[:-1].numel() if rows is None else len(rows)
+        chosen = dispatch.select(self._backend, _OP, first.device, first.dtype)
         kernel = dispatch.load(chosen, _OP)
         if not n:
             return
@@ -146,24 +150,28 @@ class Covariance:
             raise _rows.not_finite(_OP, xs, rows)
         self.count += n
 
-    def _batch(self, x: Tensor, y: Tensor | None) -> list[Tensor]:
-        """Checked tensors, as many as there are means."""
+    def _batch(self, x: Side, y: Side | None) -> list[list[Tensor]]:
+        """The checked tensors of each side, as many sides as there are means."""
         if (y is None) != (len(self._means) == 1):
             got, expected = ("y", "no y") if y is not None else ("no y", "y")
             raise ArgumentError.of(_OP, "y does not fit dim_y", got, expected)
-        xs = [_rows.matrix(_OP, v, name) for v, name in ((x, "x"), (y, "y")) if v is not None]
-        for v, mean, name in zip(xs, self._means, ("x", "y")):
-            if v.shape[-1] != len(mean):
+        xs = [_tensors(side, name) for side, name in ((x, "x"), (y, "y")) if side is not None]
+        first = xs[0][0]
+        for side, mean, name in zip(xs, self._means, ("x", "y")):
+            width = sum(v.shape[-1] for v in side)
+            if width != len(mean):
                 what = f"{name} has another number of features"
-                raise ArgumentError.of(_OP, what, v.shape[-1], len(mean))
-            if v.device != mean.device:
-                raise ArgumentError.of(_OP, f"{name} is on another device", v.device, mean.device)
-            if v.dtype != xs[0].dtype:
-                got, expected = check.name_of(v.dtype), check.name_of(xs[0].dtype)
-                raise ArgumentError.of(_OP, f"{name} differs from x in dtype", got, expected)
-            n, expected_n = v.shape[:-1].numel(), xs[0].shape[:-1].numel()
-            if n != expected_n:
-                raise ArgumentError.of(_OP, f"{name} differs from x in rows", n, expected_n)
+                raise ArgumentError.of(_OP, what, width, len(mean))
+            for v in side:
+                if v.device != mean.device:
+                    what = f"{name} is on another device"
+                    raise ArgumentError.of(_OP, what, v.device, mean.device)
+                if v.dtype != first.dtype:
+                    got, expected = check.name_of(v.dtype), check.name_of(first.dtype)
+                    raise ArgumentError.of(_OP, f"{name} differs from x in dtype", got, expected)
+                n, expected_n = v.shape[:-1].numel(), first.shape[:-1].numel()
+                if n != expected_n:
+                    raise ArgumentError.of(_OP, f"{name} differs from x in rows", n, expected_n)
         return xs
 
     def merge(self, other: Covariance) -> None:
@@ -277,6 +285,15 @@ class Covariance:
         for name, t in mine.items():
             t.copy_(state[name])
         self.count = count
+
+
+def _tensors(side: Any, name: str) -> list[Tensor]:
+    """Those of one side, at least one."""
+    if not isinstance(side, (list, tuple)):
+        return [_rows.matrix(_OP, side, name)]
+    if not side:
+        raise ArgumentError.of(_OP, f"{name} is an empty list", 0, "one tensor or more")
+    return [_rows.matrix(_OP, x, f"{name}[{i}]") for i, x in enumerate(side)]
 
 
 def _dim(value: Any, name: str) -> int:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mergekern.align.discover import discover_spaces
 from mergekern.align.matching.match import Match
+from mergekern.align.matching.match import match as match_spaces
 from mergekern.align.merging.apply import apply
 from mergekern.align.merging.repair import repair
 from mergekern.align.statistics.collect import collect_statistics
@@ -220,6 +222,19 @@ def test_several_batches_are_one() -> None:
     _, deviation = moments(layers(merged, xs)["b"])
     _, wanted_b = targets(models, match, xs, "b", [1.0, 1.0])
     assert_within(deviation, wanted_b, 0.5 * wanted_b)
+
+
+def test_layers_without_bias_stay() -> None:
+    xs = [normal(64, 5)(1)]
+    models = [nn.Sequential(*(nn.Linear(*s, bias=False) for s in ((5, 4), (4, 2)))) for _ in "ab"]
+    stats = collect_statistics(models, xs, discover_spaces(models[0], xs[0]))
+    match = match_spaces(stats, "zip")
+    merged = apply(models, match)
+    before = state_of(merged)
+    repair(merged, xs, match=match, statistics=stats)
+    assert not stats.outputs
+    for name, x in merged.state_dict().items():
+        assert_bytes_equal(x, before[name])
 
 
 def test_models_that_are_one_need_no_repair() -> None:

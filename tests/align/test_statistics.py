@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 import mergekern as mk
 from mergekern import ArgumentError
@@ -173,15 +174,55 @@ def test_queries_and_keys_both_count() -> None:
     assert collected(Attention).count("values") == 41 * 7
 
 
-@pytest.mark.parametrize("kind", SHAPES, ids=lambda k: k.__name__)
+# ---- outputs of layers, for REPAIR -------------------------------------------------------------
+
+
+class Biased(nn.Module):
+    """Convolutions with and without a bias, one of them depthwise, and no BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.plain = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 1, bias=False)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.point, self.fc = nn.Conv2d(6, 5, 1), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.plain(torch.relu(self.stem(x))))
+        x = torch.relu(self.point(torch.relu(self.depthwise(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Normed(nn.Module):
+    """BatchNorm as a call of a function: no module that has statistics to reset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("variance", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.batch_norm(self.conv(x), self.mean, self.variance)
+        return self.fc(torch.relu(x).mean((2, 3)))
+
+
+LAYERS: dict[type[nn.Module], list[str]] = {
+    Mlp: ["fc1", "fc2"],
+    Attention: ["embed", "qkv", "out"],
+    Convs: [],  # BatchNorm is reset
+    Biased: ["stem", "point"],  # a depthwise one makes no features, it keeps them
+    Normed: ["conv"],
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS, ids=lambda k: k.__name__)
 def test_outputs_of_layers_have_mean_and_variance(kind: type[nn.Module]) -> None:
-    models, stats = trained(kind), collected(kind)
-    layers = {"Mlp": ["fc1", "fc2"], "Convs": ["stem", "conv1", "conv2"]}
-    wanted = layers.get(kind.__name__, ["embed", "qkv", "out"])
-    assert len(stats.outputs) == len(wanted)
-    for layer, (node, moments) in zip(wanted, stats.outputs.items(), strict=True):
+    models, xs = trained(kind), images(kind)
+    spaces = SPACES[kind]() if kind in SPACES else mk.discover_spaces(models[0], xs[0])
+    stats = collect_statistics(models, named(xs, kind), spaces)
+    for layer, (node, moments) in zip(LAYERS[kind], stats.outputs.items(), strict=True):
         for model, found in zip(models, moments, strict=True):
-            y = layer_outputs(model, layer, kind)
+            _, y = call_of(model, layer, xs)
             exact = y.double()
             n, largest = len(y), y.abs().amax(0).double()
             spread = exact.var(0, correction=0)
@@ -191,14 +232,35 @@ def test_outputs_of_layers_have_mean_and_variance(kind: type[nn.Module]) -> None
             assert_within(found.variance, spread, bound)
 
 
-def layer_outputs(model: nn.Module, layer: str, kind: type[nn.Module]) -> Tensor:
-    found: list[Tensor] = []
-    handle = model.get_submodule(layer).register_forward_hook(lambda m, x, y: found.append(y))
+def images(kind: type[nn.Module]) -> list[Tensor]:
+    """Of each kind what it takes."""
+    return inputs(kind) if kind in SHAPES else inputs(Convs)
+
+
+def call_of(model: nn.Module, layer: str, xs: list[Tensor]) -> list[Tensor]:
+    """Rows of what a layer takes and returns, for all batches."""
+    found: list[tuple[Tensor, Tensor]] = []
+    look = model.get_submodule(layer).register_forward_hook(lambda m, x, y: found.append((*x, y)))
     with torch.no_grad():
-        model(torch.cat(inputs(kind)))
-    handle.remove()
-    channels = found[0].movedim(1, -1) if kind is Convs else found[0]
-    return channels.reshape(-1, channels.shape[-1])
+        for x in xs:
+            model(x)
+    look.remove()
+    each = [torch.cat(v) for v in zip(*found, strict=True)]
+    each = [v.movedim(1, -1) if v.ndim == 4 else v for v in each]
+    return [v.reshape(-1, v.shape[-1]) for v in each]
+
+
+@pytest.mark.parametrize("side", [1, 2, 7])
+def test_maps_around_a_depthwise_convolution(side: int) -> None:
+    """Also of one pixel; every channel of both models in its place."""
+    models, g = trained(Biased), torch.Generator().manual_seed(1)
+    xs = [torch.randn(n, 3, side, side, generator=g) for n in (40, 23)]
+    stats = collect_statistics(models, xs, mk.discover_spaces(models[0], xs[0]))
+    for space, reader in (("stem", "plain"), ("plain", "point")):
+        assert stats.spaces[space].probes[-1].module == reader
+        x = torch.cat([call_of(model, reader, xs)[0] for model in models], -1)
+        assert stats.count(space) == len(x) == 63 * side**2
+        check_covariance(stats.covariances[space].covariance(), x, x)
 
 
 # ---- batches -----------------------------------------------------------------------------------

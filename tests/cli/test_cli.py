@@ -15,6 +15,7 @@ from cli.calls import Run, one_line
 
 import mergekern as mk
 from mergekern import dispatch
+from mergekern.engine.config import load_config
 
 from accuracy import assert_bits_equal
 from engine.models import linear, nothing_left, read_folder, tensors, ties, write_file, write_folder
@@ -73,6 +74,22 @@ def test_dropped_tensors_are_named(run: Run, config: Path, tmp_path: Path) -> No
     config.write_text(json.dumps(data))
     _, printed, _ = run("merge", config, tmp_path / "out")
     assert "dropped as the configuration says: head.weight" in printed
+
+
+def test_only_and_skip_merge_a_part(run: Run, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--only", "encoder.*", "--only", "head*", "--skip", "*.bias"]
+    code, printed, _ = run("merge", config, out, *options)
+    assert code == 0
+    assert ": linear, 5 tensors merged, " in printed
+    merged = mk.merge_state_dicts([tensors(0), tensors(1)], "linear", weight=1)
+    for key, x in read_folder(out).items():
+        part = key.startswith(("encoder", "head")) and not key.endswith("bias")
+        assert_bits_equal(x, (merged if part else tensors(0))[key])
+    assert load_config(out / "mergekern_config.yml").only == ("encoder.*", "head*")
+    said = one_line(*run("merge", config, tmp_path / "none", "--skip", "head"))
+    assert "pattern of 'skip' fits no tensor; got 'head'" in said
+    assert nothing_left(tmp_path, "none")
 
 
 def test_seed_changes_the_masks(run: Run, tmp_path: Path) -> None:

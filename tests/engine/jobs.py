@@ -146,11 +146,12 @@ def fail_at(when: int, n: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def hold_at(when: int, begun: Path, n: int) -> None:
-    """Says that it is here and stays for ever."""
-    if n == when:
-        begun.touch()
-        time.sleep(1e6)
+def hold(begun: Path, until: Path, n: int) -> None:
+    """Says that it is here, and fails as soon as it is told to."""
+    begun.touch()
+    while not until.exists():
+        time.sleep(0.01)
+    fail_at(n, n)
 
 
 def listening(seconds: float, act: Callable[[], int]) -> int:

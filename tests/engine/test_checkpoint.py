@@ -204,6 +204,16 @@ def test_an_archive_of_another_layout_is_read_whole(tmp_path: Path) -> None:
     same(rezipped(path, tmp_path / "n.bin", zipfile.ZIP_STORED, b"abc"), tensors())
 
 
+def test_an_archive_whose_storage_is_cut_short(tmp_path: Path) -> None:
+    """On "meta", torch.load would make the storage as large as its tensors ask."""
+    path = write_file(tmp_path / "m.bin", {"w": torch.ones(100)})
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "n.bin", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name)[: 40 if name.endswith("data/0") else None])
+    with pytest.raises(CheckpointError, match="refuses it"):
+        Checkpoint(tmp_path / "n.bin")
+
+
 def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
     path = write_file(tmp_path / "m.bin", tensors())
     with pytest.raises(CheckpointError, match="is compressed"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import yaml
 from mergekern import ArgumentError, ConfigError, MergekernError
 from mergekern.engine.config import load_config
 from mergekern.engine.parameters import arguments, evaluate, layer_positions
+
+from mutants import doubled
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -169,7 +172,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (config(nonsense=1), "unknown key 'nonsense'"),
     ({"models": []}, "key 'merge_method' is missing"),
     (config(merge_method="delta"), "unknown method; got 'delta'"),
-    (config(merge_method=["linear"]), "unknown method"),
+    (config(merge_method=["linear"]), "'merge_method' is no name; got ['linear']"),
     ({"merge_method": "linear"}, "'models' is no list"),
     (config(models={"model": "a"}), "'models' is no list"),
     (config(models=[]), "wrong number of models"),
@@ -233,6 +236,71 @@ def test_file_that_is_no_configuration(tmp_path: Path, content: bytes, text: str
     assert text in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+HOSTILE = {
+    "aliases that double": doubled("[1]", "[{}]"),
+    "merge keys that double": doubled("{a: 1}", "{{<<: [{}]}}"),
+    "texts that double": doubled("['" + "a" * 4000 + "']", "[{}]"),
+    "a list in itself": "a: &a [*a]",
+    "a mapping in itself": "a: &a {b: *a}",
+    "lists in lists": "[" * 100_000,
+    "mappings in mappings": "".join(f"{' ' * i}k:\n" for i in range(900)),
+    "dashes": "- " * 5000,
+    "many digits": "merge_method: " + "9" * 5000,
+    "many hexadecimal digits": "merge_method: 0x" + "f" * 4000,
+    "base 60": "merge_method: " + "1:" * 2000 + "1",
+    "base 60, long": "merge_method: " + "1:" * 400_000 + "1",
+    "65 bits": "merge_method: 18446744073709551616",
+    "a long text": "merge_method: " + "a" * 5000,
+    "a long file": "# " + "a" * (1 << 20),
+    "NaN as keys": ".nan: 1\n.nan: 2",
+    "a key that is a list": "? [a, b]\n: c",
+    "a key that is a mapping": "? {a: b}\n: c",
+    "31st of June": "merge_method: 2001-06-31",
+    "no boolean": "merge_method: !!bool x",
+    "no time": "merge_method: !!timestamp x",
+    "no integer": "merge_method: !!int x",
+    "two documents": "---\na: 1\n---\nb: 2",
+    "a line break": 'merge_method: "a\\nb"',
+    "a line separator": 'merge_method: linear\nmodels: [{model: "\\L"}]',
+    "half a character": 'merge_method: "\\uD800"',
+    "a zero": 'models: [{model: "\\0"}]\nmerge_method: linear',
+    "an empty path": "models: [{model: ''}]\nmerge_method: linear",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
+def test_yaml_that_would_cost_much_or_break_a_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "merge.yml"
+    path.write_text(content)
+    started = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert time.process_time() - started < 5
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_aliases_and_merge_keys_are_read_as_yaml_means_them(tmp_path: Path) -> None:
+    path = tmp_path / "merge.yml"
+    path.write_text("""
+merge_method: ties
+base_model: base
+models:
+  - {model: a, parameters: &own {weight: 1, density: 0.5}}
+  - {model: b, parameters: {<<: *own, weight: 2}}
+  - {model: c, parameters: *own}
+""")
+    given = arguments(load_config(path), "w", 0.0, [0, 1, 2])
+    assert (given["weight"], given["density"]) == ([1, 2, 1], [0.5, 0.5, 0.5])
+
+
+def test_a_mapping_in_itself() -> None:
+    data = config()
+    data["parameters"] = data
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_config(data)
 
 
 def test_no_such_file(tmp_path: Path) -> None:

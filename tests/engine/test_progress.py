@@ -169,6 +169,15 @@ def test_a_short_merge_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines(capsys, 0.9, 100) == []
 
 
+def test_a_line_about_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tensors without elements, and a disk that takes its time."""
+    clock = Clock()
+    shown = _Lines(clock)
+    shown.expect(0)
+    list(run(shown, clock, [(0, 2.0)]))
+    assert capsys.readouterr().err == "merging: 0 %, 0.00 of 0.00 MB, 0.00 GB/s\n"
+
+
 def test_what_a_line_says(capsys: pytest.CaptureFixture[str]) -> None:
     (passed, done, text), *_ = lines(capsys, 40, 4000)
     assert (done, round(passed)) == (400 * MB, 4)
@@ -185,7 +194,7 @@ def test_json_events(capsys: pytest.CaptureFixture[str]) -> None:
         assert same is shown
         shown.plan(tensors=3, bytes_read=5)
         shown.expect(100 * MB)
-        list(run(shown, clock, [(MB, 0.125)] * 100))
+        list(run(shown, clock, [(MB // 2, 0.0625)] * 200))
     printed, errors = capsys.readouterr()
     assert errors == ""
     plan, *progress = map(json.loads, printed.splitlines())

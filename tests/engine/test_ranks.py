@@ -100,7 +100,7 @@ def assert_all_well(ended: list[jobs.Ended]) -> None:
 def test_bytes_do_not_depend_on_ranks(models: list[Path], tmp_path: Path, ranks: int) -> None:
     """Measured, counted over the whole model, at random; one file and several, and a sweep."""
     theirs, ours = tmp_path / "ranks", tmp_path / "alone"  # statistics lie beside the output
-    cases: dict[str, tuple[Path, str]] = {}
+    cases: dict[str, tuple[Path, dict[str, Any]]] = {}
     acts: list[Callable[[], int]] = []
     for method in ("ties", "ties_global", "dare_ties", "karcher"):
         config = write_config(tmp_path / f"{method}.yml", models, method)
@@ -110,13 +110,15 @@ def test_bytes_do_not_depend_on_ranks(models: list[Path], tmp_path: Path, ranks:
         for size in ("5GB", str(SHARD)):
             name = f"{method}-{size}"
             acts.append(partial(jobs.merge, config, theirs / name, "--shard-size", size))
-            cases[name] = config, size
+            cases[name] = config, {"shard_size": size}
+    swept = tmp_path / "ties_global.yml"
     name = "ties_global-other-lambda"  # for which the statistics are those of before
     other = write_config(tmp_path / "other.yml", models, "ties_global", **{"lambda": 0.5})
     acts.append(partial(jobs.merge, other, theirs / name))
-    cases[name] = other, "5GB"
+    cases[name] = other, {}
+    acts.append(partial(jobs.merge, swept, theirs / "report", "--report", "html"))
+    cases["report"] = swept, {"report": "html"}
     values = {"density": [0.2, 0.7]}
-    swept = tmp_path / "ties_global.yml"
     acts.append(partial(jobs.sweep, swept, theirs / "sweep", values))
     act = partial(jobs.cut_at, CUT, partial(jobs.in_turn, acts))
     with jobs.started(ranks, act, tmp_path / "logs") as job:
@@ -124,8 +126,8 @@ def test_bytes_do_not_depend_on_ranks(models: list[Path], tmp_path: Path, ranks:
     assert_all_well(ended)
     assert len(ended[0].out.splitlines()) == len(cases)
     assert not any(each.out for each in ended[1:])
-    for name, (config, size) in cases.items():
-        assert_same_files(theirs / name, merged(config, ours / name, shard_size=size))
+    for name, (config, options) in cases.items():
+        assert_same_files(theirs / name, merged(config, ours / name, **options))
     mk.merge_sweep(swept, ours / "sweep", values, progress=False)
     assert_same_files(theirs / "sweep", ours / "sweep")
     assert {p.name for p in theirs.iterdir()} == {*cases, "sweep", FOLDER}
@@ -158,7 +160,7 @@ def test_any_number_of_ranks_goes_on_after_a_kill(
     config, expected = oracle
     out = tmp_path / "theirs" / "out"
     act = broken(config, out, partial(jobs.die_at, 3))
-    with jobs.started(3, act, tmp_path / "logs") as job:
+    with jobs.started(2, act, tmp_path / "logs") as job:
         ended = job.wait()
     assert ended[1].code == -signal.SIGKILL
     assert all(each.code for each in ended)
@@ -172,7 +174,7 @@ def test_any_number_of_ranks_goes_on_after_a_kill(
     assert 0 < manifest.bytes_read < sum(x.nbytes for i in range(3) for x in content(i).values())
     assert_same_files(out, expected)
     act = partial(jobs.cut_at, CUT, partial(jobs.merge, config, again / "out"))
-    with jobs.started(2, act, tmp_path / "logs") as job:
+    with jobs.started(3, act, tmp_path / "logs") as job:
         assert_all_well(job.wait())
     assert_same_files(again / "out", expected)
     assert {p.name for p in again.iterdir()} <= {"out", FOLDER}
@@ -210,19 +212,30 @@ def test_an_error_in_one_rank_ends_all(oracle: tuple[Path, Path], tmp_path: Path
 
 
 def test_a_second_job_waits_for_the_last_rank(oracle: tuple[Path, Path], tmp_path: Path) -> None:
+    """Whatever becomes of rank 0, who made the folder."""
     config, expected = oracle
-    out, begun = tmp_path / "theirs" / "out", tmp_path / "begun"
-    act = broken(config, out, partial(jobs.hold_at, 2, begun))
+    out = tmp_path / "theirs" / "out"
+    act = partial(jobs.merge, config, out)
+    begun, told = [tmp_path / f"begun.{rank}" for rank in (0, 1)], tmp_path / "told"
+    holding = {
+        rank: partial(jobs.writing, partial(jobs.hold, begun[rank], until), act)
+        for rank, until in ((0, told), (1, tmp_path / "never"))
+    }
+
+    def is_refused() -> None:
+        for resume in (True, False):
+            with pytest.raises(CheckpointError, match="another process is writing it"):
+                merged(config, out, resume=resume)
+
+    act = partial(jobs.cut_at, CUT, partial(jobs.of_rank, holding, act))
     with jobs.started(2, act, tmp_path / "logs") as job:
-        while not begun.exists():
+        while not all(path.exists() for path in begun):
             assert all(p.is_alive() for p in job.processes)
             time.sleep(0.01)
-        for process in job.processes:
-            for resume in (True, False):
-                with pytest.raises(CheckpointError, match="another process is writing it"):
-                    merged(config, out, resume=resume)
-            process.kill()
-            process.join()
+        is_refused()
+        told.touch()
+        job.processes[0].join()
+        is_refused()
     assert_same_files(merged(config, out), expected)
 
 
@@ -232,6 +245,9 @@ def test_a_second_job_waits_for_the_last_rank(oracle: tuple[Path, Path], tmp_pat
 def test_ranks_that_cannot_share_are_refused(models: list[Path], tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yml", models)
     dare = write_config(tmp_path / "dare.yml", models, "dare_ties")
+    stale = tmp_path / "stale" / "out"
+    control_folder(stale).mkdir(parents=True)
+    (control_folder(stale) / "lock").write_text("of another time")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "x").touch()
     acts = [
@@ -241,10 +257,13 @@ def test_ranks_that_cannot_share_are_refused(models: list[Path], tmp_path: Path)
             {1: partial(jobs.merge, config, tmp_path / "out", "--seed", 1)},
             partial(jobs.merge, config, tmp_path / "out"),
         ),
-        partial(
-            jobs.of_rank,
-            {1: partial(jobs.merge, config, tmp_path / "elsewhere" / "out")},
-            partial(jobs.merge, config, tmp_path / "out"),
+        *(
+            partial(
+                jobs.of_rank,
+                {1: partial(jobs.merge, config, place)},
+                partial(jobs.merge, config, tmp_path / "out"),
+            )
+            for place in (tmp_path / "elsewhere" / "out", stale)
         ),
         partial(jobs.merge, config, tmp_path / "there"),
     ]
@@ -257,12 +276,13 @@ def test_ranks_that_cannot_share_are_refused(models: list[Path], tmp_path: Path)
         draws = "host 'mergekit' draws masks for one tensor after the other; got 2 ranks; expected"
         assert lines[rank][0].startswith(f"{named}dare_ties: {draws}")
         assert lines[rank][1].startswith(f"{named}ranks: rank 1 has another plan than rank 0; got ")
-    unseen = f"{tmp_path / 'elsewhere' / 'out'}: what rank 0 has made there is not seen here"
-    assert lines[1][2].startswith(f"mergekern: rank 1: {unseen}")
-    assert lines[0][2].startswith("mergekern: rank 0: rank 1 has failed")
-    assert lines[0][3].startswith(f"mergekern: rank 0: {tmp_path / 'there'}: output exists already")
-    assert lines[1][3].startswith("mergekern: rank 1: rank 0 has failed")
-    assert [len(each) for each in lines] == [4, 4]
+    for i, place in ((2, tmp_path / "elsewhere" / "out"), (3, stale)):
+        unseen = f"{place}: what rank 0 has made there is not seen here"
+        assert lines[1][i].startswith(f"mergekern: rank 1: {unseen}")
+        assert lines[0][i].startswith("mergekern: rank 0: rank 1 has failed")
+    assert lines[0][4].startswith(f"mergekern: rank 0: {tmp_path / 'there'}: output exists already")
+    assert lines[1][4].startswith("mergekern: rank 1: rank 0 has failed")
+    assert [len(each) for each in lines] == [5, 5]
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "elsewhere").exists()
 
@@ -275,7 +295,7 @@ def test_masks_drawn_tensor_by_tensor_are_drawn_anew(
     real, calls = Output.write, [0]
 
     def write(*a: Any) -> None:
-        jobs.fail_at(4, calls[0])
+        jobs.fail_at(8, calls[0])  # masks have been drawn
         calls[0] += 1
         real(*a)
 

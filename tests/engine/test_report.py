@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import math
 import re
 import subprocess
@@ -17,18 +18,27 @@ import torch
 import yaml
 from torch import Tensor
 
+from mergekern import merge_checkpoints
+from mergekern.engine import stream
+from mergekern.engine.manifest import MANIFEST
 from mergekern.engine.report.card import card, library_of
 from mergekern.engine.report.numbers import Row, added, numbers, numbers_of_slices
 from mergekern.engine.report.page import check_report, page
 from mergekern.engine.report.summary import summarise
-from mergekern.methods import REGISTRY
+from mergekern.methods import REGISTRY, slices
 from mergekern.methods.registry import Inputs, Method
 
 from accuracy import assert_bits_equal, assert_within
 from cases import values
+from engine.models import write_folder
 from refusal import refused
 
 # ---- numbers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawing() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib: not installed")
 
 
 def inputs_of(
@@ -95,26 +105,37 @@ def test_numbers_of_ties() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "given"),
+    ("name", "models", "given"),
     [
-        ("task_arithmetic", {"weight": 1.0}),
-        ("ties", {"weight": 1.0, "density": 0.3}),
-        ("magnitude_prune", {"weight": 1.0, "density": 0.3}),
-        ("breadcrumbs", {"weight": 1.0, "density": 0.5, "gamma": 0.1}),
-        ("dare_linear", {"weight": 1.0, "density": 0.3, "rescale": False}),
-        ("ram", {"epsilon": 0.05}),
+        ("task_arithmetic", 1, {"weight": 1.0}),
+        ("ties", 1, {"weight": 1.0, "density": 0.3}),
+        ("magnitude_prune", 1, {"weight": 1.0, "density": 0.3}),
+        ("breadcrumbs", 1, {"weight": 1.0, "density": 0.5, "gamma": 0.1}),
+        ("dare_linear", 1, {"weight": 1.0, "density": 0.3, "rescale": False}),
+        ("della", 1, {"weight": 1.0, "density": 0.3, "epsilon": 0.1}),
+        ("della_linear", 1, {"weight": 1.0, "density": 0.3, "epsilon": 0.1}),
+        ("ram", 1, {"epsilon": 0.05}),
+        ("sce", 2, {"select_topk": 0.3}),  # one mask for all, by their variance
     ],
 )
-def test_what_is_kept_is_what_the_merge_keeps(name: str, given: dict[str, Any]) -> None:
-    """Of one model, result - base is nonzero exactly where something nonzero is kept."""
-    inputs = replace(inputs_of(1, dtype=torch.float64))
+def test_what_is_kept_is_what_the_merge_keeps(
+    name: str, models: int, given: dict[str, Any]
+) -> None:
+    """result - base is nonzero exactly where something is kept."""
+    inputs = inputs_of(models, dtype=torch.float64)
     row, _, _, result = merged(inputs, name, **given)
     assert inputs.base is not None
     assert bool((inputs.xs[0] != inputs.base).all())
-    assert row["kept"] == [int((result != inputs.base).sum())]
-    assert row["conflicts"] == [0.0]
+    assert row["kept"] == [int((result != inputs.base).sum())] * models
+    assert (row["conflicts"] == [0.0]) == (models == 1)
     share = row["kept"][0] / inputs.base.numel()
     assert share == 1 if name == "task_arithmetic" else 0 < share < 1
+
+
+def test_a_host_that_rounds_differences_keeps_by_the_rounded_ones() -> None:
+    inputs = inputs_of(dtype=torch.bfloat16, host="mergekit")
+    row, *_ = merged(inputs, "ties", weight=1.0, density=0.2)
+    assert row["kept"] == [int(0.2 * 37 * 41)] * 3
 
 
 def test_ties_global_keeps_by_its_survey() -> None:
@@ -139,7 +160,7 @@ def test_draws_of_a_host_are_not_drawn_again() -> None:
     )
     assert_bits_equal(after, torch.rand(()))
     assert "kept" not in row
-    everything = numbers(inputs, {"weight": [1.0] * 3}, REGISTRY["sce"], inputs.xs[0])
+    everything = numbers(inputs, {"scale": 1.0}, REGISTRY["magmax"], inputs.xs[0])
     assert row["conflicts"] == everything["conflicts"]
 
 
@@ -183,11 +204,8 @@ def test_slices_that_are_together_have_the_bits_of_slices_alone(name: str) -> No
     together = numbers_of_slices(inputs, arguments, method, result, ranges)
     alone = [numbers(cut(inputs, a, b), arguments, method, result.view(-1)[a:b]) for a, b in ranges]
     assert together == alone
-    total: Row | None = None
-    for row in together:
-        total = added(total, row)
+    total = functools.reduce(added, together)
     whole = numbers(inputs, arguments, method, result)
-    assert total is not None
     assert total.keys() == whole.keys()
     for key in ("elements", "kept", "conflicts"):
         assert total.get(key) == whole.get(key)
@@ -197,8 +215,9 @@ def test_slices_share_the_rules_of_the_whole() -> None:
     """Thresholds, draws and ties of the tensor, though slices are counted one by one."""
     inputs = inputs_of(dtype=torch.float32)
     inputs = replace(inputs, xs=[(4 * x).round() / 4 for x in inputs.xs])
-    for name in ("ties", "dare_ties", "breadcrumbs"):
-        whole, method, arguments, result = merged(inputs, name, weight=1.0, density=0.4)
+    for name in ("ties", "dare_ties", "breadcrumbs", "della", "sce"):
+        given = {"select_topk": 0.4} if name == "sce" else {"weight": 1.0, "density": 0.4}
+        whole, method, arguments, result = merged(inputs, name, **given)
         rows = numbers_of_slices(inputs, arguments, method, result, [(0, 700), (700, 1517)])
         for key in ("elements", "kept", "conflicts"):
             assert added(rows[0], rows[1])[key] == whole[key]
@@ -224,6 +243,48 @@ def test_results_of_another_dtype() -> None:
         assert inputs.base is not None
         square, bound = products([result.double() - inputs.base.double()])
         assert_within(f64([row["merged"]]), square, bound)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "ties_global", "sce", "karcher"])
+def test_a_report_does_not_depend_on_the_memory(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawing: None
+) -> None:
+    """Tensors whole or slice by slice; and the report changes no other file but the card."""
+    monkeypatch.setattr(slices, "SLICE", 1 << 14)
+    g = torch.Generator().manual_seed(3)
+    base = {f"layers.{i}.w": torch.randn(300, 200, generator=g) for i in range(2)}
+    paths = [write_folder(tmp_path / "base", base)]
+    for i in range(2):
+        model = {k: v + 0.1 * torch.randn(v.shape, generator=g) for k, v in base.items()}
+        paths.append(write_folder(tmp_path / f"model{i}", model))
+    config: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": str(p)} for p in paths[1:]],
+    }
+    if method != "karcher":
+        known = {p.name for p in REGISTRY[method].parameters}
+        given = {"weight": 1.0, "density": 0.3, "select_topk": 0.3}
+        config["parameters"] = {k: v for k, v in given.items() if k in known}
+        config["base_model"] = str(paths[0])
+    together: list[int] = []
+
+    def counted(*arguments: Any) -> list[Row]:
+        together.append(len(arguments[-1]))
+        return numbers_of_slices(*arguments)
+
+    monkeypatch.setattr(stream, "numbers_of_slices", counted)
+    outs, most = [], []
+    for memory, report in (("1GiB", "html"), ("1500KiB", "html"), ("1GiB", None)):
+        outs.append(tmp_path / f"out{len(outs)}")
+        merge_checkpoints(config, outs[-1], memory=memory, report=report, progress=False)
+        most.append(max(together, default=0))
+        together.clear()
+    assert most == [4 if REGISTRY[method].measure else 1, 1, 0]
+    a, b, without = ({p.name: p.read_bytes() for p in out.iterdir()} for out in outs)
+    assert a == b
+    assert a.keys() - without.keys() == {"report.html"}
+    assert {k for k in without if without[k] != a[k]} == {"README.md", MANIFEST}
+    assert b"[Report](report.html)" in a["README.md"]
 
 
 # ---- summary ---------------------------------------------------------------------------------
@@ -274,11 +335,6 @@ def test_norms_and_cosines_of_known_vectors() -> None:
 # ---- the page --------------------------------------------------------------------------------
 
 LABELS = ["/models/expert-a", "/models/expert-b <script>", "org/with_$x$_and_$y$"]
-
-
-@pytest.fixture
-def drawing() -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib: not installed")
 
 
 def rows_of(n: int, kind: str = "task_vectors") -> dict[str, Row]:
@@ -387,6 +443,7 @@ def test_pages_of_what_is_missing_or_not_finite(tmp_path: Path) -> None:
     rows["layers.0.attn.weight"] = {**rows_of(1)["stem"]}  # of model 0 alone
     rows["layers.1.attn.weight"]["task_vectors"] = [math.nan] * 9
     rows["layers.1.attn.weight"]["merged"] = [math.inf]
+    rows["layers.1.mlp.weight"]["task_vectors"][:5] = [math.inf, math.nan, 0.0, math.nan, 0.0]
     rows["layers.2.attn.weight"] = {
         "elements": [0.0] * 3,
         "task_vectors": [0.0] * 9,

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_unflatten
 
+from ..layers import is_norm
 from ..tracing.program import Call, Program, named_tensors
 from .relabel import Relabelling
 from .split import Part, Split, writes
@@ -107,7 +108,7 @@ def train_norms(counts: dict[int, int] | None = None) -> Call:
     """
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not _is_norm(node):
+        if not is_norm(node):
             return node.target(*args, **kwargs)  # type: ignore[operator]
         x, weight, bias, mean, variance, _, momentum, eps, _ = args
         if counts is not None:
@@ -118,19 +119,14 @@ def train_norms(counts: dict[int, int] | None = None) -> Call:
     return call
 
 
-def norms_of(partial: PartialZip) -> list[tuple[Tensor, Tensor]]:
+def running_statistics(partial: PartialZip) -> list[tuple[Tensor, Tensor]]:
     """The running means and variances of all BatchNorms, trunk and heads."""
     found = {}
     for part, tensors in partial.sides():
-        for node in filter(_is_norm, part.module.graph.nodes):
+        for node in filter(is_norm, part.module.graph.nodes):
             mean, variance = (tensors[n.name] for n in node.args[3:5])
             found[id(mean)] = mean, variance
     return list(found.values())
-
-
-def _is_norm(node: fx.Node) -> bool:
-    """Whether a call is a BatchNorm with running statistics."""
-    return node.target is torch.ops.aten.batch_norm.default and node.args[3] is not None
 
 
 class _Gather(NamedTuple):

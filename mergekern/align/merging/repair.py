@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import ArgumentError
+from ..layers import norms_of
 from ..matching.match import Match
 from ..statistics.statistics import Statistics
 from ..tracing.inputs import Arguments, Inputs, arguments_of
 from ..tracing.program import evaluating
-from .partial import PartialZip, norms_of, train_norms
+from .partial import PartialZip, running_statistics, train_norms
 from .rescale import rescale
 
 _OP = "repair"
@@ -62,7 +62,7 @@ def repair(
     """
     if not isinstance(module, nn.Module):
         raise ArgumentError.of(_OP, "module is none", type(module).__name__, "a torch.nn.Module")
-    if isinstance(module, PartialZip) and norms_of(module):
+    if isinstance(module, PartialZip) and running_statistics(module):
         _reset_partial(module, _flat(module.parts.inputs, batches))
     elif has_norms(module):
         _reset(module, _taken(module, match, batches))
@@ -71,23 +71,19 @@ def repair(
         raise ArgumentError.of(_OP, what, "none", "match and statistics")
     else:
         inputs = _flat(match.spaces.program.inputs, batches)
-        rescale(_OP, module, inputs, match, statistics.outputs, weights)
+        rescale(_OP, module, inputs, match, statistics, weights)
 
 
 def has_norms(module: nn.Module) -> bool:
     """Whether any BatchNorm has statistics to reset."""
     if isinstance(module, PartialZip):
-        return bool(norms_of(module))
-    return bool(_norms(module))
-
-
-def _norms(module: nn.Module) -> list[_BatchNorm]:
-    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        return bool(running_statistics(module))
+    return bool(norms_of(module))
 
 
 def _reset(module: nn.Module, inputs: Iterable[Arguments]) -> None:
     """By the modules themselves."""
-    norms = _norms(module)
+    norms = norms_of(module)
     momenta = [norm.momentum for norm in norms]
     with _kept([x for norm in norms for x in norm.buffers(recurse=False)]), evaluating(module):
         try:
@@ -104,7 +100,7 @@ def _reset(module: nn.Module, inputs: Iterable[Arguments]) -> None:
 
 def _reset_partial(module: PartialZip, inputs: Iterable[Sequence[Any]]) -> None:
     """By the calls of the program, as the modules would."""
-    norms = norms_of(module)
+    norms = running_statistics(module)
     calls = [train_norms({})] * (1 + len(module.heads))
     with _kept([x for pair in norms for x in pair]):
         for mean, variance in norms:

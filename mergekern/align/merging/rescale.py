@@ -9,29 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import ArgumentError
+from ..layers import Layer, biased_layers
 from ..matching.match import Match
-from ..spaces import Spaces
-from ..statistics.statistics import Moments
+from ..statistics.statistics import Moments, Statistics
 from ..tracing.program import module_of, state_of
 from .partial import PartialZip
 from .relabel import Relabelling, normalized, read_labels
-
-Outputs = Mapping[str, Sequence[Moments]]
-
-# Which arguments of a call are weight and bias.
-_LAYERS = {"linear": (1, 2), "conv1d": (1, 2), "conv2d": (1, 2), "conv3d": (1, 2), "addmm": (2, 0)}
-
-
-class _Layer(NamedTuple):
-    """A call of a layer, the placeholders of its tensors, the axis of its channels in the weight
-    and in the output, and where spaces lie among them."""
-
-    node: fx.Node
-    weight: str
-    bias: str
-    channels: int
-    axis: int
-    spaces: list[tuple[str, Tensor]]
 
 
 class _Target(NamedTuple):
@@ -47,13 +30,13 @@ def rescale(
     module: nn.Module,
     inputs: Iterable[Sequence[Any]],
     match: Match,
-    outputs: Outputs,
+    statistics: Statistics,
     weights: Sequence[float] | None,
 ) -> None:
-    """Scales the layers of `module` whose moments in the models `outputs` holds, by one pass."""
-    program, n = match.spaces.program, len(next(iter(outputs.values()), ()))
+    """Scales the layers of `module` whose moments in the models were seen, by one pass."""
+    program, outputs, n = match.spaces.program, statistics.outputs, statistics.models
     relabelling = Relabelling(read_labels(op, match, n))
-    layers = list(_layers(match.spaces, outputs))
+    layers = [x for x in biased_layers(match.spaces) if x.node.name in outputs]
     factors = [1 / n] * n if weights is None else normalized(op, weights, n)
     merged = {
         layer.node.name: _merged(layer, outputs[layer.node.name], relabelling, factors)
@@ -82,32 +65,8 @@ def rescale(
         x.copy_(y)
 
 
-def _layers(spaces: Spaces, outputs: Outputs) -> Iterable[_Layer]:
-    """The layers with a bias, whose tensors no other call uses."""
-    program = spaces.program
-
-    def alone(x: Any) -> bool:
-        return isinstance(x, fx.Node) and x.name in program.names and len(x.users) == 1
-
-    for node in program.graph.nodes:
-        kind = getattr(node.target, "__name__", "").partition(".")[0]
-        if node.name in outputs and kind in _LAYERS:
-            tensors: list[Any] = [node.args[i] for i in _LAYERS[kind] if i < len(node.args)]
-            if len(tensors) == 2 and all(map(alone, tensors)):
-                weight, bias = tensors
-                places = [
-                    (space.name, place)
-                    for space in spaces.movable.values()
-                    for place in space.places
-                    if place.name == program.names[weight.name] and place.role == "produces"
-                ]
-                found = [(space, place.positions) for space, place in places]
-                axis = -1 - (weight.meta["val"].ndim - 2)  # before the positions of a convolution
-                yield _Layer(node, weight.name, bias.name, places[0][1].axis, axis, found)
-
-
 def _merged(
-    layer: _Layer, each: Sequence[Moments], relabelling: Relabelling, factors: Sequence[float]
+    layer: Layer, each: Sequence[Moments], relabelling: Relabelling, factors: Sequence[float]
 ) -> _Target:
     """Averages over the channels of the models that are merged."""
     size = len(each[0].mean)
@@ -137,7 +96,7 @@ class _Side:
     def __init__(
         self,
         op: str,
-        layers: Sequence[_Layer],
+        layers: Sequence[Layer],
         tensors: Mapping[str, Tensor],
         targets: Mapping[str, _Target],
     ) -> None:

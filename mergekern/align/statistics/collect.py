@@ -41,8 +41,9 @@ def collect_statistics(
     """C[i, j] of the features i, j of all models, for every movable space, over the same inputs.
 
     Each batch goes through all models side by side, call by call; what a probe reads is added to
-    the space's `Covariance` at once, so activations are never stored. Beside these, the mean and
-    variance of what every convolution and linear layer of a movable space returns (for REPAIR).
+    the space's `Covariance` at once, so activations are never stored. Beside these, what REPAIR
+    needs: the mean and variance of what every convolution and linear layer with a bias returns that
+    makes features of a movable space. Networks with BatchNorm need none: `repair` resets it.
 
     Shapes: models of one architecture, that of `spaces`; they compute as in eval mode. batches: an
     iterable of what the example inputs of `discover_spaces` are, or a callable that returns one:
@@ -95,7 +96,9 @@ def collect_statistics(
     passes = _passes(spaces, len(models), within, check.parse_size("memory", memory))
     seen, together = fingerprints(models), Group(_OP, group)
     together.require_same(
-        models=" ".join(seen), spaces=spaces_fingerprint(spaces), options=f"{within} {passes}"
+        models=" ".join(seen),
+        spaces=spaces_fingerprint(spaces),
+        options=f"within={within}, passes {passes}",
     )
     collector = Collector(models, states, program, within, mask, options)
     stored = Stored(spaces, len(models), within)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...errors import ArgumentError
 from ...ops.covariance import Covariance
+from ..layers import biased_layers, calls_norms
 from ..spaces import Probe, Space, Spaces, distance
 from ..tracing.program import Program, evaluating, module_of
 from .capture import After, Before, features, row_mask, run_together
@@ -20,7 +21,6 @@ Mask = str | Callable[[Any], Tensor]
 
 _OP = "collect_statistics"
 _COMPARED = 2  # rows of the first batch that each model computes by itself as well
-_WEIGHT = {"linear": 1, "addmm": 2, "conv1d": 1, "conv2d": 1, "conv3d": 1}  # argument of the call
 
 
 class Collector:
@@ -68,20 +68,22 @@ class Collector:
         return list(chosen.values())
 
     def glances(self, spaces: Spaces, found: dict[str, list[Covariance]]) -> dict[str, list[After]]:
-        """By node, what adds the outputs of the layers that produce movable spaces."""
+        """By node, what adds the outputs that REPAIR needs: none where BatchNorm is reset."""
         glances: dict[str, list[After]] = {}
-        for node, axis in _layers(spaces).items():
-            channels = self.nodes[node].meta["val"].shape[axis]
+        if calls_norms(self.models[0], self.program):
+            return glances
+        for layer in biased_layers(spaces):
+            name, channels = layer.node.name, layer.node.meta["val"].shape[layer.axis]
             # The products with one channel are not used; variances of all are kept beside them.
-            found[node] = [Covariance(channels, 1, **self.options) for _ in self.models]
-            glances[node] = [partial(self._glance, node, axis, found[node])]
+            found[name] = [Covariance(channels, 1, **self.options) for _ in self.models]
+            glances[name] = [partial(self._glance, name, layer.axis, found[name])]
         return glances
 
     def _read(self, probe: Probe, found: Covariance, each: Sequence[tuple[Any, ...]]) -> None:
         xs = [features(args[probe.arg], probe) for args in each]
         node = self.nodes[probe.node].args[probe.arg]
         assert isinstance(node, fx.Node)
-        sides = [torch.cat(xs, -1)] if self.within else [xs[0], torch.cat(xs[1:], -1)]
+        sides = [xs] if self.within else [xs[:1], xs[1:]]
         self._add(found, sides, dict(enumerate(xs)), node, probe.module)
 
     def _glance(
@@ -90,17 +92,17 @@ class Collector:
         node = self.nodes[name]
         for i, y in enumerate(each):
             x = y.movedim(axis, -1)
-            self._add(found[i], [x, x[..., :1]], {i: x}, node, module_of(node))
+            self._add(found[i], [[x], [x[..., :1]]], {i: x}, node, module_of(node))
 
     def _add(
         self,
         found: Covariance,
-        sides: list[Tensor],
+        sides: list[list[Tensor]],
         models: dict[int, Tensor],
         node: fx.Node,
         module: str,
     ) -> None:
-        mask = None if self.marks is None else row_mask(_OP, self.marks, sides[0], node)
+        mask = None if self.marks is None else row_mask(_OP, self.marks, sides[0][0], node)
         try:
             found.update(*sides, mask=mask)
         except ArgumentError as error:
@@ -162,27 +164,6 @@ class Collector:
                 if not error <= bound:
                     expected = f"{bound:.1e} of the largest output at most"
                     raise ArgumentError.of(_OP, what, f"outputs {error:.1e} apart", expected)
-
-
-def _layers(spaces: Spaces) -> dict[str, int]:
-    """The convolutions and linear layers that produce movable spaces: node -> axis of channels."""
-    produced = {
-        alias
-        for space in spaces.movable.values()
-        for place in space.places
-        if place.role in ("produces", "both")
-        for alias in spaces.architecture.aliases[place.name]
-    }
-    found = {}
-    for node in spaces.program.graph.nodes:
-        kind = getattr(node.target, "__name__", "").partition(".")[0]
-        if node.op != "call_function" or kind not in _WEIGHT:
-            continue
-        weight = node.args[_WEIGHT[kind]]
-        if isinstance(weight, fx.Node) and spaces.program.names.get(weight.name) in produced:
-            positions = weight.meta["val"].ndim - 2  # of the kernel of a convolution
-            found[node.name] = -1 - positions
-    return found
 
 
 def _floating(output: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from ...ops.covariance import Covariance
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_SHOWN = 12  # digits of a fingerprint that a sentence shows
+_SHOWN = 40  # characters that a sentence shows of what differs
 
 
 class Group:

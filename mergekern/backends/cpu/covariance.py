@@ -1,4 +1,4 @@
-"""covariance by csrc/covariance.cpp."""
+"""covariance by csrc/covariance.cpp and covariance_pack.cpp."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def covariance(
     means: list[Tensor],
     squares: list[Tensor],
     count: int,
-    xs: list[Tensor],
+    xs: list[list[Tensor]],
     rows: Tensor | None,
     zero: bool,
 ) -> bool:
-    sides = [_Side(x, rows, zero) for x in xs]
-    total = len(sides[0].offsets)
+    sides = [_Side(parts, rows, zero) for parts in xs]
+    total = len(sides[0].offsets[0])
     step = _chunk_rows(sum(side.panels for side in sides))
     if not all(side.measure(total, step) for side in sides):
         return False
@@ -42,22 +42,28 @@ def _chunk_rows(panels: int) -> int:
 
 
 class _Side:
-    """Rows of one side of the products, and their packed chunk."""
+    """Rows of one side of the products, of one tensor or several, and their packed chunk."""
 
-    def __init__(self, x: Tensor, rows: Tensor | None, zero: bool) -> None:
-        self.width = x.shape[-1]
-        self.offsets = _offsets(x) if rows is None else _offsets(x)[rows]
-        self.dtype = runtime._DTYPES[x.dtype]
+    def __init__(self, parts: list[Tensor], rows: Tensor | None, zero: bool) -> None:
+        self.width = sum(x.shape[-1] for x in parts)
+        self.offsets = [_offsets(x) if rows is None else _offsets(x)[rows] for x in parts]
+        self.dtype = runtime._DTYPES[parts[0].dtype]
         self.panels = runtime._cpu.panel_count(self.dtype, self.width)
         self.center = torch.empty(runtime._cpu.CENTER_ARRAYS, self.width, dtype=torch.float64)
-        self.rows = runtime._cpu.Rows(
-            data=x.data_ptr(),
-            dtype=self.dtype,
-            offsets=self.offsets.data_ptr(),
-            width=self.width,
-            stride=x.stride(-1),
-            zero=zero,
-        )
+        self.parts, first = [], 0
+        for x, offsets in zip(parts, self.offsets, strict=True):
+            part = runtime._cpu.Rows(
+                data=x.data_ptr(),
+                dtype=self.dtype,
+                offsets=offsets.data_ptr(),
+                width=x.shape[-1],
+                stride=x.stride(-1),
+                first=first,
+                side=self.width,
+                zero=zero,
+            )
+            self.parts.append(part)
+            first += x.shape[-1]
 
     def measure(self, total: int, step: int) -> bool:
         """Means and largest magnitudes of each chunk; False where a value is not finite."""
@@ -70,13 +76,14 @@ class _Side:
 
         def kernel(begin: int, end: int) -> None:
             k = begin // step
-            finite[k] = runtime._cpu.column_means(
-                x=self.rows,
-                mean=self.means[k].data_ptr(),
-                largest=self.largest[k].data_ptr(),
-                begin=begin,
-                end=end,
-            )
+            for part in self.parts:
+                finite[k] &= runtime._cpu.column_means(
+                    x=part,
+                    mean=self.means[k].data_ptr(),
+                    largest=self.largest[k].data_ptr(),
+                    begin=begin,
+                    end=end,
+                )
 
         runtime.chunks(kernel, total, step)
         return all(finite)
@@ -97,16 +104,17 @@ class _Side:
         )
 
         def kernel(begin: int, end: int) -> None:
-            runtime._cpu.pack(
-                x=self.rows,
-                first_row=first,
-                last_row=first + n,
-                center=self.center.data_ptr(),
-                panels=self.packed.data_ptr(),
-                squares=0 if squares is None else squares.data_ptr(),
-                begin=begin,
-                end=end,
-            )
+            for part in self.parts:
+                runtime._cpu.pack(
+                    x=part,
+                    first_row=first,
+                    last_row=first + n,
+                    center=self.center.data_ptr(),
+                    panels=self.packed.data_ptr(),
+                    squares=0 if squares is None else squares.data_ptr(),
+                    begin=begin,
+                    end=end,
+                )
 
         runtime.chunks(kernel, self.panels, -(-self.panels // (2 * runtime.threads())))
 
@@ -135,4 +143,6 @@ def _multiply(x: _Side, y: _Side, rows: int, products: Tensor) -> None:
     def kernel(begin: int, end: int) -> None:
         runtime._cpu.add_products(pairs=pairs, begin=begin, end=end)
 
-    runtime.chunks(kernel, pairs.count, min(_PAIRS, -(-pairs.count // (8 * runtime.threads()))))
+    threads = runtime.threads()  # a single one needs a single call
+    together = pairs.count if threads == 1 else min(_PAIRS, -(-pairs.count // (8 * threads)))
+    runtime.chunks(kernel, pairs.count, together)

@@ -17,13 +17,14 @@ def covariance(
     means: list[Tensor],
     squares: list[Tensor],
     count: int,
-    xs: list[Tensor],
+    xs: list[list[Tensor]],
     rows: Tensor | None,
     zero: bool,
 ) -> bool:
-    if not zero and not all(part.isfinite().all() for x in xs for part in _parts(x, rows)):
+    width = sum(x.shape[-1] for side in xs for x in side)
+    if not zero and not all(part.isfinite().all() for x in xs for part in _chunks(x, rows, width)):
         return False
-    for batch in zip(*(_parts(x, rows, sum(y.shape[-1] for y in xs)) for x in xs), strict=True):
+    for batch in zip(*(_chunks(x, rows, width) for x in xs), strict=True):
         n = len(batch[0])
         share = n / (count + n)
         centred, deltas = [], []
@@ -46,9 +47,10 @@ def covariance(
     return True
 
 
-def _parts(x: Tensor, rows: Tensor | None, width: int | None = None) -> Iterator[Tensor]:
-    """Chunks of rows; `width` is that of all tensors that are read side by side."""
-    flat = x.reshape(-1, x.shape[-1])
-    step = max(1, 4 * chunks.CHUNK // (width or x.shape[-1]))
-    for begin in range(0, len(flat) if rows is None else len(rows), step):
-        yield flat[begin : begin + step] if rows is None else flat[rows[begin : begin + step]]
+def _chunks(side: list[Tensor], rows: Tensor | None, width: int) -> Iterator[Tensor]:
+    """Chunks of rows of a side; `width` is that of all tensors that are read side by side."""
+    flat = [x.reshape(-1, x.shape[-1]) for x in side]
+    step = max(1, 4 * chunks.CHUNK // width)
+    for begin in range(0, len(flat[0]) if rows is None else len(rows), step):
+        some = slice(begin, begin + step)
+        yield torch.cat([x[some if rows is None else rows[some]] for x in flat], -1)

@@ -103,10 +103,11 @@ def _linked(report: str | None) -> Iterable[str]:
 
 
 def _models(manifest: Mapping[str, Any]) -> str:
-    base = yaml.safe_load(manifest["config"]).get("base_model")
+    configured = yaml.safe_load(manifest["config"]).get("base_model") is not None
+    apart = configured and method_named(manifest["method"]).subtracts_base
     lines = ["| | model | commit | bytes | XXH3-128 of what was read |", "|---|---|---|---|---|"]
     for i, model in enumerate(manifest["models"]):
-        role = "base" if base is not None and i == 0 else "model"
+        role = "base" if apart and i == 0 else "model"
         size = sum(file["size"] for file in model["files"])
         read = [t["inputs"][str(i)] for t in manifest["tensors"].values() if str(i) in t["inputs"]]
         digest = _code(joined(read)) if read else "nothing"

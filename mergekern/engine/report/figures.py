@@ -11,7 +11,7 @@ from .summary import Array, Summary
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 STYLES = ("-", "--", ":", "-.")  # once the colours are used up
-_PANELS = 12  # of norms, the largest kinds of tensors
+_PANELS = 11  # of the largest kinds of tensors, beside one of whole layers
 _ACROSS = 4  # panels side by side
 _BARS = 24  # tensors whose names can be read one below the other
 _TICKS = 12  # names of layers along an axis
@@ -190,8 +190,8 @@ def _cosines(s: Summary) -> Drawn:
             axes.set_title("layer by layer", fontsize=9)
         columns[-1].colorbar(shown, ax=axes).ax.tick_params(labelsize=7)
 
-    text = f"Cosines between the {s.compared}. 0 where two have nothing in common, 1 where one is "
-    text += "a multiple of the other; grey where a cosine is undefined."
+    text = "0 where two have nothing in common, 1 where they have one direction; grey where a "
+    text += "cosine is undefined."
     height = max(2.6, 0.4 * n, 0.16 * min(_PAIRS, len(pairs))) + 0.6
     return Drawn(f"Cosines between the {s.compared}", text, height, draw)
 
@@ -218,15 +218,8 @@ def worst_first(s: Summary) -> list[int]:
     if s.conflict_shares is not None:
         order = np.nan_to_num(-s.conflict_shares, nan=1.0)
     else:
-        order = np.nan_to_num(least_cosines(s), nan=2.0)
+        order = np.nan_to_num(s.least_cosines, nan=2.0)
     return list(map(int, np.argsort(order, kind="stable")))
-
-
-def least_cosines(s: Summary) -> Array:
-    """[T], the smallest cosine of two different models in each tensor; NaN without two."""
-    n = len(s.models)
-    each = [s.cosines([t])[np.triu_indices(n, 1)] for t in range(len(s.keys))]
-    return np.array([np.nanmin(c) if np.isfinite(c).any() else np.nan for c in each])
 
 
 def _shares(s: Summary) -> Drawn:
@@ -249,8 +242,10 @@ def _shares(s: Summary) -> Drawn:
         axes.grid(axis="x", alpha=0.3)
         where.legend(loc="outside upper center", ncols=5, fontsize=7)
 
-    text = "Bars: elements where the kept task vectors have both signs. "
-    text += "Marks: elements of each task vector that are kept. " if kept is not None else ""
+    text = "Bars: elements where the task vectors have both signs. "
+    if kept is not None:
+        text = "Bars: elements where task vectors of both signs are kept. "
+        text += "Marks: elements of each task vector that are kept. "
     if len(s.keys) > len(worst):
         text += f"Shown are the {len(worst)} tensors of {len(s.keys)} with the most conflicts."
     return Drawn("Kept and conflicting elements", text, 1.2 + 0.22 * len(worst), draw)

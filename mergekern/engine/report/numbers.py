@@ -106,12 +106,10 @@ def _square(x: Tensor, base: Tensor | None, backend: str) -> float:
     return float(gram([x], base=base, backend=backend))
 
 
-def added(row: Row | None, more: Row) -> Row:
+def added(row: Row, more: Row) -> Row:
     """The numbers of a tensor with those of one more slice.
 
-    >>> added(added(None, {"merged": [1.0]}), {"merged": [2.0]})
+    >>> added({"merged": [1.0]}, {"merged": [2.0]})
     {'merged': [3.0]}
     """
-    if row is None:
-        return more
     return {k: [a + b for a, b in zip(row[k], v, strict=True)] for k, v in more.items()}

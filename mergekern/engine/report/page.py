@@ -11,9 +11,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...align.picture import require_matplotlib
 from ...errors import ArgumentError
-from .figures import Drawn, figures, least_cosines, plain, short, worst_first
+from .figures import Drawn, figures, plain, short, worst_first
 from .numbers import Row
 from .summary import Summary, summarise
 
@@ -61,12 +63,13 @@ def page(
     check_report(path)
     if not rows:
         raise ArgumentError.of("report", "nothing was merged", "0 tensors", "at least one")
-    summary = summarise(rows, models)
-    drawn = figures(summary)
-    if Path(path).suffix.lower() == ".png":
-        Path(path).write_bytes(_all(drawn, title))
-    else:
-        Path(path).write_text(_html(summary, drawn, title), encoding="utf-8")
+    with np.errstate(all="ignore"):  # infinite norms have no cosines
+        summary = summarise(rows, models)
+        drawn = figures(summary)
+        if Path(path).suffix.lower() == ".png":
+            Path(path).write_bytes(_all(drawn, title))
+        else:
+            Path(path).write_text(_html(summary, drawn, title), encoding="utf-8")
 
 
 def _all(drawn: Sequence[Drawn], title: str) -> bytes:
@@ -144,7 +147,7 @@ def _table(s: Summary) -> str:
     if s.kept_shares is not None:
         columns += [(f"kept of {i}", _percents(s.kept_shares[:, i])) for i in n]
     if len(s.models) > 1:
-        columns.append(("least cosine", [_number(v, ".3f") for v in least_cosines(s)]))
+        columns.append(("least cosine", [_number(v, ".3f") for v in s.least_cosines]))
     columns += [(f"norm of {i}", [_number(v, ".4g") for v in s.norms[:, i]]) for i in n]
     columns.append(("norm of the mean", [_number(v, ".4g") for v in s.means]))
     columns.append(("norm of the merged", [_number(v, ".4g") for v in s.merged]))

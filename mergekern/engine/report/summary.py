@@ -69,6 +69,14 @@ class Summary:
         return None if self.kept is None else _ratio(self.kept, self.elements)
 
     @cached_property
+    def least_cosines(self) -> Array:
+        """[T], of two different models in each tensor; NaN where no two have one."""
+        cosines = _ratio(self.dots, self.norms[:, :, None] * self.norms[:, None, :])
+        rows, columns = np.triu_indices(len(self.models), 1)
+        least = np.nan_to_num(cosines[:, rows, columns], nan=np.inf).min(1, initial=np.inf)
+        return np.where(np.isinf(least), np.nan, least)
+
+    @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """Stack by stack as they come, and in each by number."""
         found: dict[str, dict[int, list[int]]] = {}
@@ -112,8 +120,7 @@ class Summary:
 
 def _ratio(a: Array, b: Array) -> Array:
     """a / b, NaN where b is 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(b == 0, np.nan, a / b)
+    return a / np.where(b == 0, np.nan, b)
 
 
 def summarise(rows: Mapping[str, Row], models: Sequence[str]) -> Summary:

@@ -50,10 +50,11 @@ class CovarianceMetric:
         self._images: dict[float, int] = {}
 
     def update(self, batch_size: int, *feats: Tensor, **aux_params: Any) -> None:
-        rows = torch.cat(feats).T
-        per_image = len(rows) / batch_size
+        rows = [x.T for x in feats]
+        per_image = len(rows[0]) / batch_size
         if per_image not in self._moments:
-            self._moments[per_image] = Covariance(rows.shape[1], device=rows.device, nan="zero")
+            width = sum(x.shape[1] for x in rows)
+            self._moments[per_image] = Covariance(width, device=rows[0].device, nan="zero")
             self._images[per_image] = 0
         self._moments[per_image].update(rows)
         self._images[per_image] += batch_size
