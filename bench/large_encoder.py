@@ -8,6 +8,8 @@ the disk.
 In each round the inputs are read by cat, a model is written by dd, and the merge does both; "share"
 is the time of cat and dd over that of the merge, the median of the rounds. "from disk" says that
 inputs were in the system's cache; "over plan" are bytes read and written over those of the plan.
+Some seconds go by before each: a virtual machine hands freed memory back to its host, whatever runs
+next is slowed down when it takes it again, and what runs at once is not.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ import intern_vit
 from processes import IMPORT, MERGE, Ended, cat, dd, python
 from report import describe
 
+SETTLE = 5  # seconds
 RESULTS = Path(__file__).parent / "results"
 ALL = ("base", *intern_vit.EXPERTS)
 
@@ -92,15 +96,14 @@ class Bench:
         cat(files)  # brings back what the last output has driven out of the system's cache
         read = cat(files)
         copied = _weights(self.models / "base")
+        self._clear()
         if number % 2:
             merge = self.merge(config)
-            written = dd(copied, self.out / "copied")
-        else:
-            written = dd(copied, self.out / "copied")
             self._clear()
-            merge = self.merge(config)
+            return read, dd(copied, self.out / "copied"), merge
+        written = dd(copied, self.out / "copied")
         self._clear()
-        return read, written, merge
+        return read, written, self.merge(config)
 
     def merge(self, config: dict[str, Any], *options: str) -> Ended:
         path = self.out / "merge.json"
@@ -115,6 +118,7 @@ class Bench:
         for name in ("merged", "copied"):
             shutil.rmtree(self.out / name, ignore_errors=True)
         os.sync()
+        time.sleep(SETTLE)
 
     def second_point(self, config: dict[str, Any]) -> dict[str, Any]:
         """A merge whose thresholds the one before has found, over that one; lambda differs."""
@@ -124,9 +128,9 @@ class Bench:
             pair = []
             for scale in (1.0, 0.7):
                 cat(self._files(config))
+                self._clear()
                 given = {**config, "parameters": {**config["parameters"], "lambda": scale}}
                 pair.append(self.merge(given, "--statistics", str(kept)).seconds)
-                self._clear()
             shutil.rmtree(kept)
             seconds.append(pair)
             ratios.append(pair[1] / pair[0])
