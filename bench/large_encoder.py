@@ -8,6 +8,8 @@ the disk.
 In each round the inputs are read by cat, a model is written by dd, and the merge does both; "share"
 is the time of cat and dd over that of the merge, the median of the rounds. "from disk" says that
 inputs were in the system's cache; "over plan" are bytes read and written over those of the plan.
+Some seconds go by before each: a virtual machine hands freed memory back to its host, whatever runs
+next is slowed down when it takes it again, and what runs at once is not.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ import intern_vit
 from processes import IMPORT, MERGE, Ended, cat, dd, python
 from report import describe
 
+SETTLE = 5  # seconds
 RESULTS = Path(__file__).parent / "results"
 ALL = ("base", *intern_vit.EXPERTS)
 
@@ -60,7 +64,7 @@ class Bench:
 
     def row(self, name: str, config: dict[str, Any]) -> dict[str, Any]:
         files = self._files(config)
-        plan, _ = mk.plan_merge(config, self.out / "merged", memory=self.memory)
+        plan, outlook = mk.plan_merge(config, self.out / "merged", memory=self.memory)
         rounds = [self._round(config, files, i) for i in range(self.rounds)]
         merges = [merge for _, _, merge in rounds]
         middle = statistics.median
@@ -70,12 +74,14 @@ class Bench:
             "dd_s": middle(written.seconds for _, written, _ in rounds),
             "merge_s": middle(merge.seconds for merge in merges),
             "share": middle((r.seconds + w.seconds) / m.seconds for r, w, m in rounds),
-            "gbs": (plan.bytes_read + plan.bytes_written) / 1e9 / middle(m.seconds for m in merges),
+            "gbs": (outlook.bytes_read + plan.bytes_written)
+            / 1e9
+            / middle(m.seconds for m in merges),
             "over_import_mib": (max(m.peak for m in merges) - self.idle.peak) / 2**20,
             "peak_mib": max(m.peak for m in merges) / 2**20,
-            "read_gb": plan.bytes_read / 1e9,
+            "read_gb": outlook.bytes_read / 1e9,
             "written_gb": plan.bytes_written / 1e9,
-            "read_over_plan": middle(m.read - self.idle.read for m in merges) / plan.bytes_read,
+            "read_over_plan": middle(m.read - self.idle.read for m in merges) / outlook.bytes_read,
             "written_over_plan": middle(m.written for m in merges) / plan.bytes_written,
             "from_disk_gb": middle(m.from_disk for m in merges) / 1e9,
         }
@@ -90,15 +96,14 @@ class Bench:
         cat(files)  # brings back what the last output has driven out of the system's cache
         read = cat(files)
         copied = _weights(self.models / "base")
+        self._clear()
         if number % 2:
             merge = self.merge(config)
-            written = dd(copied, self.out / "copied")
-        else:
-            written = dd(copied, self.out / "copied")
             self._clear()
-            merge = self.merge(config)
+            return read, dd(copied, self.out / "copied"), merge
+        written = dd(copied, self.out / "copied")
         self._clear()
-        return read, written, merge
+        return read, written, self.merge(config)
 
     def merge(self, config: dict[str, Any], *options: str) -> Ended:
         path = self.out / "merge.json"
@@ -113,6 +118,7 @@ class Bench:
         for name in ("merged", "copied"):
             shutil.rmtree(self.out / name, ignore_errors=True)
         os.sync()
+        time.sleep(SETTLE)
 
     def second_point(self, config: dict[str, Any]) -> dict[str, Any]:
         """A merge whose thresholds the one before has found, over that one; lambda differs."""
@@ -122,9 +128,9 @@ class Bench:
             pair = []
             for scale in (1.0, 0.7):
                 cat(self._files(config))
+                self._clear()
                 given = {**config, "parameters": {**config["parameters"], "lambda": scale}}
                 pair.append(self.merge(given, "--statistics", str(kept)).seconds)
-                self._clear()
             shutil.rmtree(kept)
             seconds.append(pair)
             ratios.append(pair[1] / pair[0])

@@ -12,7 +12,9 @@ from torch import Tensor
 # Code that torch loads on first use, scratch of the kernels, freed results that the heap keeps.
 OVERHEAD = 40 << 20
 _GRAIN = 1 << 16
-
+# Under way at most, or two units: more does not keep the threads busier, and memory that was never
+# touched costs a virtual machine as much time as the disk (2 s per GiB on one that was measured).
+_AHEAD = 256 << 20
 
 _M_MMAP_THRESHOLD = -3
 
@@ -50,8 +52,9 @@ class Window:
     def take(self, cost: int, sizes: Sequence[int]) -> list[Tensor] | None:
         """Buffers of at least these sizes, which `cost` includes; None if the stream has ended."""
         with self._changed:
+            most = min(self._limit, max(_AHEAD, 2 * cost))
             self._changed.wait_for(
-                lambda: self._closed or self._taken + cost <= self._limit or not self._taken
+                lambda: self._closed or self._taken + cost <= most or not self._taken
             )
             if self._closed:
                 return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -16,15 +16,16 @@ from torch import Tensor
 from ..methods.found import dump
 from ..methods.passes import Study
 from ..methods.registry import Inputs
+from .ahead import Ahead, Arrived
 from .config import MergeConfig
 from .files.formats import bytes_of
 from .journal import Entries, Entry, digest_of
-from .memory import Window, window
+from .memory import window
 from .place import Sent, place_of
 from .plan import Plan, Task
 from .progress import Bar
 from .ranks import ALONE, Ranks
-from .reading import Loaded, Reader
+from .reading import Reader
 from .report.numbers import Row, numbers_of_slices
 from .shares import stretches
 from .studies import Studies
@@ -44,24 +45,15 @@ class Settings:
     report: bool = False  # whether numbers of each slice are wanted
 
 
-class _Arrived(NamedTuple):
-    """A unit that is in memory."""
-
-    unit: Unit
-    loaded: list[Loaded]
-    sent: list[Sent]  # the tensors of each, where they are computed
-    buffers: list[Tensor]
-
-
-Places = Container[tuple[int, int]]  # task and index of slices
-Slice = tuple[int, int, memoryview]  # task, index, bytes of the result
-
-
 class _Computed(NamedTuple):
     """Results of a part on their way back, one per point; per point numbers of each slice."""
 
     results: Sent
     rows: list[list[Row]]
+
+
+Places = Container[tuple[int, int]]  # task and index of slices
+Slice = tuple[int, int, memoryview]  # task, index, bytes of the result
 
 
 class Sink(Protocol):
@@ -82,12 +74,16 @@ class Stream:
     def __init__(
         self, plan: Plan, reader: Reader, settings: Settings, studies: Studies | None = None
     ) -> None:
-        self._plan, self._settings, self._reader = plan, settings, reader
+        self._plan, self._settings = plan, settings
         self._studies = studies
         self._method = settings.config.method
         self._place = place_of(settings.device)
         self._limit = self._place.window(window(settings.memory), plan.peak)
-        self.bytes_read = 0
+        self._ahead = Ahead(plan, reader, self._place, self._limit, settings.bar)
+
+    @property
+    def bytes_read(self) -> int:
+        return self._ahead.bytes_read
 
     # ---- the passes --------------------------------------------------------------------------
 
@@ -195,8 +191,8 @@ class Stream:
         """
 
         def visit(visitor: Callable[..., None]) -> None:
-            self._settings.bar.expect(sum(map(self._read, units)))
-            with self._ahead(units) as (ready, under_way):
+            self._settings.bar.expect(sum(map(self._ahead.size, units)))
+            with self._ahead.units(units) as (ready, under_way):
                 for arrived in ready:
                     for each, sent in zip(arrived.loaded, arrived.sent, strict=True):
                         inputs = self.inputs(each.part, self._place.receive(sent))
@@ -225,7 +221,7 @@ class Stream:
             return
         of = _token(found)
 
-        def write(arrived: _Arrived, results: list[_Computed]) -> None:
+        def write(arrived: Arrived, results: list[_Computed]) -> None:
             with contextlib.ExitStack() as failed:
                 failed.callback(under_way.close)  # else the others wait for bytes for ever
                 entries = [e._replace(found=of) for e in self._write(arrived, results, output)]
@@ -236,7 +232,7 @@ class Stream:
                 failed.pop_all()
 
         with (
-            self._ahead(units) as (ready, under_way),
+            self._ahead.units(units) as (ready, under_way),
             ThreadPoolExecutor(1, "mergekern-write") as writer,
         ):
             writing: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
@@ -258,48 +254,6 @@ class Stream:
 
     # ---- one unit ----------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _ahead(self, units: Iterable[Unit]) -> Iterator[tuple[Iterator[_Arrived], Window]]:
-        """The units, each when it is in memory, read by a thread as far as the window goes.
-
-        Who has done a unit gives its cost back. Any error, here or there, ends both.
-        """
-        under_way = Window(self._limit, pinned=self._place.pinned)
-        ready: queue.SimpleQueue[_Arrived | None] = queue.SimpleQueue()
-
-        def read() -> None:
-            try:
-                for unit in units:
-                    buffers = under_way.take(unit.cost, self._reader.sizes(unit))
-                    if buffers is None:
-                        return
-                    loaded = self._reader.load(unit, buffers)
-                    ready.put(_Arrived(unit, loaded, list(map(self._send, loaded)), buffers))
-                    del buffers, loaded
-                    size = self._read(unit)
-                    self.bytes_read += size
-                    self._settings.bar.advance(size)
-            finally:
-                ready.put(None)
-
-        with ThreadPoolExecutor(1, "mergekern-read") as reader:
-            reading = reader.submit(read)
-            try:
-                yield iter(ready.get, None), under_way
-                reading.result()
-            finally:
-                under_way.close()
-
-    def _read(self, unit: Unit) -> int:
-        """Bytes of the inputs of a unit."""
-        return sum(
-            (end - begin) * dtype.itemsize
-            for part in unit.parts
-            for task in [self._plan.tasks[part.task]]
-            for begin, end in [task.span(part.first, part.last)]
-            for dtype in task.stored
-        )
-
     def _written(self, unit: Unit) -> int:
         """Bytes of the results of a unit."""
         return len(self._plan.points) * sum(
@@ -310,12 +264,7 @@ class Stream:
         )
 
     def _moved(self, unit: Unit) -> int:
-        return self._read(unit) + self._written(unit)
-
-    def _send(self, each: Loaded) -> Sent:
-        """What is copied stays here."""
-        merged = self._plan.tasks[each.part.task].arguments is not None
-        return self._place.send(each.tensors) if merged else Sent(each.tensors)
+        return self._ahead.size(unit) + self._written(unit)
 
     def _compute(self, part: Part, sent: Sent, found: Sequence[Any]) -> _Computed:
         """The result of a part, flat, for each point."""
@@ -358,7 +307,7 @@ class Stream:
             order=part.task,
         )
 
-    def _write(self, arrived: _Arrived, computed: list[_Computed], output: Sink) -> list[Entry]:
+    def _write(self, arrived: Arrived, computed: list[_Computed], output: Sink) -> list[Entry]:
         entries = []
         pieces: list[list[Slice]] = [[] for _ in self._plan.points]
         for each, (results, rows) in zip(arrived.loaded, computed, strict=True):

@@ -73,7 +73,8 @@ ARCEE_FUSION = Method(
     "a sort or a sample; KL in float64; every element is one of the two inputs, rounded once to "
     "the result. A row with NaN, +infinity or nothing but -infinity has no KL: it ranks above all "
     "numbers and nothing of it is taken. NaN where base is not finite, and where x is not finite "
-    "and not taken.",
+    "and not taken. Tensors are merged whole: quantiles of importances in slices would take the "
+    "softmax of every row anew in each of four passes.",
     base="required",
     models=(1, 1),
     parameters=(),

@@ -46,6 +46,9 @@ def slices(shape: Sequence[int], cut: str | None, size: int | None = None) -> li
 def parts(inputs: Inputs, cut: str | None) -> Iterator[Inputs]:
     """The slices of tensors that are in memory whole; `inputs` itself where they are one."""
     shape = tuple(inputs.xs[0].shape)
+    if math.prod(shape) <= SLICE:
+        yield inputs
+        return
     ranges = slices(shape, cut)
     if len(ranges) == 1:
         yield inputs

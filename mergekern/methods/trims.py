@@ -243,5 +243,6 @@ def factors(inputs: Inputs, keep: list[Keep]) -> list[float]:
     """What restores the L1 norms of tensors in memory whole, summed by the slice."""
     norms: list[tuple[float, float]] = []
     for one in slices.parts(inputs, "elements"):
-        norms = _added(norms, one, [from_index(k, one.offset) for k in keep])
+        rules = keep if one is inputs else [from_index(k, one.offset) for k in keep]
+        norms = _added(norms, one, rules)
     return [l1_factor(*n) for n in norms]

@@ -91,7 +91,7 @@ def _dots_along(inputs: Inputs, dim: int, part: _Part) -> Tensor:
 
     shape = inputs.xs[0].shape
     row = math.prod(shape[1:])
-    if dim != 0 or not row:
+    if dim != 0 or math.prod(shape) <= slices.SLICE:
         return dots(0, shape[0])
     ranges = slices.slices(shape, "rows")
     return functools.reduce(operator.add, (dots(b // row, e // row) for b, e in ranges))
@@ -106,7 +106,7 @@ def vectors(
         return whole(inputs, coefficients)
     if out is None:
         out = check.output("merge", None, first, dtype=inputs.out_dtype)
-    if dim != 0 and len(slices.slices(first.shape, "rows")) > 1:
+    if dim != 0 and first.numel() > slices.SLICE and first.shape[0] > 1:
         # The bits of a dot product may depend on how many are taken at a time.
         for one in slices.parts(inputs, "rows"):
             vectors(one, dim, coefficients, slices.of(out, one, "rows"))

@@ -64,16 +64,13 @@ def resumed(job: Job, whole: Whole) -> None:
 # ---- kill -9 ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["ties", "ties_global"])
-def test_killed_before_each_call_that_changes_the_disk(
-    models: list[Path], tmp_path: Path, method: str
-) -> None:
-    whole = Whole(sliced.job(models, tmp_path / "whole" / "out", method))
+def test_killed_before_each_call_that_changes_the_disk(models: list[Path], tmp_path: Path) -> None:
+    whole = Whole(sliced.job(models, tmp_path / "whole" / "out"))
     commit = whole.calls[-20:]
     assert {"fsync", "unlink"} & set(commit)
     assert {"rename", "replace"} & set(commit)
     for k in range(len(whole.calls)):
-        job = sliced.job(models, tmp_path / f"{k}" / "out", method)
+        job = sliced.job(models, tmp_path / f"{k}" / "out")
         assert run(job, Fault(kill, k)).code == KILLED, (k, whole.calls[k])
         resumed(job, whole)
 
@@ -209,9 +206,10 @@ def test_a_disk_that_is_filled_by_others_meanwhile(
         assert end.code == 0
         if end.error:
             full += 1
-            assert errno_text(errno.ENOSPC) in end.error
+            told = (errno_text(errno.ENOSPC), "the disk has 0.00 GB")
+            assert any(text in end.error for text in told)
             assert not job.out.exists()
-        others.unlink()
+        others.unlink(missing_ok=True)
         resumed(job, whole)
     assert full > 3
 

@@ -82,7 +82,7 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
 
 # What stays whole, and why; the host None is the method itself.
 WHOLE: dict[tuple[str, str | None], str] = {
-    ("arcee_fusion", None): "quantiles",
+    ("arcee_fusion", None): "quantiles: the softmax of every row anew in each of four passes",
     ("breadcrumbs_ties", "mergekit"): "rescale: norms as torch sums a whole tensor",
     ("arcee_fusion", "mergekit"): "takes its quantiles from a sample that torch draws",
     ("dare_linear", "mergekit"): "masks come from torch's generator, model by model",

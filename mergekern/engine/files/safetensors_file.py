@@ -22,11 +22,11 @@ class SafetensorsFile(PositionedFile):
         try:
             with safe_open(path, framework="pt"):
                 pass  # raises for truncated, overlapping or oversized headers
-        except (SafetensorError, OSError) as error:
+            size = int.from_bytes(self.bytes_at(0, 8), "little")
+            header = json.loads(self.bytes_at(8, size))
+        except (SafetensorError, OSError, EOFError, ValueError) as error:  # or cut short since
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path}: no readable safetensors file ({reason})") from None
-        size = int.from_bytes(self.bytes_at(0, 8), "little")
-        header = json.loads(self.bytes_at(8, size))
         self.metadata: Mapping[str, str] = header.pop("__metadata__", None) or {}
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
