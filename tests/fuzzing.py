@@ -99,6 +99,8 @@ def _take(kind: str, first: int, last: int) -> None:
     import torch
     from safetensors.torch import save_file
 
+    import mergekern.engine.run  # noqa: F401  (not at the expense of the first case)
+
     warnings.simplefilter("ignore")
     names = ["layer.0.w", "layer.1.w", "layer.1.b", "norm.w", "head.w"]
     for i, model in enumerate(("a", "b", "base")):
