@@ -1,8 +1,9 @@
 """Merges killed at random moments, then resumed: how many end in the bytes of an uninterrupted run.
 
 `python -m bench.crash --count 200` goes round the methods. Each run is killed from outside, at a
-moment that is drawn evenly over the time of a whole one, and the same merge is run again. The table
-says how far the killed ones had come; the figures are kept under bench/results.
+moment that is drawn evenly over the time of a whole one, and the same merge is run again; those
+that had ended by then do not count. The table says how far the killed ones had come; the figures
+are kept under bench/results.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -59,19 +61,19 @@ def main() -> int:
             start = time.perf_counter()
             done(job)
             wholes[method] = time.perf_counter() - start, content(job.out)
-        for i in range(options.count):
-            method = sliced.METHODS[i % len(sliced.METHODS)]
+        while killed.total() < options.count:
+            method = sliced.METHODS[killed.total() % len(sliced.METHODS)]
             lasted, whole = wholes[method]
-            job = sliced.job(models, folder / f"{i}" / "out", method, memory="4MiB")
+            job = sliced.job(models, folder / "killed" / "out", method, memory="4MiB")
             child = Run(job)
             time.sleep(rng.uniform(0, lasted))
             child.process.kill()
-            child.end()
-            killed[phase(job.out)] += 1
-            done(job)
-            left = list(job.out.parent.glob(".out.*"))
-            equal += content(job.out) == whole and not left
-            shutil.rmtree(job.out.parent)
+            if child.end().code == -signal.SIGKILL:
+                killed[phase(job.out)] += 1
+                done(job)
+                left = list(job.out.parent.glob(".out.*"))
+                equal += content(job.out) == whole and not left
+            shutil.rmtree(job.out.parent, ignore_errors=True)
     for where, count in killed.most_common():
         print(f"{count:5} killed {where}")
     print(f"{equal} of {options.count} outputs equal those of uninterrupted runs")

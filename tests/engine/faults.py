@@ -209,7 +209,7 @@ class End(NamedTuple):
 
 
 class Run:
-    """A child at work."""
+    """A child at work; as a context, one that does not outlive it, even asleep."""
 
     def __init__(self, job: Job, fault: Fault | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -218,6 +218,13 @@ class Run:
         self.process: BaseProcess = context.Process(target=_child, args=(job, fault, sender))
         self.process.start()
         sender.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None:
+            self.process.kill()
 
     def send(self, number: int) -> None:
         assert self.process.pid is not None
