@@ -44,7 +44,7 @@ def merge(inputs, **arguments):
     return linear.merge(inputs, **arguments)
 
 linear = REGISTRY["linear"]
-REGISTRY["linear"] = dataclasses.replace(linear, merge=merge, cut=lambda *_: None)
+REGISTRY["linear"] = dataclasses.replace(linear, merge=merge, joins=False)
 sys.exit(mergekern.cli.run([a for a in sys.argv[1:] if a != "--slow-end"]))
 """
 
