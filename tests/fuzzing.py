@@ -28,7 +28,7 @@ import mutants
 SECONDS = 5.0  # of the processor, for one case
 WAITING = 600.0  # seconds until the next case is done; the machine may be busy
 MEMORY = 1 << 30  # beside what the process has when it begins
-LONGEST = 4000  # characters of an error
+LONGEST = 10_000  # characters of an error, which may hold a text of 4096 twice
 
 
 class Report(NamedTuple):
@@ -98,6 +98,8 @@ def _cases(kind: str, first: int, last: int, folder: Path) -> tuple[list[str], i
 def _take(kind: str, first: int, last: int) -> None:
     import torch
     from safetensors.torch import save_file
+
+    import mergekern.engine.run  # noqa: F401  (not at the expense of the first case)
 
     warnings.simplefilter("ignore")
     names = ["layer.0.w", "layer.1.w", "layer.1.b", "norm.w", "head.w"]

@@ -151,6 +151,12 @@ def test_import_loads_no_torch(module: str) -> None:
     assert not {"torch", "numpy", "scipy", "mergekern.check"} & loaded(f"import {module}")
 
 
+def test_a_merge_loads_no_alignment() -> None:
+    modules = loaded("import mergekern.engine.run")
+    assert "mergekern.methods" in modules
+    assert not {"scipy", "matplotlib", "mergekern.align"} & modules
+
+
 def test_a_name_loads_its_own_modules_alone() -> None:
     modules = loaded("import mergekern; mergekern.gram")
     assert "mergekern.ops.gram" in modules

@@ -76,21 +76,25 @@ def _of_a_slice(job: Job, task: Task) -> tuple[float, float, int]:
     reading = time.perf_counter() - begun
     method, inputs = job.config.method, stream.inputs(loaded.part, loaded.tensors)
     assert task.arguments is not None
-    passes = 1
+    given, passes = task.arguments[0], 1
 
     def visit(visitor: Callable[..., None]) -> None:
         nonlocal passes
         passes += 1
-        assert task.arguments is not None
-        visitor(inputs, **task.arguments[0])
+        visitor(inputs, **given)
 
+    def compute() -> None:
+        if method.survey:
+            method.merge(replace(inputs, survey=method.survey(visit)), **given)
+        else:  # as a tensor of its own
+            method.merge(replace(inputs, shape=None, offset=0), **given)
+
+    compute()  # the first time loads what torch needs
+    passes = 1
     begun = time.perf_counter()
-    learn = method.survey or (method.measure if len(task.slices) > 1 else None)
-    found = None if learn is None else learn(visit)
-    method.merge(replace(inputs, survey=found), **task.arguments[0])
+    compute()
     computing = time.perf_counter() - begun
-    surveyed = passes if method.survey else 1
-    return max(1, sum(sizes)) / reading, max(1, sum(sizes)) / computing, surveyed
+    return max(1, sum(sizes)) / reading, max(1, sum(sizes)) / computing, passes
 
 
 def _write_rate(target: Path, size: int) -> float:

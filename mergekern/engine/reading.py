@@ -41,36 +41,45 @@ class Reader:
         return list(sizes.values())
 
     def load(self, unit: Unit, buffers: Sequence[Tensor]) -> list[Loaded]:
-        raws: list[list[Tensor]] = []
+        memory = [bytes_of(x) for x in buffers]
         reads: dict[WeightFile, list[Piece]] = {}
+        places: list[list[tuple[int, int]]] = []  # in the buffer of each source
         filled = [0] * len(buffers)
         for part in unit.parts:
             task = self._plan.tasks[part.task]
             begin, end = task.span(part.first, part.last)
-            raws.append([])
+            places.append([])
             for i, dtype in enumerate(task.stored):
                 first = _aligned(filled[i])
                 filled[i] = first + (end - begin) * dtype.itemsize
-                raw = buffers[i][first : filled[i]]
-                raws[-1].append(raw)
+                places[-1].append((first, filled[i]))
                 if end > begin:
                     file, name = self._where[part.task][i]
-                    piece = name, begin * dtype.itemsize, bytes_of(raw)
+                    piece = name, begin * dtype.itemsize, memory[i][first : filled[i]]
                     reads.setdefault(file, []).append(piece)
         for file, pieces in reads.items():
             file.read_many(pieces)
-        return [self._loaded(part, each) for part, each in zip(unit.parts, raws, strict=True)]
+        return [
+            self._loaded(part, each, buffers, memory)
+            for part, each in zip(unit.parts, places, strict=True)
+        ]
 
-    def _loaded(self, part: Part, raws: Sequence[Tensor]) -> Loaded:
+    def _loaded(
+        self,
+        part: Part,
+        places: Sequence[tuple[int, int]],
+        buffers: Sequence[Tensor],
+        memory: Sequence[memoryview],
+    ) -> Loaded:
         task = self._plan.tasks[part.task]
         ranges = task.slices[part.first : part.last]
-        digests = []
-        for raw, dtype in zip(raws, task.stored, strict=True):
-            data, origin, size = bytes_of(raw), ranges[0][0], dtype.itemsize
-            digests.append(
-                [digest_of(data[(a - origin) * size : (b - origin) * size]) for a, b in ranges]
-            )
-        tensors = [raw.view(dtype) for raw, dtype in zip(raws, task.stored, strict=True)]
+        origin = ranges[0][0]
+        tensors, digests = [], []
+        for i, ((first, last), dtype) in enumerate(zip(places, task.stored, strict=True)):
+            size = dtype.itemsize
+            tensors.append(buffers[i][first:last].view(dtype))
+            at = first - origin * size
+            digests.append([digest_of(memory[i][at + a * size : at + b * size]) for a, b in ranges])
         return Loaded(part, tensors, list(zip(*digests, strict=True)))
 
     def slice_bytes(self, task: int, index: int, source: int) -> memoryview:

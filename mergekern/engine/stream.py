@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import queue
 from collections.abc import Callable, Container, Sequence
@@ -237,10 +238,7 @@ class Stream:
         ):
             writing: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
             for arrived in ready:
-                results = [
-                    self._compute(each.part, sent, found)
-                    for each, sent in zip(arrived.loaded, arrived.sent, strict=True)
-                ]
+                results = self._compute_all(arrived, found)
                 writing.put(writer.submit(write, arrived, results))
                 del results, arrived
                 while not writing.empty():  # raises what the writer raised
@@ -266,6 +264,43 @@ class Stream:
     def _moved(self, unit: Unit) -> int:
         return self._ahead.size(unit) + self._written(unit)
 
+    def _compute_all(self, arrived: Arrived, found: Sequence[Any]) -> list[_Computed]:
+        """The results of a unit: of tensors that the method may join, in one call."""
+        computed = []
+        parts = list(zip(arrived.unit.parts, arrived.sent, strict=True))
+        for joins, run in itertools.groupby(parts, lambda each: self._joins(each[0])):
+            together = list(run)
+            if joins is not None and len(together) > 1:
+                computed += self._compute_joined(*zip(*together, strict=True))
+            else:
+                computed += [self._compute(part, sent, found) for part, sent in together]
+        return computed
+
+    def _joins(self, part: Part) -> Any:
+        """Equal for whole tensors that may be merged end to end; None for others."""
+        settings, task = self._settings, self._plan.tasks[part.task]
+        alone = settings.host is not None or settings.report or len(task.slices) > 1
+        if alone or task.arguments is None or not self._method.joins:
+            return None
+        return task.sources, task.stored, task.compute, task.result, task.arguments
+
+    def _compute_joined(self, parts: Sequence[Part], sent: Sequence[Sent]) -> list[_Computed]:
+        task = self._plan.tasks[parts[0].task]
+        sizes = [len(each.tensors[0]) for each in sent]
+        each_source = zip(*map(self._place.receive, sent), strict=True)
+        tensors = [torch.cat(pieces).to(task.compute) for pieces in each_source]
+        inputs = self._inputs(task, tensors)
+        made = [
+            self._method.merge(inputs, **arguments).to(task.result)
+            for arguments in task.arguments or ()
+        ]
+        fetched = self._place.fetch(made)
+        points = [torch.split(result, sizes) for result in fetched.tensors]
+        return [
+            _Computed(Sent(list(results), fetched.arrived), [])
+            for results in zip(*points, strict=True)
+        ]
+
     def _compute(self, part: Part, sent: Sent, found: Sequence[Any]) -> _Computed:
         """The result of a part, flat, for each point."""
         task = self._plan.tasks[part.task]
@@ -289,22 +324,27 @@ class Stream:
 
     def inputs(self, part: Part, tensors: Sequence[Tensor]) -> Inputs:
         """A part as its method takes it, of flat tensors as they are stored."""
-        settings, task = self._settings, self._plan.tasks[part.task]
+        task = self._plan.tasks[part.task]
         whole = part.last - part.first == len(task.slices)
         shaped = [x.view(_shape(task, whole)).to(dtype=task.compute) for x in tensors]
-        apart = settings.config.base_apart
+        return replace(
+            self._inputs(task, shaped),
+            offset=task.slices[part.first][0],
+            shape=None if whole else task.shape,
+            order=part.task,
+        )
+
+    def _inputs(self, task: Task, tensors: list[Tensor]) -> Inputs:
+        settings, apart = self._settings, self._settings.config.base_apart
         return Inputs(
-            xs=shaped[apart:],
-            base=shaped[0] if apart else None,
+            xs=tensors[apart:],
+            base=tensors[0] if apart else None,
             name=task.key,
             seed=settings.seed,
             out_dtype=task.compute if settings.host == "mergekit" else task.result,
             backend=settings.backend,
             host=settings.host,
             models=[i - apart for i in task.sources[apart:]],
-            offset=task.slices[part.first][0],
-            shape=None if whole else task.shape,
-            order=part.task,
         )
 
     def _write(self, arrived: Arrived, computed: list[_Computed], output: Sink) -> list[Entry]:

@@ -87,6 +87,7 @@ LINEAR = Method(
     ),
     merge=linear,
     cut=anywhere,
+    joins=True,
     parity={
         "mergekit": "The bits of `linear` on the same device.",
         "fusion_bench": "The bits of SimpleAverageAlgorithm where every weight is 1 and "
@@ -111,5 +112,6 @@ PASSTHROUGH = Method(
     parameters=(Parameter("scale", float, "model", 1.0, "factor"),),
     merge=passthrough,
     cut=anywhere,
+    joins=True,
     parity={"mergekit": "The bits of `passthrough` on the same device."},
 )

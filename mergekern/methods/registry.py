@@ -147,6 +147,8 @@ class Method:
     needs: whether `measure` is needed with these arguments; without, it finds None.
     draws: hosts for which it draws from torch's generator, so that what a tensor gets depends on
     those before it: such a merge is made in one go, by one process.
+    joins: each element is merged by itself, whatever tensor it is of, so small tensors may be
+    merged end to end in one call.
     studied: the parameters on which survey or measure depend; None: all.
 
     kept: what `merge` keeps of each task vector, with the same inputs and arguments, for reports.
@@ -166,6 +168,7 @@ class Method:
     measure: Study | None = None
     needs: Needs = always
     draws: frozenset[str] = frozenset()
+    joins: bool = False
     studied: tuple[str, ...] | None = None
     kept: Callable[..., list[Keep] | None] | None = None
 

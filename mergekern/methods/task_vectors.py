@@ -200,6 +200,7 @@ def _method(
         measure=None if trim is None else measure_of(trim),
         needs=needs_of(trim),
         draws=draws,
+        joins=trim is None and elect is None,
         studied=TRIMMED_BY,
         kept=_kept_by(trim),
     )

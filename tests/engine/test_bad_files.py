@@ -210,6 +210,7 @@ def test_index_and_shard_disagree(tmp_path: Path, changes: dict[str, str | None]
         b'{"weight_map": {"a": ".."}}',
         b'{"weight_map": {"a": ""}}',
         b'{"weight_map": {"a": "."}}',
+        b'{"weight_map": {"a": "sub/inside.safetensors"}}',
         b'{"weight_map": {"a": "x/../../outside.safetensors"}}',
         b'{"weight_map": {"a": "..\\\\outside.safetensors"}}',
         b'{"weight_map": {"a": "outside.safetensors\\u0000"}}',
@@ -219,11 +220,12 @@ def test_index_and_shard_disagree(tmp_path: Path, changes: dict[str, str | None]
 )
 def test_index_that_cannot_be_read(tmp_path: Path, text: bytes) -> None:
     root = write_folder(tmp_path / "m", tensors(), shards=2)
-    write_file(tmp_path / "outside.safetensors", {"a": torch.ones(1)})
+    for path in (tmp_path / "outside.safetensors", root / "sub" / "inside.safetensors"):
+        write_file(path, {"a": torch.ones(1)})
     (root / INDEX).write_bytes(text)
     with pytest.raises(CheckpointError) as caught:
         Checkpoint(root)
-    assert str(root) in str(caught.value)
+    assert str(caught.value).startswith(f"{root / INDEX}: no readable index")
     assert "\n" not in str(caught.value)
 
 

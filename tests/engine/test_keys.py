@@ -180,6 +180,7 @@ def test_a_renaming_between_versions_is_found(what: str, newer: str, prefix: str
         ([*NAMES, "classifier.weight"], [*NAMES, "score.weight"]),  # heads are not one tensor
         ([*NAMES, "a.gamma"], [*NAMES, "a.weight"]),
         (NAMES, ["x.y", "z.w"]),
+        (["a", "b", "c"], ["m.a", "m.b", "m.c", "a"]),  # two would come to one name
         ([], NAMES),
         (NAMES, []),
     ],

@@ -125,7 +125,7 @@ def _lines(axes: Any, s: Summary, points: list[tuple[float, Array]]) -> None:
     values = np.insert(values, breaks, np.nan, axis=0)
     for i in range(len(s.models)):
         axes.plot(where, values[:, i], marker=".", markersize=4, **_style(i))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # room above lines that are level
     axes.grid(alpha=0.3)
 
 

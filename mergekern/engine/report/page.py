@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from ...align.picture import require_matplotlib
 from ...errors import ArgumentError
 from .figures import Drawn, figures, plain, short, worst_first
 from .numbers import Row
@@ -42,6 +41,8 @@ def check_report(path: str | PathLike[str]) -> None:
     if suffix not in SUFFIXES:
         expected = " or ".join(SUFFIXES)
         raise ArgumentError.of("report", "unknown kind of file", repr(suffix), expected)
+    from ...align.picture import require_matplotlib  # the room of alignment takes half a second
+
     require_matplotlib("report")
 
 
