@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_tiny_tensors import LINEAR
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +29,7 @@ from bench_merge_checkpoints import (
     vit_base,
     write_models,
 )
+from bench_tiny_tensors import LINEAR
 from report import describe
 
 RESULTS = Path(__file__).parent / "results"

@@ -107,22 +107,22 @@ def test_a_run_that_finished_nothing_binds_to_nothing(models: list[Path], job: J
 
 
 def test_two_runs_into_one_output(job: Job, whole: dict[str, bytes]) -> None:
-    first = Run(job, Fault(stop, 10, PARTS))
-    first.stopped()
-    for second in (job, job.given(resume=False)):
-        end = run(second)
-        assert "another process is writing" in end.error
-        assert str(job.out) in end.error
-    first.send(signal.SIGCONT)
-    assert first.end()[:2] == (0, "")
+    with Run(job, Fault(stop, 10, PARTS)) as first:
+        first.stopped()
+        for second in (job, job.given(resume=False)):
+            end = run(second)
+            assert "another process is writing" in end.error
+            assert str(job.out) in end.error
+        first.send(signal.SIGCONT)
+        assert first.end()[:2] == (0, "")
     same(job.out, whole)
 
 
 def test_the_lock_of_a_dead_process_does_not_hinder(job: Job, whole: dict[str, bytes]) -> None:
-    first = Run(job, Fault(stop, 10, PARTS))
-    first.stopped()
-    first.process.kill()
-    assert first.end().code == -9
+    with Run(job, Fault(stop, 10, PARTS)) as first:
+        first.stopped()
+        first.process.kill()
+        assert first.end().code == -9
     done(job)
     same(job.out, whole)
 
