@@ -123,7 +123,7 @@ def test_every_op_has_the_two_backends_of_any_machine() -> None:
 def test_a_kernel_that_fails_fails(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """ "auto" does not catch an error and try the next one."""
 
-    def broken(backend: str, name: str) -> Any:
+    def broken(backend: str, *_: str) -> Any:
         def kernel(*args: object) -> None:
             raise ZeroDivisionError(backend)
 

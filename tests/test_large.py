@@ -102,7 +102,9 @@ def test_merge_deltas_at_the_end(cpu_backend: Any) -> None:
     x[begin:end] = 1.0
     drawn, cut = Bernoulli(0.5, seed=3, name="embed"), TWO31 + 7
     rules = [
-        cpu_backend._cpu.KeepRule.random(k0=drawn.key[0], k1=drawn.key[1], limit=drawn.limit),
+        cpu_backend._cpu.KeepRule.random(
+            k0=drawn.key[0], k1=drawn.key[1], limit=drawn.limit, first=0
+        ),
         cpu_backend._cpu.KeepRule.interval(
             low=0x3F800000, low_cut=cut, high=0x7F800002, high_cut=0
         ),
@@ -134,7 +136,9 @@ def test_draws_use_both_words_of_the_counter(first: int, cpu_backend: Any) -> No
     assert got.tolist() == expected
 
     one, out = torch.ones(1), torch.zeros(1)
-    rule = cpu_backend._cpu.KeepRule.random(k0=drawn.key[0], k1=drawn.key[1], limit=drawn.limit)
+    rule = cpu_backend._cpu.KeepRule.random(
+        k0=drawn.key[0], k1=drawn.key[1], limit=drawn.limit, first=0
+    )
     x, target = (
         cpu_backend._cpu.View(
             data=t.data_ptr(), dtype=cpu_backend._cpu.DType.f32, shape=[1 << 41], strides=[0]

@@ -34,8 +34,8 @@ seen = []
 def merge(inputs, **arguments):
     seen.append(inputs.name)
     if len(seen) == 3:
-        print("ready", file=sys.stderr, flush=True)
         try:
+            print("ready", file=sys.stderr, flush=True)
             time.sleep(60)
         finally:
             if "--slow-end" in sys.argv:
