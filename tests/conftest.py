@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when a kernel file is imported
+# Idle threads of torch sleep: spinning, they keep our own threads, and other tests, from the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 os.environ["PYTHONSAFEPATH"] = "1"  # child processes test the installed package, not the folder
 
 import functools
