@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import queue
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -280,7 +281,9 @@ class Stream:
         """Equal for whole tensors that may be merged end to end; None for others."""
         settings, task = self._settings, self._plan.tasks[part.task]
         alone = settings.host is not None or settings.report or len(task.slices) > 1
-        if alone or task.arguments is None or not self._method.joins:
+        if alone or task.arguments is None:
+            return None
+        if math.prod(task.shape) > min(map(self._method.joins, task.arguments)):
             return None
         return task.sources, task.stored, task.compute, task.result, task.arguments
 
@@ -289,7 +292,7 @@ class Stream:
         sizes = [len(each.tensors[0]) for each in sent]
         each_source = zip(*map(self._place.receive, sent), strict=True)
         tensors = [torch.cat(pieces).to(task.compute) for pieces in each_source]
-        inputs = self._inputs(task, tensors)
+        inputs = replace(self._inputs(task, tensors), sizes=sizes)
         made = [
             self._method.merge(inputs, **arguments).to(task.result)
             for arguments in task.arguments or ()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..check import accumulator
 from ..ops.weighted_sum import weighted_sum
-from .registry import REQUIRED, Inputs, Method, Parameter, anywhere
+from .registry import REQUIRED, Inputs, Method, Parameter, anywhere, ever
 
 
 def _by_chunks(inputs: Inputs, merge: Callable[[list[Tensor]], Tensor]) -> Tensor:
@@ -87,7 +87,7 @@ LINEAR = Method(
     ),
     merge=linear,
     cut=anywhere,
-    joins=True,
+    joins=ever,
     parity={
         "mergekit": "The bits of `linear` on the same device.",
         "fusion_bench": "The bits of SimpleAverageAlgorithm where every weight is 1 and "
@@ -112,6 +112,6 @@ PASSTHROUGH = Method(
     parameters=(Parameter("scale", float, "model", 1.0, "factor"),),
     merge=passthrough,
     cut=anywhere,
-    joins=True,
+    joins=ever,
     parity={"mergekit": "The bits of `passthrough` on the same device."},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +101,7 @@ class Inputs:
     offset: int = 0  # flat index of the slice's first element in the tensor
     shape: tuple[int, ...] | None = None  # of the whole tensor; None: the xs are all of it
     order: int | None = None  # place of the tensor in the plan; None: that of the visit
+    sizes: Sequence[int] | None = None  # of tensors that lie end to end in the xs; None: one tensor
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # see Study
 
     @property
@@ -111,6 +113,7 @@ class Inputs:
 # Of (arguments, shape, host).
 Cut = Callable[[Mapping[str, Any], Sequence[int], str | None], str | None]
 Needs = Callable[[Mapping[str, Any], Sequence[int], str | None], bool]
+Joins = Callable[[Mapping[str, Any]], int]  # of arguments
 
 
 def whole(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> str | None:
@@ -126,6 +129,16 @@ def anywhere(arguments: Mapping[str, Any], shape: Sequence[int], host: str | Non
 def always(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> bool:
     """That a measure is needed, whatever the arguments."""
     return True
+
+
+def never(arguments: Mapping[str, Any]) -> int:
+    """That no tensors may be joined."""
+    return 0
+
+
+def ever(arguments: Mapping[str, Any]) -> int:
+    """That tensors of any size may be joined: each element is merged by itself."""
+    return sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -147,8 +160,8 @@ class Method:
     needs: whether `measure` is needed with these arguments; without, it finds None.
     draws: hosts for which it draws from torch's generator, so that what a tensor gets depends on
     those before it: such a merge is made in one go, by one process.
-    joins: each element is merged by itself, whatever tensor it is of, so small tensors may be
-    merged end to end in one call.
+    joins: tensors of at most so many elements may be merged end to end in one call, without a
+    host; `inputs.sizes` says where each ends. The result is what `merge` of each gives, to the bit.
     studied: the parameters on which survey or measure depend; None: all.
 
     kept: what `merge` keeps of each task vector, with the same inputs and arguments, for reports.
@@ -168,7 +181,7 @@ class Method:
     measure: Study | None = None
     needs: Needs = always
     draws: frozenset[str] = frozenset()
-    joins: bool = False
+    joins: Joins = never
     studied: tuple[str, ...] | None = None
     kept: Callable[..., list[Keep] | None] | None = None
 

@@ -11,12 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..keep import NOTHING, Band, Bernoulli, Keep, Threshold, from_index
+import torch
+
+from .. import bits, check
+from ..keep import NOTHING, Band, Bernoulli, Keep, Mask, Threshold, from_index
 from ..ops.kth_magnitude import WholeModel, kth_magnitudes
 from ..ops.merge_deltas import l1_factor, l1_norms
 from . import host_masks, slices
 from .passes import Passes, Study
-from .registry import Inputs, Parameter
+from .registry import Inputs, Parameter, ever
+
+# Tensors of more elements are not joined: their search, some 100 us, is less than their sort.
+JOINED = 512
 
 Ranks = list[tuple[int, int]]  # per model: keep up to the first, without those up to the second
 
@@ -33,6 +39,9 @@ class Trim:
         """Of tensors in memory whole."""
         if self.ranks is None:
             return at_random(inputs, density)
+        if inputs.sizes is not None:
+            each = [self.ranks(n, inputs.host, density, **special) for n in inputs.sizes]
+            return _ranked_end_to_end(inputs, density, each)
         ranks = self.ranks(inputs.total, inputs.host, density, **special)
         return _ranked(inputs, density, ranks)
 
@@ -112,6 +121,30 @@ def _ranked(inputs: Inputs, density: list[float], ranks: Ranks) -> list[Keep]:
     return keep
 
 
+def _ranked_end_to_end(inputs: Inputs, density: list[float], ranks: list[Ranks]) -> list[Keep]:
+    """Of tensors that lie end to end, each with its ranks: the same elements, by one sort."""
+    assert inputs.sizes is not None
+    assert inputs.base is not None
+    device = inputs.xs[0].device
+    sizes = torch.tensor(inputs.sizes, device=device)
+    tensor = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
+    place = torch.arange(len(tensor), device=device) - (sizes.cumsum(0) - sizes)[tensor]
+    bounds = torch.tensor(ranks, device=device).view(len(sizes), len(density), 2)
+    keep: list[Keep] = []
+    for i, d in enumerate(density):
+        if d >= 1 and all(last > outliers for last, outliers in (r[i] for r in ranks)):
+            keep.append(None)
+            continue
+        x, acc = inputs.xs[i], check.accumulator(inputs.xs[i].dtype)
+        order = (x.to(acc) - inputs.base.to(acc)).abs().sort(descending=True, stable=True).indices
+        order = order[tensor[order].sort(stable=True).indices]
+        last, outliers = bounds[tensor, i].unbind(1)
+        kept = torch.empty_like(tensor, dtype=torch.bool)
+        kept[order] = (outliers <= place) & (place < last)
+        keep.append(Mask(bits.pack(kept)))
+    return keep
+
+
 def at_random(inputs: Inputs, density: list[float]) -> list[Keep]:
     """Each element with probability density."""
     if inputs.host is None:
@@ -146,6 +179,17 @@ def needs_of(trim: Trim | None) -> Callable[..., bool]:
         return trim.ranks is not None or _restores(arguments, host)
 
     return needs
+
+
+def joins_of(trim: Trim | None) -> Callable[..., int]:
+    """Draws are keyed by the name, and norms are of one tensor: these are not joined."""
+    if trim is None:
+        return ever
+
+    def joins(arguments: Mapping[str, Any]) -> int:
+        return 0 if trim.ranks is None or _restores(arguments, None) else JOINED
+
+    return joins
 
 
 def _restores(arguments: Mapping[str, Any], host: str | None) -> bool:

@@ -29,6 +29,7 @@ import dataclasses, sys, time
 import mergekern.cli
 from mergekern.engine import run
 from mergekern.methods import REGISTRY
+from mergekern.methods.registry import never
 
 seen = []
 def merge(inputs, **arguments):
@@ -44,7 +45,7 @@ def merge(inputs, **arguments):
     return linear.merge(inputs, **arguments)
 
 linear = REGISTRY["linear"]
-REGISTRY["linear"] = dataclasses.replace(linear, merge=merge, joins=False)
+REGISTRY["linear"] = dataclasses.replace(linear, merge=merge, joins=never)
 sys.exit(mergekern.cli.run([a for a in sys.argv[1:] if a != "--slow-end"]))
 """
 

@@ -125,8 +125,8 @@ class Source(NamedTuple):
         rounded: bool = False,
         variance: bool = False,
     ) -> Source:
-        xs = [x.reshape(-1) for x in xs]
-        base = None if base is None else base.reshape(-1)
+        xs = [x.reshape(-1).contiguous() for x in xs]
+        base = None if base is None else base.reshape(-1).contiguous()
         constants = {
             "IN": DTYPES[xs[0].dtype],
             "WIDE": tables.aligned([*xs] if base is None else [*xs, base]),

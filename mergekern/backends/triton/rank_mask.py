@@ -138,7 +138,7 @@ def rank_mask(
     unit = length * inner
     if not units * unit:
         return 0.0, 0.0
-    x, base = x.reshape(-1), None if base is None else base.reshape(-1)
+    x, base = x.contiguous().view(-1), None if base is None else base.contiguous().view(-1)
     limits = tables.upload(rule.limits(length).tolist(), torch.int32, x.device)
     step = max(8, _PIECE // unit // 8 * 8) * unit  # whole bytes of the mask
     sums = []

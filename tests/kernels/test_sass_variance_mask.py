@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpu.sass import Kernel, Sass, assert_lean, compile_triton, nvidia_tools
+from kernels.sass import Kernel, Sass, assert_lean, compile_triton, nvidia_tools
 
 CASES = [(x, everything) for x in ("bf16", "fp32", "fp64") for everything in (False, True)]
 

@@ -6,7 +6,7 @@ import importlib.util
 import re
 import sys
 
-from gpu.sass import run, unavailable
+from kernels.sass import run, unavailable
 
 WITHOUT_DEVICE = """
 import mergekern._cpu  # registers some of the same C++ types in the same process

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpu.sass import Kernel, Sass, assert_lean, compile_triton, nvidia_tools
+from kernels.sass import Kernel, Sass, assert_lean, compile_triton, nvidia_tools
 
 CASES = [(name, key) for name in ("bin", "rank_mask") for key in ("i32", "i64")]
 

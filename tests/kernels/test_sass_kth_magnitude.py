@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from gpu.sass import Kernel, Sass, assert_lean, compile_triton, nvidia_tools
+from kernels.sass import Kernel, Sass, assert_lean, compile_triton, nvidia_tools
 
 # name: (type of x, base, rounded, variance)
 SOURCES = {

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from gpu.sass import (
+from kernels.sass import (
     Kernel,
     Sass,
     assert_lean,
