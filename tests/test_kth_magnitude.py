@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mergekern as mk
-from mergekern import Threshold, digits, reference
+from mergekern import Threshold, digits, dispatch, reference
 from mergekern.check import accumulator, name_of
 from mergekern.ops.kth_magnitude import kth_magnitudes
 
 import cases
 from cases import CATALOGUE, CHUNK, Case, values
 from refusal import refused
+from required import REQUIRED
+from serving import device_of
 
 OP = "kth_magnitude"
 SMALL = 1 << 15  # cpu._SMALL: up to here the C++ backend gathers all keys
@@ -527,6 +529,96 @@ def test_path_the_sample_serves_ordinary_data(paths: Paths) -> None:
             assert_exact(mk.kth_magnitude(x, k, backend="cpu"), x, k)
     assert "_by_digits" not in paths
     assert paths.count("_by_bracket") >= 4
+
+
+# ---- each branch of the Triton backend -------------------------------------------------------
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The driver of the Triton backend, made to take no tensor for small, with what it missed."""
+    reason = dispatch.why_not("triton", OP, device_of("triton"))
+    if reason and "triton" in REQUIRED:
+        pytest.fail(f"MERGEKERN_REQUIRE: {reason}")
+    if reason:
+        pytest.skip(reason)
+    import mergekern.backends.triton.kth_magnitude
+
+    driver = mergekern.backends.triton.kth_magnitude
+    monkeypatch.setattr(driver, "_SMALL", 0)
+    return driver
+
+
+@pytest.fixture
+def missed(on_triton: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The ranks that a bracket did not hold."""
+    ranks: list[int] = []
+    by_digits = on_triton._by_digits
+
+    def spy(source: Any, k: int) -> Any:
+        ranks.append(k)
+        return by_digits(source, k)
+
+    monkeypatch.setattr(on_triton, "_by_digits", spy)
+    return ranks
+
+
+def assert_exact_on_triton(x: Tensor, *ranks: int, base: Tensor | None = None) -> None:
+    brute, device = Brute(x, base), device_of("triton")
+    origin = None if base is None else base.to(device)
+    (found,) = kth_magnitudes([x.to(device)], [list(ranks)], base=origin, backend="triton")
+    for got, k in zip(found, ranks, strict=True):
+        brute.check(got, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("where", BRACKETS)
+def test_triton_bracket(
+    where: str,
+    dtype: torch.dtype,
+    on_triton: Any,
+    missed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also with every value 5 times, so that the last kept one lies in any of the chunks."""
+    low, high, taken = BRACKETS[where]
+
+    def sample(source: Any) -> Tensor:
+        keys = [digits.value_key(v, source.acc) for v in (low, high)]
+        row = torch.tensor(keys, dtype=source.key_dtype, device=source.device)
+        return row.repeat_interleave(512).expand(source.vectors, -1).contiguous()
+
+    monkeypatch.setattr(on_triton, "_sample", sample)
+    x = shuffled(N).to(dtype)
+    assert_exact_on_triton(x, K)
+    assert missed == ([K] if "missed" in taken else [])
+    ranks = [5 * (K - 1) + kept for kept in (1, 3, 5)]
+    assert_exact_on_triton(torch.cat([x.roll(777 * i) for i in range(5)]), *ranks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("what", HARD)
+def test_triton_hard_data(what: str, dtype: torch.dtype, on_triton: Any) -> None:
+    x = torch.from_numpy(HARD[what].copy()).to(dtype)
+    n = x.numel()
+    assert_exact_on_triton(x, 1, 600, n // 5, n)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name_of)
+def test_triton_sample_serves_ordinary_data(dtype: torch.dtype, missed: list[int]) -> None:
+    x, base = (values((CHUNK,), dtype, seed=i) for i in range(2))
+    ranks = CHUNK // 5, CHUNK // 2, CHUNK - 1000
+    assert_exact_on_triton(x, *ranks)
+    assert_exact_on_triton(x, *ranks, base=base)
+    assert not missed
+
+
+def test_triton_chunks_that_keep_more_than_their_room(missed: list[int]) -> None:
+    """Sorted, so that all that lies inside the bracket lies in one chunk."""
+    n = 1 << 17
+    x = torch.arange(n).float()
+    assert_exact_on_triton(x, n // 5, n // 2)
+    assert len(missed) == 2
 
 
 # ---- the door --------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ def variance_mask_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     offsets = program * BLOCK + tl.arange(0, BLOCK)
-    mask = kept = offsets < numel
+    mask = offsets < numel
+    kept = mask
     if not ALL:
         key = keys_of(addresses, base, n, 0, offsets, mask, IN, WIDE, BASE, ROUNDED, VARIANCE)
         kept = (key > threshold) | ((key == threshold) & (offsets < cut))
