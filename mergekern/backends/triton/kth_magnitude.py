@@ -249,7 +249,7 @@ def _find(source: Source, of: list[int], key: Tensor, rank: Tensor, before: Tens
 
 
 def _answers(source: Source, of: list[int], found: Tensor) -> list[Found]:
-    answers = []
+    answers: list[Found] = []
     for i, (key, above, equal, cut, k, held) in zip(of, found.tolist(), strict=True):
         if not k:
             answers.append(NOTHING)

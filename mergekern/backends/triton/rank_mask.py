@@ -54,15 +54,16 @@ def bin_kernel(
     numel,
     length,
     inner,
+    LONG: tl.constexpr,  # numbers of elements need 64 bits, whose divisions take far longer
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.program_id(0).to(tl.int64 if LONG else tl.int32) * BLOCK + tl.arange(0, BLOCK)
     mask = e < numel
     row = row_of(e, length, inner)
     key = tl.load(keys + e, mask=mask, other=0).to(tl.int64)
-    place = row * (2 * HALF) + bin_of(key, rows, row, mask, HALF)
-    tl.atomic_add(counts + place, tl.full([BLOCK], 1, tl.int32), mask=mask)
+    place = row.to(tl.int64) * (2 * HALF) + bin_of(key, rows, row, mask, HALF)
+    tl.atomic_add(counts + place, tl.full([BLOCK], 1, tl.int32), mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def rank(keys, p, length, inner, BLOCK: tl.constexpr):
     start = p // (length * inner) * (length * inner) + p % inner
     count = tl.zeros([BLOCK], tl.int32)
     for first in tl.range(0, length, BLOCK):
-        j = first + tl.arange(0, BLOCK).to(tl.int64)
+        j = first + tl.arange(0, BLOCK).to(start.dtype)
         other = tl.load(keys + start + j * inner, mask=j < length, other=0)
         before = (other < key) | ((other == key) & (start + j * inner < p))
         count += (before & (j < length)).to(tl.int32)
@@ -92,17 +93,18 @@ def rank_mask_kernel(
     numel,
     length,
     inner,
+    LONG: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    e = program * BLOCK + tl.arange(0, BLOCK)
+    e = program.to(tl.int64 if LONG else tl.int32) * BLOCK + tl.arange(0, BLOCK)
     mask = e < numel
     row = row_of(e, length, inner)
     stored = tl.load(keys + e, mask=mask, other=0)
     key = stored.to(tl.int64)
     chosen = bin_of(key, rows, row, mask, HALF)
-    place = ends + row * (2 * HALF) + chosen
+    place = ends + row.to(tl.int64) * (2 * HALF) + chosen
     start = tl.load(place - 1, mask=mask & (chosen > 0), other=0)
     last = tl.load(place, mask=mask, other=1) - 1
     # The ranks of a row of equal keys are its indices.
@@ -114,7 +116,7 @@ def rank_mask_kernel(
     kept = mask & (draw < tl.load(limits + start, mask=mask, other=0))
     undecided = mask & ~kept & (draw < tl.load(limits + last, mask=mask, other=0))
     while tl.max(undecided.to(tl.int32), 0) > 0:
-        p = tl.min(tl.where(undecided, e, 0x7FFFFFFFFFFFFFFF), 0)
+        p = tl.min(tl.where(undecided, e, numel), 0)
         # Equal keys after it in the row follow it in rank.
         same = (row == row_of(p, length, inner)) & (stored == tl.load(keys + p)) & (e >= p) & mask
         ranks = rank(keys, p, length, inner, BLOCK) + tl.cumsum(same.to(tl.int32), 0) - 1
@@ -164,6 +166,7 @@ def _mask(bits: Tensor, keys: Tensor, limits: Tensor, key: tuple[int, int], firs
         "numel": keys.numel(),
         "length": length,
         "inner": inner,
+        "LONG": keys.numel() > (1 << 31) - BLOCK,
         "HALF": half,
         "BLOCK": BLOCK,
         **LAUNCH,

@@ -71,25 +71,22 @@ def count_kernel(
     slot = bracket * chunks + chunk
     low, high = tl.load(edges + 2 * bracket), tl.load(edges + 2 * bracket + 1)
     vector = tl.load(of + bracket)
-    above = tl.zeros([BLOCK], tl.int32)
-    at_high = tl.zeros([BLOCK], tl.int32)
-    at_low = tl.zeros([BLOCK], tl.int32)
+    tally = tl.zeros([BLOCK], tl.int32)  # three counts of a byte, as there are 32 steps at most
     filled = 0
     for step in tl.range(0, steps):
         offsets = (chunk * steps + step) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < numel
         key = keys_of(addresses, base, n, vector, offsets, mask, IN, WIDE, BASE, ROUNDED, VARIANCE)
-        above += (key > high).to(tl.int32)
-        at_high += (key == high).to(tl.int32)
-        at_low += (key == low).to(tl.int32)
+        tally += tl.where(key > high, 1, tl.where(key == high, 1 << 8, 0))
+        tally += tl.where((key == low) & (low < high), 1 << 16, 0)
         inside = (key > low) & (key < high)
         place = filled + tl.cumsum(inside.to(tl.int32), 0) - 1
         tl.store(kept + slot * room + place, key, mask=inside & (place < room))
         filled += tl.sum(inside.to(tl.int32), 0)
-    tl.store(counts + 4 * slot, tl.sum(above, 0))
-    tl.store(counts + 4 * slot + 1, tl.sum(at_high, 0))
+    tl.store(counts + 4 * slot, tl.sum(tally & 0xFF, 0))
+    tl.store(counts + 4 * slot + 1, tl.sum(tally >> 8 & 0xFF, 0))
     tl.store(counts + 4 * slot + 2, filled)
-    tl.store(counts + 4 * slot + 3, tl.where(low < high, tl.sum(at_low, 0), 0))
+    tl.store(counts + 4 * slot + 3, tl.sum(tally >> 16, 0))
 
 
 @triton.jit
@@ -150,7 +147,7 @@ def digit_kernel(
         digit = (distance >> shift & 0xFF).to(tl.int32)
         count += tl.histogram(digit, 256, mask)
     bins = tl.arange(0, 256)
-    tl.atomic_add(histograms + here * 256 + bins, count.to(tl.int64), mask=count > 0)
+    tl.atomic_add(histograms + here * 256 + bins, count.to(tl.int64), mask=count > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["round"])
@@ -228,16 +225,17 @@ def find_kernel(
     vector, here = tl.load(of + bracket), tl.load(chunk + bracket)
     wanted_key, rank = tl.load(wanted + 2 * bracket), tl.load(wanted + 2 * bracket + 1)
     seen = tl.load(before + bracket * chunks + here - 1, mask=here > 0, other=0)
-    found = tl.full([], -1, tl.int64)
+    found = 0  # one past its place in the chunk
     for step in tl.range(0, steps):
-        offsets = (here * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        places = step * BLOCK + tl.arange(0, BLOCK)
+        offsets = here * steps * BLOCK + places
         mask = offsets < numel
         key = keys_of(addresses, base, n, vector, offsets, mask, IN, WIDE, BASE, ROUNDED, VARIANCE)
         same = key == wanted_key
         order = seen + tl.cumsum(same.to(tl.int32), 0)
-        found = tl.maximum(found, tl.max(tl.where(same & (order == rank), offsets, -1), 0))
+        found += tl.sum(tl.where(same & (order == rank), places + 1, 0), 0)
         seen += tl.sum(same.to(tl.int32), 0)
-    tl.store(index + bracket, found)
+    tl.store(index + bracket, tl.where(found > 0, here * steps * BLOCK + found - 1, -1))
 
 
 @triton.jit(do_not_specialize=["n", "prefix", "shift", "over"])
@@ -266,4 +264,4 @@ def histogram_kernel(
     digit = (key >> shift & 0xFFFF).to(tl.int32)
     ones = tl.full([BLOCK], 1, tl.int64)
     place = counts + program % LANES * 65536 + digit
-    tl.atomic_add(place, ones, mask=mask & (key >> over == prefix))
+    tl.atomic_add(place, ones, mask=mask & (key >> over == prefix), sem="relaxed")
