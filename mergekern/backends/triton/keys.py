@@ -44,15 +44,18 @@ def variance(
     addresses, base, n, offsets, mask, IN: tl.constexpr, WIDE: tl.constexpr, BASE: tl.constexpr
 ):
     """By the two passes of the definition; the second finds the tensors in the caches."""
-    mean = delta(pointer(addresses, 0, IN, WIDE), base, offsets, mask, BASE, False)
+    origin = widen(tl.load(base + offsets, mask=mask, other=0.0)) if BASE else 0.0
+    mean = widen(tl.load(pointer(addresses, 0, IN, WIDE) + offsets, mask=mask, other=0.0)) - origin
     for i in tl.range(1, n):
-        mean += delta(pointer(addresses, i, IN, WIDE), base, offsets, mask, BASE, False)
+        x = pointer(addresses, i, IN, WIDE)
+        mean += widen(tl.load(x + offsets, mask=mask, other=0.0)) - origin
     count = n.to(mean.dtype)
     # For float32 `/` is approximate, and div_rn takes nothing else.
     mean = mean / count if mean.dtype == tl.float64 else tl.div_rn(mean, count)
     total = tl.zeros_like(mean)
     for i in tl.range(0, n):
-        d = delta(pointer(addresses, i, IN, WIDE), base, offsets, mask, BASE, False) - mean
+        x = pointer(addresses, i, IN, WIDE)
+        d = widen(tl.load(x + offsets, mask=mask, other=0.0)) - origin - mean
         total += d * d
     return total / count if mean.dtype == tl.float64 else tl.div_rn(total, count)
 
