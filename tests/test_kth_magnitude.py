@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mergekern as mk
-from mergekern import Threshold, digits, reference
+from mergekern import Threshold, digits, dispatch, reference
 from mergekern.check import accumulator, name_of
 from mergekern.ops.kth_magnitude import kth_magnitudes
 
 import cases
 from cases import CATALOGUE, CHUNK, Case, values
 from refusal import refused
+from required import REQUIRED
+from serving import device_of
 
 OP = "kth_magnitude"
 SMALL = 1 << 15  # cpu._SMALL: up to here the C++ backend gathers all keys
@@ -527,6 +529,112 @@ def test_path_the_sample_serves_ordinary_data(paths: Paths) -> None:
             assert_exact(mk.kth_magnitude(x, k, backend="cpu"), x, k)
     assert "_by_digits" not in paths
     assert paths.count("_by_bracket") >= 4
+
+
+# ---- each branch of the Triton backend -------------------------------------------------------
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The driver of the Triton backend, made to take no tensor for small, with what it missed."""
+    reason = dispatch.why_not("triton", OP, device_of("triton"))
+    if reason and "triton" in REQUIRED:
+        pytest.fail(f"MERGEKERN_REQUIRE: {reason}")
+    if reason:
+        pytest.skip(reason)
+    import mergekern.backends.triton.kth_magnitude
+
+    driver = mergekern.backends.triton.kth_magnitude
+    monkeypatch.setattr(driver, "_SMALL", 0)
+    return driver
+
+
+@pytest.fixture
+def missed(on_triton: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The ranks that a bracket did not hold."""
+    ranks: list[int] = []
+    by_digits = on_triton._by_digits
+
+    def spy(source: Any, k: int) -> Any:
+        ranks.append(k)
+        return by_digits(source, k)
+
+    monkeypatch.setattr(on_triton, "_by_digits", spy)
+    return ranks
+
+
+def pretend_sample_on_triton(
+    driver: Any, patch: pytest.MonkeyPatch, low: float, high: float
+) -> None:
+    """The sample finds half of its keys at `low` and half at `high`."""
+
+    def sample(source: Any) -> Tensor:
+        keys = [digits.value_key(v, source.acc) for v in (low, high)]
+        row = torch.tensor(keys, dtype=source.key_dtype, device=source.device)
+        return row.repeat_interleave(512).expand(source.vectors, -1).contiguous()
+
+    patch.setattr(driver, "_sample", sample)
+
+
+def assert_exact_on_triton(x: Tensor, *ranks: int, base: Tensor | None = None) -> None:
+    brute, device = Brute(x, base), device_of("triton")
+    origin = None if base is None else base.to(device)
+    (found,) = kth_magnitudes([x.to(device)], [list(ranks)], base=origin, backend="triton")
+    for got, k in zip(found, ranks, strict=True):
+        brute.check(got, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("where", BRACKETS)
+def test_triton_bracket(
+    where: str,
+    dtype: torch.dtype,
+    on_triton: Any,
+    missed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also with every value 3 times, so that the last kept one lies in any of the chunks."""
+    low, high, taken = BRACKETS[where]
+    pretend_sample_on_triton(on_triton, monkeypatch, low, high)
+    x = shuffled(N).to(dtype)
+    assert_exact_on_triton(x, K)
+    assert missed == ([K] if "missed" in taken else [])
+    if dtype == torch.float32:
+        ties = torch.cat([x.roll(777 * i) for i in range(3)])
+        assert_exact_on_triton(ties, 3 * K - 2, 3 * K)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("what", HARD)
+def test_triton_hard_data(what: str, dtype: torch.dtype, on_triton: Any) -> None:
+    x = torch.from_numpy(HARD[what].copy()).to(dtype)
+    assert_exact_on_triton(x, 1, 600, x.numel() // 5)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name_of)
+def test_triton_sample_serves_ordinary_data(dtype: torch.dtype, missed: list[int]) -> None:
+    n = CHUNK // 2
+    x, base = (values((n,), dtype, seed=i) for i in range(2))
+    assert_exact_on_triton(x, n // 5, n // 2, n - 1000)
+    assert_exact_on_triton(x, n // 5, base=base)
+    assert not missed
+
+
+def test_triton_one_key_that_many_share(
+    on_triton: Any, missed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_sample_on_triton(on_triton, monkeypatch, 2.0, 2.0)
+    x = torch.where(torch.arange(N) % 2 == 0, 2.0, -1.0)
+    assert_exact_on_triton(x, 1, N // 2, N // 2 + 1, N - 1)
+    assert missed == [N // 2 + 1, N - 1]
+
+
+def test_triton_chunks_that_keep_more_than_their_room(missed: list[int]) -> None:
+    """Sorted, so that all that lies inside the bracket lies in one chunk."""
+    n = 1 << 17
+    x = torch.arange(n).float()
+    assert_exact_on_triton(x, n // 5, n // 2)
+    assert len(missed) == 2
 
 
 # ---- the door --------------------------------------------------------------------------------
