@@ -11,8 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def draws(key, elements):
-    """The 16-bit Philox draws of int64 numbers of elements, as csrc/philox.h lays them out."""
-    block = elements >> 3
+    """The 16-bit Philox draws of elements by their numbers, as csrc/philox.h lays them out."""
+    block = elements.to(tl.int64) >> 3
     low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     w0, w1, w2, w3 = tl.philox(key, low, high, zero, zero)

@@ -112,7 +112,7 @@ def rank_mask_kernel(
     equal = least == tl.load(rows + 5 * row + 2, mask=mask, other=1)
     j = (e // inner % length).to(tl.int32)
     start, last = tl.where(equal, j, start), tl.where(equal, j, last)
-    draw = draws(seed, first + e)
+    draw = draws(seed, first + e.to(tl.int64))
     kept = mask & (draw < tl.load(limits + start, mask=mask, other=0))
     undecided = mask & ~kept & (draw < tl.load(limits + last, mask=mask, other=0))
     while tl.max(undecided.to(tl.int32), 0) > 0:
