@@ -92,8 +92,8 @@ def steps() -> Iterator[dict[str, Any]]:
     parallel = ["-n", "8"] if _installed("xdist") else []
     tests = [python, "-m", "pytest", "-q", "--maxfail=40", *parallel]
     tests += ["tests", "-p", "no:cacheprovider", "--ignore=tests/engine", "--ignore=tests/real"]
-    required = {"TRITON_INTERPRET": "0", "MERGEKERN_REQUIRE": "cpu,cuda,triton"}
-    yield step("tests", tests, **required)
+    real = {"TRITON_INTERPRET": "0", "MERGEKERN_HOST_CUDA": ""}
+    yield step("tests", tests, **real, MERGEKERN_REQUIRE="cpu,cuda,triton")
     if shutil.which("compute-sanitizer"):
         small = ["-m", "bench.gpu", "--measure", "--small", "--out", os.devnull]
         for tool in ("memcheck", "racecheck"):

@@ -96,6 +96,7 @@ def test_a_backend_named_for_the_wrong_device_does_not_fall_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.delenv("MERGEKERN_HOST_CUDA", raising=False)
     with refused("weighted_sum", "triton: ", error=BackendError, sentence=False):
         call("weighted_sum", "triton")
     with refused("weighted_sum", "cuda: ", error=BackendError, sentence=False):

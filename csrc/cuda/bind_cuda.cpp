@@ -75,6 +75,11 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       .value("f16", mk::DType::f16)
       .value("bf16", mk::DType::bf16);
 
+#ifdef MK_HOST_CUDA  // tests/kernels/host_cuda: the kernels as C++, on tensors of the host
+  m.attr("emulated") = true;
+#else
+  m.attr("emulated") = false;
+#endif
   m.def("why_not", &why_not, no_gil);
   m.def("weighted_sum", &weighted_sum, no_gil, kw, "out"_a, "out_dtype"_a, "xs"_a, "x_dtype"_a,
         "weights"_a, "n"_a, "numel"_a, "divisor"_a, "wide"_a, "device"_a, "stream"_a);

@@ -84,6 +84,30 @@ struct alignas(16) Pack {
 
 // ---- launching ---------------------------------------------------------------------------------
 
+// kernel<<<blocks, threads, shared, stream>>>(args...), which is no C++: tests/kernels/host_cuda
+// runs the same kernels on a host.
+template <class... Parameters, class... Args>
+void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, std::size_t shared,
+            cudaStream_t stream, Args... args) {
+#ifdef __CUDACC__
+  kernel<<<blocks, threads, shared, stream>>>(args...);
+#else
+  (void)stream;
+  host_cuda::run(blocks, threads, shared, [&] { kernel(Parameters(args)...); });
+#endif
+}
+
+// The bytes of shared memory that a launch asks for, from a multiple of 16 on.
+template <class T>
+__device__ inline T* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+#else
+  return static_cast<T*>(host_cuda::dynamic_shared);
+#endif
+}
+
 // Makes `device` current for a scope; kernels are launched on the device of the caller's stream.
 class OnDevice {
  public:

@@ -55,15 +55,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class In, class Out, bool kDivide>
-void launch(const WeightedSum& args, cudaStream_t stream) {
+void enqueue(const WeightedSum& args, cudaStream_t stream) {
   using A = sum_t<In>;
   constexpr int N = kPack<In, Out>;
   const std::int64_t packs = args.wide ? args.numel / N : 0;
   const std::int64_t rest = args.numel - packs * N;
-  weighted_sum_kernel<In, Out, kDivide>
-      <<<blocks_for(packs > rest ? packs : rest), kThreads, 0, stream>>>(
-          static_cast<Out*>(args.out), reinterpret_cast<const In* const*>(args.xs),
-          static_cast<const A*>(args.weights), args.n, packs, args.numel, A(args.divisor));
+  launch(weighted_sum_kernel<In, Out, kDivide>, blocks_for(packs > rest ? packs : rest), kThreads,
+         0, stream, static_cast<Out*>(args.out), reinterpret_cast<const In* const*>(args.xs),
+         static_cast<const A*>(args.weights), args.n, packs, args.numel, A(args.divisor));
 }
 
 }  // namespace
@@ -77,9 +76,9 @@ cudaError_t weighted_sum(const WeightedSum& args, int device, cudaStream_t strea
       using In = std::remove_pointer_t<decltype(x)>;
       using Out = std::remove_pointer_t<decltype(out)>;
       if (args.divisor == 1.0)
-        launch<In, Out, false>(args, stream);
+        enqueue<In, Out, false>(args, stream);
       else
-        launch<In, Out, true>(args, stream);
+        enqueue<In, Out, true>(args, stream);
     });
   });
   return cudaGetLastError();
