@@ -9,7 +9,7 @@ both vectors are short beside the tensor; elements are moved as integers of thei
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,13 +58,14 @@ def permute_kernel(
     tl.store(out, tl.load(x, mask=mask, other=0), mask=mask)
 
 
-def tile_shape(unit: int, width: int) -> tuple[int, int]:
+def tile_shape(unit: int, width: int, wide: bool) -> tuple[int, int]:
     """(rows, columns) of one program, of elements of `unit` bytes.
 
-    A thread moves 16 bytes. Tiles are one row high, or 64 columns wide where rows are so short that
-    most of a tile would lie past their end.
+    A thread moves 16 bytes, or 8 where it does so one by one, which takes registers. Tiles are one
+    row high, or 64 columns wide where rows are so short that most of a tile would lie past their
+    end.
     """
-    block = 32 * LAUNCH["num_warps"] * 16 // unit
+    block = 32 * LAUNCH["num_warps"] * (16 if wide else 8) // unit
     return (1, block) if 2 * width > block else (block // 64, 64)
 
 
@@ -115,7 +116,7 @@ def permute(outs: list[Tensor], xs: list[Tensor], indices: list[dict[int, Tensor
         together = plan.columns is None
         wide = together and tables.aligned([out, x]) and plan.width % 16 == 0
         wide = wide and all(s * x.element_size() // unit % 16 == 0 for s in _strides(x))
-        key = unit, together, wide, *tile_shape(unit, plan.width)
+        key = unit, together, wide, *tile_shape(unit, plan.width, wide)
         launches.setdefault(key, []).append(plan)
     for (unit, together, wide, rows, columns), plans in launches.items():
         _launch(plans, UNIT=UNITS[unit], TOGETHER=together, WIDE=wide, ROWS=rows, COLUMNS=columns)
@@ -143,7 +144,12 @@ def _axes(out: Tensor, x: Tensor, index: dict[int, Tensor], unit: int) -> list[_
     axes: list[_Axis] = []
     for a in [*given, *([_Axis(pieces, 1)] if pieces > 1 else [])]:
         before = axes[-1] if axes else None
-        if before and before.index is None and a.index is None and before.stride == a.size * a.stride:
+        if (
+            before
+            and before.index is None
+            and a.index is None
+            and before.stride == a.size * a.stride
+        ):
             axes[-1] = _Axis(before.size * a.size, a.stride)
         else:
             axes.append(a)
@@ -161,7 +167,7 @@ def _plan(out: Tensor, x: Tensor, axes: list[_Axis], offsets: _Offsets) -> _Plan
     return _Plan(out, x, offsets.of(axes[:split]), offsets.of(axes[split:]), width)
 
 
-def _launch(plans: list[_Plan], **constants: object) -> None:
+def _launch(plans: list[_Plan], **constants: Any) -> None:
     device = plans[0].out.device
     height, width = constants["ROWS"], constants["COLUMNS"]
     counts = [triton.cdiv(len(p.rows), height) * triton.cdiv(p.width, width) for p in plans]

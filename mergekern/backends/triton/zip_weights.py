@@ -27,7 +27,7 @@ LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 @triton.jit
 def zip_weights_kernel(
-    plans,  # int64 [results, 9]: out, divisors, by_row, height, width, inner, first input, end, tile
+    plans,  # int64 [results, 9]: out, divisors, by_row, height, width, inner, inputs from, to, tile
     inputs,  # int64 [all, 6]: x, row stride, starts and members of row groups, the same of columns
     factors,  # [all] of the accumulator's type
     owners,  # int32: the result of each tile
@@ -70,7 +70,7 @@ def zip_weights_kernel(
             lists = pointer(inputs, i * 6 + 5, tl.int64, False)
             head = tl.load(heads + group, mask=c < width, other=0)
             tail = tl.load(heads + group + 1, mask=c < width, other=0)
-            for k in range(0, tl.max(tail - head, 0)):
+            for k in range(tl.max(tail - head, 0)):
                 there = head + k < tail
                 column = tl.load(lists + head + k, mask=there, other=0) * inner + c % inner
                 total += _rows_of(
@@ -94,7 +94,7 @@ def _rows_of(
 ):  # fmt: skip
     """One column for each of the tile, products added over the rows of each group; else -0."""
     part = tl.full((ROWS, COLUMNS), -0.0, factor.dtype)
-    for k in range(0, most):
+    for k in range(most):
         row = tl.load(members + begin + k, mask=begin + k < end, other=0)
         mask = (begin + k < end)[:, None] & there[None, :]
         value = tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
@@ -102,13 +102,14 @@ def _rows_of(
     return part
 
 
-def tile_shape(itemsize: int, width: int) -> tuple[int, int]:
+def tile_shape(itemsize: int, width: int, wide: bool) -> tuple[int, int]:
     """(rows, columns) of one program.
 
-    A thread reads 16 bytes of an input at a time. Tiles are one row high, or 16 columns wide where
+    A thread reads 16 bytes of an input at a time, or 8 where it does so one by one, which takes
+    registers. Tiles are one row high, or 16 columns wide where
     rows are so short that most of a tile would lie past their end.
     """
-    block = 32 * LAUNCH["num_warps"] * 16 // itemsize
+    block = 32 * LAUNCH["num_warps"] * (16 if wide else 8) // itemsize
     return (1, block) if 2 * width > block else (block // 16, 16)
 
 
@@ -162,7 +163,7 @@ def zip_weights(
         width = out.shape[1] * out.shape[2]
         wide = c is None and width % 16 == 0 and out.data_ptr() % 16 == 0
         wide = wide and all(p[0] % 16 == 0 and p[1] % 16 == 0 for p in plan.inputs)
-        key = out.dtype, c is None, wide, *tile_shape(out.element_size(), width)
+        key = out.dtype, c is None, wide, *tile_shape(out.element_size(), width, wide)
         launches.setdefault(key, []).append(plan)
     for (dtype, stay, wide, height, width), plans in launches.items():
         _launch(plans, dtype, STAY=stay, WIDE=wide, ROWS=height, COLUMNS=width)
