@@ -70,11 +70,11 @@ def tile_shape(unit: int, width: int, wide: bool) -> tuple[int, int]:
 
 
 class _Axis(NamedTuple):
-    """size steps, each of `stride` elements, from position `index` where there is one."""
+    """size steps, each of `stride` elements, or to where `positions` say."""
 
     size: int
     stride: int
-    index: Tensor | None = None
+    positions: Tensor | None = None
 
 
 class _Plan(NamedTuple):
@@ -93,11 +93,15 @@ class _Offsets:
         self._made: dict[tuple[tuple[int, int, int], ...], tuple[list[_Axis], Tensor]] = {}
 
     def of(self, axes: list[_Axis]) -> Tensor:
-        key = tuple((a.size, a.stride, id(a.index)) for a in axes)
+        key = tuple((a.size, a.stride, id(a.positions)) for a in axes)
         if key not in self._made:
             total = torch.zeros(1, dtype=torch.int64, device=self._device)
             for a in axes:
-                steps = torch.arange(a.size, device=self._device) if a.index is None else a.index
+                steps = (
+                    torch.arange(a.size, device=self._device)
+                    if a.positions is None
+                    else a.positions
+                )
                 total = (total[:, None] + steps * a.stride).view(-1)
             self._made[key] = axes, total
         return self._made[key][1]
@@ -146,8 +150,8 @@ def _axes(out: Tensor, x: Tensor, index: dict[int, Tensor], unit: int) -> list[_
         before = axes[-1] if axes else None
         if (
             before
-            and before.index is None
-            and a.index is None
+            and before.positions is None
+            and a.positions is None
             and before.stride == a.size * a.stride
         ):
             axes[-1] = _Axis(before.size * a.size, a.stride)
@@ -158,7 +162,7 @@ def _axes(out: Tensor, x: Tensor, index: dict[int, Tensor], unit: int) -> list[_
 
 def _plan(out: Tensor, x: Tensor, axes: list[_Axis], offsets: _Offsets) -> _Plan:
     last = axes[-1]
-    if last.index is None and last.stride == 1 and (last.size >= _RUN or len(axes) == 1):
+    if last.positions is None and last.stride == 1 and (last.size >= _RUN or len(axes) == 1):
         return _Plan(out, x, offsets.of(axes[:-1]), None, last.size)
     split, width = len(axes) - 1, last.size
     while split and width < _SHORT:

@@ -185,7 +185,7 @@ def _plan(
             continue
         if not x.is_contiguous() and not x[:1].is_contiguous():
             x = x.contiguous()
-        listed = groups.of(None if rows is None else rows[i], out.shape[0])
+        listed = [*groups.of(None if rows is None else rows[i], out.shape[0])]
         if cols is not None:
             listed += groups.of(cols[i], out.shape[1])
         addresses = [t.data_ptr() for t in listed]
