@@ -46,9 +46,11 @@ def zip_weights_kernel(
     across = tl.cdiv(width, COLUMNS)
     if WIDE:
         width = tl.multiple_of(width, [16])
-    r = tile // across * ROWS + tl.arange(0, ROWS)
-    c = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+    down = tile // across
+    r = down * ROWS + tl.arange(0, ROWS)
+    c = (tile - down * across) * COLUMNS + tl.arange(0, COLUMNS)
     group = c // inner
+    within = c - group * inner  # a second 64-bit division takes registers
     total = tl.full((ROWS, COLUMNS), -0.0, factors.dtype.element_ty)
     for i in range(tl.load(plan + 6), tl.load(plan + 7)):
         x = pointer(inputs, i * 6, TYPE, WIDE)
@@ -72,7 +74,7 @@ def zip_weights_kernel(
             tail = tl.load(heads + group + 1, mask=c < width, other=0)
             for k in range(tl.max(tail - head, 0)):
                 there = head + k < tail
-                column = tl.load(lists + head + k, mask=there, other=0) * inner + c % inner
+                column = tl.load(lists + head + k, mask=there, other=0) * inner + within
                 total += _rows_of(
                     x, column, there, stride, members, begin, end, most, factor, ROWS, COLUMNS
                 )
