@@ -40,7 +40,17 @@ BACKENDS = ("reference", "torch", "cpu", "cuda", "triton")
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 # Backends that do not serve every op yet.
-KERNELS = {"cuda": ("weighted_sum",), "triton": ("weighted_sum", "permute", "zip_weights")}
+KERNELS = {
+    "cuda": ("weighted_sum",),
+    "triton": (
+        "weighted_sum",
+        "kth_magnitude",
+        "rank_mask",
+        "variance_mask",
+        "permute",
+        "zip_weights",
+    ),
+}
 
 
 _REMEDIES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.sass import Kernel, Sass, assert_lean, compile_triton, nvidia_tools
+from kernels.sass import Kernel, Sass, assert_lean, compile_cases
 
 TYPES = {1: "i8", 2: "i16", 4: "i32", 8: "i64"}
 CASES = [
@@ -37,8 +37,7 @@ def kernel(unit: int, together: bool, wide: bool, width: int) -> Kernel:
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[tuple, Sass]:
-    nvidia_tools()  # skips without triton
-    return dict(zip(CASES, compile_triton([kernel(*case) for case in CASES]), strict=True))
+    return compile_cases(CASES, kernel)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.sass import Kernel, Sass, assert_lean, compile_triton, nvidia_tools
+from kernels.sass import Kernel, Sass, assert_lean, compile_cases
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 CASES = [
@@ -36,9 +36,7 @@ def kernel(dtype: str, stay: bool, wide: bool, width: int, fused: bool = False) 
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[tuple, Sass]:
-    nvidia_tools()  # skips without triton
-    cases = [(*case, fused) for case in CASES for fused in (False, True)]
-    return dict(zip(cases, compile_triton([kernel(*case) for case in cases]), strict=True))
+    return compile_cases([(*case, fused) for case in CASES for fused in (False, True)], kernel)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))

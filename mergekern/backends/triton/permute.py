@@ -182,10 +182,11 @@ def _launch(plans: list[_Plan], **constants: Any) -> None:
         columns = 0 if p.columns is None else p.columns.data_ptr()
         table += [*addresses, columns, len(p.rows), p.width, tiles]
         tiles += count
-    repeats = tables.upload(counts, torch.int64, device)
-    owners = torch.repeat_interleave(repeats, output_size=tiles).to(torch.int32)
     # Triton launches on the current device and stream; its interpreter is numpy, which warns.
     with torch.cuda.device_of(plans[0].out), np.errstate(all="ignore"):
         permute_kernel[(tiles,)](
-            tables.upload(table, torch.int64, device), owners, **constants, **LAUNCH
+            tables.upload(table, torch.int64, device),
+            tables.owners(counts, device),
+            **constants,
+            **LAUNCH,
         )

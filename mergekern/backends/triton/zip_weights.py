@@ -108,8 +108,8 @@ def tile_shape(itemsize: int, width: int, wide: bool) -> tuple[int, int]:
     """(rows, columns) of one program.
 
     A thread reads 16 bytes of an input at a time, or 8 where it does so one by one, which takes
-    registers. Tiles are one row high, or 16 columns wide where
-    rows are so short that most of a tile would lie past their end.
+    registers. Tiles are one row high, or 16 columns wide where rows are so short that most of a
+    tile would lie past their end.
     """
     block = 32 * LAUNCH["num_warps"] * (16 if wide else 8) // itemsize
     return (1, block) if 2 * width > block else (block // 16, 16)
@@ -214,15 +214,13 @@ def _launch(plans: list[_Plan], dtype: torch.dtype, **constants: int) -> None:
             triton.cdiv(height, constants["ROWS"]) * triton.cdiv(width, constants["COLUMNS"])
         )
         tiles += counts[-1]
-    repeats = tables.upload(counts, torch.int64, device)
-    owners = torch.repeat_interleave(repeats, output_size=tiles).to(torch.int32)
     # Triton launches on the current device and stream; its interpreter is numpy, which warns.
     with torch.cuda.device_of(plans[0].out), np.errstate(all="ignore"):
         zip_weights_kernel[(tiles,)](
             tables.upload(table, torch.int64, device),
             tables.upload(inputs, torch.int64, device),
             tables.upload(factors, sum_accumulator(dtype), device),
-            owners,
+            tables.owners(counts, device),
             TYPE=DTYPES[dtype],
             **constants,
             **LAUNCH,
