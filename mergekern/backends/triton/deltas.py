@@ -1,0 +1,170 @@
+"""Task vectors and what rules keep of them, in Triton kernels; importing this imports triton.
+
+Programs take blocks of eight elements a row, [n, 8]: eight share a Philox block, a byte of a stored
+mask and, of 16-bit tensors, a wide load.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+# Triton kernels have no Python types.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import digits
+from ...check import accumulator
+from ...keep import Band, Bernoulli, Keep, Mask, Threshold
+from .. import tables
+from .common import DTYPES, narrow, pointer, widen
+from .keys import key_of
+from .masks import draws, draws_in
+
+# A thread takes one row: the deltas of up to eight models stay in its registers.
+BLOCK = 1024
+# Fusion to FMA would skip the rounding of each product.
+LAUNCH = {"num_warps": BLOCK // 256, "enable_fp_fusion": False}
+
+
+@triton.jit
+def block_of_rows(BLOCK: tl.constexpr):
+    """Indices of elements within a block: [BLOCK / 8, 8]."""
+    return tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def rounded(x, TO: tl.constexpr, STEPWISE: tl.constexpr):
+    """x, rounded to TO where every step is."""
+    if STEPWISE:
+        x = widen(narrow(x, TO))
+    return x
+
+
+@triton.jit
+def above(key, rule, start, local):
+    """Keys above that of a Threshold, and those that equal it before its cut."""
+    cut = tl.minimum(tl.maximum(tl.load(rule + 1) - start, 0), 1 << 30).to(tl.int32)
+    edge = tl.load(rule).to(key.dtype)
+    return key > edge - (local < cut).to(key.dtype)
+
+
+@triton.jit
+def delta_and_kept(
+    rule,  # int64 [10]: where x begins, then the numbers of its rule
+    origin,  # elements of the base
+    start,  # of the block; a multiple of 8
+    numel,
+    IN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BASE: tl.constexpr,
+    STEPWISE: tl.constexpr,
+    TRIMMED: tl.constexpr,  # there are rules by magnitude
+    BANDED: tl.constexpr,
+    DRAWN: tl.constexpr,
+    ALIGNED: tl.constexpr,  # streams of draws begin at multiples of 8
+    STORED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x - base, and which elements of it are kept. A rule of one kind is neutral as another."""
+    local = block_of_rows(BLOCK)
+    mask = start + local < numel
+    d = widen(tl.load(pointer(rule, 0, IN, WIDE) + start + local, mask=mask, other=0.0))
+    if BASE:
+        d = rounded(d - origin, IN, STEPWISE)
+    kept = tl.full(local.shape, 1, tl.int1)
+    if TRIMMED:
+        kept = kept & above(key_of(d), rule + 1, start, local)
+    if BANDED:
+        kept = kept & ~above(key_of(d), rule + 3, start, local)
+    if DRAWN:
+        key = tl.load(rule + 5) | tl.load(rule + 6) << 32
+        first = tl.load(rule + 8) + start
+        if ALIGNED:
+            rows = first // 8 + tl.arange(0, BLOCK // 8)
+            draw = draws_in(key, rows[:, None], tl.arange(0, 8)[None, :])
+        else:
+            draw = draws(key, first + local)
+        kept = kept & (draw < tl.load(rule + 7).to(tl.int32))
+    if STORED:
+        rows = start // 8 + tl.arange(0, BLOCK // 8)
+        address = tl.load(rule + 9)
+        there = rows * 8 < tl.where(address != 0, numel, 0)
+        octet = tl.load(address.to(tl.pointer_type(tl.uint8)) + rows, mask=there, other=0xFF)
+        bits = octet.to(tl.int32)[:, None] >> (7 - tl.arange(0, 8))[None, :]
+        kept = kept & ((bits & 1) != 0)
+    return d, kept
+
+
+def _numbers(x: Tensor, keep: Keep, acc: torch.dtype) -> list[int]:
+    """Where x begins; key and cut that keep, key and cut that drop; key, limit and first element
+    of draws; where stored bits begin."""
+    numel, below, nan = x.numel(), -1, digits.NAN_KEY[acc]
+    interval, drawn, bits = [below, 0, nan, 0], [0, 0, 65536, 0], 0
+    if isinstance(keep, Threshold | Band):
+        edges = [keep] if isinstance(keep, Threshold) else [keep.least, keep.most]
+        pairs = [(digits.value_key(t.value, acc), min(t.cut, numel)) for t in edges]
+        interval[: 2 * len(pairs)] = [number for pair in pairs for number in pair]
+    elif isinstance(keep, Bernoulli):
+        drawn = [*keep.key, keep.limit, keep.first]
+    elif isinstance(keep, Mask):
+        bits = keep.bits.data_ptr()
+    return [x.data_ptr(), *interval, *drawn, bits]
+
+
+class Deltas(NamedTuple):
+    """Task vectors with their rules, as kernels take them."""
+
+    xs: list[Tensor]  # flat
+    base: Tensor | None
+    rules: Tensor  # int64 [n, 10]
+    constants: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, base: Tensor | None, xs: list[Tensor], keep: list[Keep], *, stepwise: bool
+    ) -> Deltas:
+        acc = accumulator(xs[0].dtype)
+        xs = [x.reshape(-1).contiguous() for x in xs]
+        base = None if base is None else base.reshape(-1).contiguous()
+        numbers = [n for x, k in zip(xs, keep, strict=True) for n in _numbers(x, k, acc)]
+        drawn = [k for k in keep if isinstance(k, Bernoulli) and k.limit < 65536]
+        constants = {
+            "IN": DTYPES[xs[0].dtype],
+            "WIDE": tables.aligned(xs),
+            "BASE": base is not None,
+            "STEPWISE": stepwise,
+            "TRIMMED": any(isinstance(k, Threshold | Band) for k in keep),
+            "BANDED": any(isinstance(k, Band) for k in keep),
+            "DRAWN": bool(drawn),
+            "ALIGNED": all(k.first % 8 == 0 for k in drawn),
+            "STORED": any(isinstance(k, Mask) for k in keep),
+            "BLOCK": BLOCK,
+            **LAUNCH,
+        }
+        return cls(xs, base, tables.upload(numbers, torch.int64, xs[0].device), constants)
+
+    @property
+    def numel(self) -> int:
+        return self.xs[0].numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.xs[0].device
+
+    def launch(self, kernel: Any, elements: int, **arguments: Any) -> None:
+        """A program for every block of `elements`, on the current stream of the device; Triton's
+        interpreter is numpy, which warns."""
+        base = self.xs[0] if self.base is None else self.base
+        with torch.cuda.device_of(base), np.errstate(all="ignore"):
+            kernel[(triton.cdiv(elements, BLOCK),)](
+                base=base,
+                rules=self.rules,
+                numel=self.numel,
+                **arguments,
+                **self.constants,
+            )
