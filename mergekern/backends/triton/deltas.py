@@ -22,13 +22,13 @@ from ...check import accumulator
 from ...keep import Band, Bernoulli, Keep, Mask, Threshold
 from .. import tables
 from .common import DTYPES, narrow, pointer, widen
-from .keys import key_of
+from .keys import BLOCK, LAUNCH, key_of
 from .masks import draws, draws_in
 
-# A thread takes one row: the deltas of up to eight models stay in its registers.
-BLOCK = 1024
-# Fusion to FMA would skip the rounding of each product.
-LAUNCH = {"num_warps": BLOCK // 256, "enable_fp_fusion": False}
+# What kinds of rules there are, as bits of KEEP; on its left, as the interpreter has plain numbers.
+TRIMMED, BANDED = tl.constexpr(1), tl.constexpr(2)  # by magnitude, from below and from above
+DRAWN, UNALIGNED = tl.constexpr(4), tl.constexpr(8)  # with streams that begin within a row
+STORED = tl.constexpr(16)
 
 
 @triton.jit
@@ -63,11 +63,7 @@ def delta_and_kept(
     WIDE: tl.constexpr,
     BASE: tl.constexpr,
     STEPWISE: tl.constexpr,
-    TRIMMED: tl.constexpr,  # there are rules by magnitude
-    BANDED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    ALIGNED: tl.constexpr,  # streams of draws begin at multiples of 8
-    STORED: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """x - base, and which elements of it are kept. A rule of one kind is neutral as another."""
@@ -77,20 +73,20 @@ def delta_and_kept(
     if BASE:
         d = rounded(d - origin, IN, STEPWISE)
     kept = tl.full(local.shape, 1, tl.int1)
-    if TRIMMED:
+    if TRIMMED & KEEP:
         kept = kept & above(key_of(d), rule + 1, start, local)
-    if BANDED:
+    if BANDED & KEEP:
         kept = kept & ~above(key_of(d), rule + 3, start, local)
-    if DRAWN:
+    if DRAWN & KEEP:
         key = tl.load(rule + 5) | tl.load(rule + 6) << 32
         first = tl.load(rule + 8) + start
-        if ALIGNED:
+        if UNALIGNED & KEEP:
+            draw = draws(key, first + local)
+        else:
             rows = first // 8 + tl.arange(0, BLOCK // 8)
             draw = draws_in(key, rows[:, None], tl.arange(0, 8)[None, :])
-        else:
-            draw = draws(key, first + local)
         kept = kept & (draw < tl.load(rule + 7).to(tl.int32))
-    if STORED:
+    if STORED & KEEP:
         rows = start // 8 + tl.arange(0, BLOCK // 8)
         address = tl.load(rule + 9)
         there = rows * 8 < tl.where(address != 0, numel, 0)
@@ -116,6 +112,16 @@ def _numbers(x: Tensor, keep: Keep, acc: torch.dtype) -> list[int]:
     return [x.data_ptr(), *interval, *drawn, bits]
 
 
+def _kinds(keep: Keep) -> list[tl.constexpr]:
+    if isinstance(keep, Threshold):
+        return [TRIMMED]
+    if isinstance(keep, Band):
+        return [TRIMMED, BANDED]
+    if isinstance(keep, Bernoulli) and keep.limit < 65536:
+        return [DRAWN, UNALIGNED] if keep.first % 8 else [DRAWN]
+    return [STORED] if isinstance(keep, Mask) else []
+
+
 class Deltas(NamedTuple):
     """Task vectors with their rules, as kernels take them."""
 
@@ -132,17 +138,12 @@ class Deltas(NamedTuple):
         xs = [x.reshape(-1).contiguous() for x in xs]
         base = None if base is None else base.reshape(-1).contiguous()
         numbers = [n for x, k in zip(xs, keep, strict=True) for n in _numbers(x, k, acc)]
-        drawn = [k for k in keep if isinstance(k, Bernoulli) and k.limit < 65536]
         constants = {
             "IN": DTYPES[xs[0].dtype],
             "WIDE": tables.aligned(xs),
             "BASE": base is not None,
             "STEPWISE": stepwise,
-            "TRIMMED": any(isinstance(k, Threshold | Band) for k in keep),
-            "BANDED": any(isinstance(k, Band) for k in keep),
-            "DRAWN": bool(drawn),
-            "ALIGNED": all(k.first % 8 == 0 for k in drawn),
-            "STORED": any(isinstance(k, Mask) for k in keep),
+            "KEEP": sum({bit.value for k in keep for bit in _kinds(k)}),
             "BLOCK": BLOCK,
             **LAUNCH,
         }

@@ -14,8 +14,8 @@ from ...check import accumulator
 from ...keep import Keep, Recipe
 from .. import tables
 from .common import divide, narrow, widen
-from .deltas import BLOCK, Deltas, block_of_rows, delta_and_kept, rounded
-from .keys import key_of
+from .deltas import Deltas, block_of_rows, delta_and_kept, rounded
+from .keys import BLOCK, key_of
 
 # Bytes of accumulators a thread holds for each of its elements: the terms of a pass stay for the
 # election of the next. More models are read once more, mostly from the caches.
@@ -34,20 +34,15 @@ def term(
     WIDE: tl.constexpr,
     BASE: tl.constexpr,
     STEPWISE: tl.constexpr,
-    TRIMMED: tl.constexpr,
-    BANDED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    STORED: tl.constexpr,
+    KEEP: tl.constexpr,
     RESCALED: tl.constexpr,
     DIVIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """u of model i: csrc/merge_deltas.h has the arithmetic."""
     d, kept = delta_and_kept(
-        rules + 10 * i, origin, start, numel,
-        IN, WIDE, BASE, STEPWISE, TRIMMED, BANDED, DRAWN, ALIGNED, STORED, BLOCK,
-    )  # fmt: skip
+        rules + 10 * i, origin, start, numel, IN, WIDE, BASE, STEPWISE, KEEP, BLOCK
+    )
     u = tl.where(kept, d, d * 0.0 if STEPWISE else 0.0)
     if RESCALED:
         factor = tl.load(factors + 5 * i + 1)
@@ -67,11 +62,7 @@ def merge_deltas_kernel(
     WIDE: tl.constexpr,
     BASE: tl.constexpr,
     STEPWISE: tl.constexpr,
-    TRIMMED: tl.constexpr,
-    BANDED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    STORED: tl.constexpr,
+    KEEP: tl.constexpr,
     RESCALED: tl.constexpr,
     DIVIDED: tl.constexpr,
     ELECT: tl.constexpr,
@@ -94,9 +85,21 @@ def merge_deltas_kernel(
     votes = s
     for i in tl.range(0, N, loop_unroll_factor=UNROLL):
         u = term(
-            i, rules, factors, origin, start, numel, IN, WIDE, BASE, STEPWISE, TRIMMED, BANDED,
-            DRAWN, ALIGNED, STORED, RESCALED, DIVIDED, BLOCK,
-        )  # fmt: skip
+            i,
+            rules,
+            factors,
+            origin,
+            start,
+            numel,
+            IN,
+            WIDE,
+            BASE,
+            STEPWISE,
+            KEEP,
+            RESCALED,
+            DIVIDED,
+            BLOCK,
+        )
         s += u
         if ELECT == "count":
             votes += tl.where(u > 0, 1.0, 0.0) - tl.where(u < 0, 1.0, 0.0)
@@ -107,17 +110,27 @@ def merge_deltas_kernel(
         s = m
         if ELECT == "sum":
             votes = s
-        opposed = votes < 0 if ZERO != "negative" else votes <= 0
-        # A NaN vote is negative
-        opposed = opposed | (votes != votes)
+        opposed = ~(votes > 0) if ZERO == "negative" else ~(votes >= 0)
         m = tl.zeros_like(s)
         q = tl.zeros_like(s)
         alone = tl.zeros_like(s)
         for i in tl.range(0, N, loop_unroll_factor=UNROLL):
             u = term(
-                i, rules, factors, origin, start, numel, IN, WIDE, BASE, STEPWISE, TRIMMED, BANDED,
-                DRAWN, ALIGNED, STORED, RESCALED, DIVIDED, BLOCK,
-            )  # fmt: skip
+                i,
+                rules,
+                factors,
+                origin,
+                start,
+                numel,
+                IN,
+                WIDE,
+                BASE,
+                STEPWISE,
+                KEEP,
+                RESCALED,
+                DIVIDED,
+                BLOCK,
+            )
             if ELECT == "present":
                 agrees = u != 0
             else:
@@ -184,7 +197,7 @@ def merge_deltas(out: Tensor, base: Tensor | None, xs: list[Tensor], recipe: Rec
         out.copy_(target)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def l1_norms_kernel(
     sums,  # float64 [programs, n, 2]: sum |d|, and that of what is kept
     base,
@@ -195,11 +208,7 @@ def l1_norms_kernel(
     WIDE: tl.constexpr,
     BASE: tl.constexpr,
     STEPWISE: tl.constexpr,
-    TRIMMED: tl.constexpr,
-    BANDED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    STORED: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -209,9 +218,8 @@ def l1_norms_kernel(
         origin = widen(tl.load(base + start + local, mask=start + local < numel, other=0.0))
     for i in tl.range(0, n):
         d, kept = delta_and_kept(
-            rules + 10 * i, origin, start, numel,
-            IN, WIDE, BASE, STEPWISE, TRIMMED, BANDED, DRAWN, ALIGNED, STORED, BLOCK,
-        )  # fmt: skip
+            rules + 10 * i, origin, start, numel, IN, WIDE, BASE, STEPWISE, KEEP, BLOCK
+        )
         magnitude = tl.abs(d).to(tl.float64)
         sum_of = sums + (program * n + i) * 2
         tl.store(sum_of, tl.sum(magnitude))
@@ -242,11 +250,7 @@ def count_kept_kernel(
     WIDE: tl.constexpr,
     BASE: tl.constexpr,
     STEPWISE: tl.constexpr,
-    TRIMMED: tl.constexpr,
-    BANDED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    STORED: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -259,9 +263,8 @@ def count_kept_kernel(
     negative = positive
     for i in tl.range(0, n):
         d, kept = delta_and_kept(
-            rules + 10 * i, origin, start, numel,
-            IN, WIDE, BASE, STEPWISE, TRIMMED, BANDED, DRAWN, ALIGNED, STORED, BLOCK,
-        )  # fmt: skip
+            rules + 10 * i, origin, start, numel, IN, WIDE, BASE, STEPWISE, KEEP, BLOCK
+        )
         kept = kept & inside
         positive = positive | (kept & (d > 0))
         negative = negative | (kept & (d < 0))

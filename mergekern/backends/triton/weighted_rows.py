@@ -14,11 +14,7 @@ from torch import Tensor
 from ...check import sum_accumulator
 from .. import tables
 from .common import DTYPES, narrow, pointer, widen
-
-# A thread takes eight neighbours.
-BLOCK = 1024
-# Fusion to FMA would skip the rounding of each product.
-LAUNCH = {"num_warps": BLOCK // 256, "enable_fp_fusion": False}
+from .keys import BLOCK, LAUNCH
 
 
 @triton.jit(do_not_specialize=["n"])
