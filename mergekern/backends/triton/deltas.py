@@ -58,16 +58,15 @@ def delta_and_kept(
     rule,  # int64 [10]: where x begins, then the numbers of its rule
     origin,  # elements of the base
     start,  # of the block; a multiple of 8
+    local,  # as `block_of_rows` gives them
     numel,
     IN: tl.constexpr,
     WIDE: tl.constexpr,
     BASE: tl.constexpr,
-    STEPWISE: tl.constexpr,
     KEEP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STEPWISE: tl.constexpr,
 ):
     """x - base, and which elements of it are kept. A rule of one kind is neutral as another."""
-    local = block_of_rows(BLOCK)
     mask = start + local < numel
     d = widen(tl.load(pointer(rule, 0, IN, WIDE) + start + local, mask=mask, other=0.0))
     if BASE:
@@ -83,11 +82,11 @@ def delta_and_kept(
         if UNALIGNED & KEEP:
             draw = draws(key, first + local)
         else:
-            rows = first // 8 + tl.arange(0, BLOCK // 8)
+            rows = first // 8 + tl.arange(0, local.shape[0])
             draw = draws_in(key, rows[:, None], tl.arange(0, 8)[None, :])
         kept = kept & (draw < tl.load(rule + 7).to(tl.int32))
     if STORED & KEEP:
-        rows = start // 8 + tl.arange(0, BLOCK // 8)
+        rows = start // 8 + tl.arange(0, local.shape[0])
         address = tl.load(rule + 9)
         there = rows * 8 < tl.where(address != 0, numel, 0)
         octet = tl.load(address.to(tl.pointer_type(tl.uint8)) + rows, mask=there, other=0xFF)

@@ -29,25 +29,80 @@ def term(
     factors,
     origin,
     start,
+    local,
     numel,
     IN: tl.constexpr,
     WIDE: tl.constexpr,
     BASE: tl.constexpr,
-    STEPWISE: tl.constexpr,
     KEEP: tl.constexpr,
-    RESCALED: tl.constexpr,
-    DIVIDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STEPWISE: tl.constexpr,
+    RESCALE: tl.constexpr,
 ):
     """u of model i: csrc/merge_deltas.h has the arithmetic."""
     d, kept = delta_and_kept(
-        rules + 10 * i, origin, start, numel, IN, WIDE, BASE, STEPWISE, KEEP, BLOCK
+        rules + 10 * i, origin, start, local, numel, IN, WIDE, BASE, KEEP, STEPWISE
     )
     u = tl.where(kept, d, d * 0.0 if STEPWISE else 0.0)
-    if RESCALED:
+    if RESCALE != "none":
         factor = tl.load(factors + 5 * i + 1)
-        u = rounded(divide(u, factor) if DIVIDED else u * factor, IN, STEPWISE)
+        u = rounded(divide(u, factor) if RESCALE == "over" else u * factor, IN, STEPWISE)
     return rounded(u * tl.load(factors + 5 * i), IN, STEPWISE)
+
+
+@triton.jit
+def takes_part(u, votes, ELECT: tl.constexpr, ZERO: tl.constexpr):
+    if ELECT == "present":
+        yes = u != 0
+    else:
+        opposed = ~(votes > 0) if ZERO == "negative" else ~(votes >= 0)
+        yes = ~(tl.where(opposed, -u, u) <= 0)  # so a NaN does under either sign
+        if ZERO == "none":
+            yes = yes & (votes != 0)
+    return yes
+
+
+@triton.jit
+def elected(
+    s,
+    votes,
+    rules,
+    factors,
+    origin,
+    start,
+    local,
+    numel,
+    N: tl.constexpr,
+    IN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BASE: tl.constexpr,
+    KEEP: tl.constexpr,
+    STEPWISE: tl.constexpr,
+    RESCALE: tl.constexpr,
+    ELECT: tl.constexpr,
+    ZERO: tl.constexpr,
+    AFTER: tl.constexpr,
+    MAX: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """m, q, and what stands where one model is alone; what is not used costs nothing."""
+    m, q, alone = tl.zeros_like(s), tl.zeros_like(s), tl.zeros_like(s)
+    for i in tl.range(0, N, loop_unroll_factor=UNROLL):
+        u = term(
+            i, rules, factors, origin, start, local, numel, IN, WIDE, BASE, KEEP, STEPWISE, RESCALE
+        )
+        agrees = takes_part(u, votes, ELECT, ZERO)
+        v = u
+        if AFTER:
+            v = rounded(u * tl.load(factors + 5 * i + 2), IN, STEPWISE)
+        if MAX:
+            m = tl.where(agrees & (key_of(v) > key_of(m)), v, m)
+        else:
+            m += tl.where(agrees, v, 0.0)
+        q += tl.where(agrees, tl.load(factors + 5 * i + 3), 0.0)
+        alone += tl.where(agrees, u * tl.load(factors + 5 * i + 4), 0.0)
+    if ELECT == "sum":
+        m = tl.where(s != s, s, m)
+    return rounded(m, IN, STEPWISE), rounded(q, IN, STEPWISE), alone
 
 
 @triton.jit
@@ -61,44 +116,27 @@ def merge_deltas_kernel(
     IN: tl.constexpr,
     WIDE: tl.constexpr,
     BASE: tl.constexpr,
-    STEPWISE: tl.constexpr,
     KEEP: tl.constexpr,
-    RESCALED: tl.constexpr,
-    DIVIDED: tl.constexpr,
+    STEPWISE: tl.constexpr,
+    RESCALE: tl.constexpr,  # "none", "times" or "over"
     ELECT: tl.constexpr,
     ZERO: tl.constexpr,
     AFTER: tl.constexpr,
     MAX: tl.constexpr,
     ALONE: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    SCALED: tl.constexpr,
+    SCALE: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    local = block_of_rows(BLOCK)
+    start, local = tl.program_id(0).to(tl.int64) * BLOCK, block_of_rows(BLOCK)
     mask = start + local < numel
-    origin = 0.0
-    if BASE:
-        origin = widen(tl.load(base + start + local, mask=mask, other=0.0))
+    origin = widen(tl.load(base + start + local, mask=mask, other=0.0)) if BASE else 0.0
     s = tl.zeros([BLOCK // 8, 8], factors.dtype.element_ty)
     votes = s
     for i in tl.range(0, N, loop_unroll_factor=UNROLL):
         u = term(
-            i,
-            rules,
-            factors,
-            origin,
-            start,
-            numel,
-            IN,
-            WIDE,
-            BASE,
-            STEPWISE,
-            KEEP,
-            RESCALED,
-            DIVIDED,
-            BLOCK,
+            i, rules, factors, origin, start, local, numel, IN, WIDE, BASE, KEEP, STEPWISE, RESCALE
         )
         s += u
         if ELECT == "count":
@@ -107,61 +145,20 @@ def merge_deltas_kernel(
     numbers = factors + 5 * N
     q = tl.load(numbers)
     if ELECT != "everyone":
-        s = m
-        if ELECT == "sum":
-            votes = s
-        opposed = ~(votes > 0) if ZERO == "negative" else ~(votes >= 0)
-        m = tl.zeros_like(s)
-        q = tl.zeros_like(s)
-        alone = tl.zeros_like(s)
-        for i in tl.range(0, N, loop_unroll_factor=UNROLL):
-            u = term(
-                i,
-                rules,
-                factors,
-                origin,
-                start,
-                numel,
-                IN,
-                WIDE,
-                BASE,
-                STEPWISE,
-                KEEP,
-                RESCALED,
-                DIVIDED,
-                BLOCK,
-            )
-            if ELECT == "present":
-                agrees = u != 0
-            else:
-                agrees = ~(tl.where(opposed, -u, u) <= 0)
-                if ZERO == "none":
-                    agrees = agrees & (votes != 0)
-            v = u
-            if AFTER:
-                v = rounded(u * tl.load(factors + 5 * i + 2), IN, STEPWISE)
-            if MAX:
-                m = tl.where(agrees & (key_of(v) > key_of(m)), v, m)
-            else:
-                m += tl.where(agrees, v, 0.0)
-            if NORMALIZE:
-                q += tl.where(agrees, tl.load(factors + 5 * i + 3), 0.0)
-            if ALONE:
-                alone += tl.where(agrees, u * tl.load(factors + 5 * i + 4), 0.0)
-        if ELECT == "sum":
-            m = tl.where(s != s, s, m)
-        m = rounded(m, IN, STEPWISE)
-        q = rounded(q, IN, STEPWISE)
+        m, q, alone = elected(
+            m, votes if ELECT == "count" else m, rules, factors, origin, start, local, numel,
+            N, IN, WIDE, BASE, KEEP, STEPWISE, RESCALE, ELECT, ZERO, AFTER, MAX, UNROLL,
+        )  # fmt: skip
     if NORMALIZE:
         small = tl.abs(q) <= tl.load(numbers + 1)
         m = rounded(divide(m, tl.where(small, tl.load(numbers + 2), q)), IN, STEPWISE)
     if ALONE:
         m = tl.where(q == 1, alone, m)
-    if SCALED:
+    if SCALE:
         m = rounded(m * tl.load(numbers + 3), IN, STEPWISE)
-    if BASE:
-        m = origin + m
-    tl.store(out + start + local, narrow(m, out.dtype.element_ty), mask=mask)
+    tl.store(
+        out + start + local, narrow(origin + m if BASE else m, out.dtype.element_ty), mask=mask
+    )
 
 
 def merge_deltas(out: Tensor, base: Tensor | None, xs: list[Tensor], recipe: Recipe) -> None:
@@ -172,7 +169,7 @@ def merge_deltas(out: Tensor, base: Tensor | None, xs: list[Tensor], recipe: Rec
         out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     )
     ones, n, acc = [1.0] * len(xs), len(xs), accumulator(xs[0].dtype)
-    # What recipe.before holds includes the rescaling unless each is a step.
+    rescales = recipe.stepwise and recipe.rescale != ones  # else `before` includes it
     columns = recipe.before, recipe.rescale, recipe.after, recipe.weights, recipe.alone or ones
     factors = [f for row in zip(*columns, strict=True) for f in row]
     factors += [recipe.total, recipe.least, recipe.instead, recipe.scale]
@@ -182,15 +179,14 @@ def merge_deltas(out: Tensor, base: Tensor | None, xs: list[Tensor], recipe: Rec
         out=target,
         factors=tables.upload(factors, acc, out.device),
         N=n,
-        RESCALED=recipe.stepwise and recipe.rescale != ones,
-        DIVIDED=recipe.divide,
+        RESCALE=("over" if recipe.divide else "times") if rescales else "none",
         ELECT=recipe.elect,
         ZERO=recipe.zero,
         AFTER=recipe.after != ones,
         MAX=recipe.combine == "max",
         ALONE=bool(recipe.alone),
         NORMALIZE=recipe.normalize,
-        SCALED=recipe.scale != 1,
+        SCALE=recipe.scale != 1,
         UNROLL=n if n * acc.itemsize <= _HELD else 1,
     )
     if target is not out:
@@ -207,18 +203,17 @@ def l1_norms_kernel(
     IN: tl.constexpr,
     WIDE: tl.constexpr,
     BASE: tl.constexpr,
-    STEPWISE: tl.constexpr,
     KEEP: tl.constexpr,
+    STEPWISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     start, local = program * BLOCK, block_of_rows(BLOCK)
-    origin = 0.0
-    if BASE:
-        origin = widen(tl.load(base + start + local, mask=start + local < numel, other=0.0))
+    mask = start + local < numel
+    origin = widen(tl.load(base + start + local, mask=mask, other=0.0)) if BASE else 0.0
     for i in tl.range(0, n):
         d, kept = delta_and_kept(
-            rules + 10 * i, origin, start, numel, IN, WIDE, BASE, STEPWISE, KEEP, BLOCK
+            rules + 10 * i, origin, start, local, numel, IN, WIDE, BASE, KEEP, STEPWISE
         )
         magnitude = tl.abs(d).to(tl.float64)
         sum_of = sums + (program * n + i) * 2
@@ -249,21 +244,20 @@ def count_kept_kernel(
     IN: tl.constexpr,
     WIDE: tl.constexpr,
     BASE: tl.constexpr,
-    STEPWISE: tl.constexpr,
     KEEP: tl.constexpr,
+    STEPWISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     start, local = first // 8 * 8 + program * BLOCK, block_of_rows(BLOCK)
-    origin = 0.0
-    if BASE:
-        origin = widen(tl.load(base + start + local, mask=start + local < numel, other=0.0))
+    mask = start + local < numel
+    origin = widen(tl.load(base + start + local, mask=mask, other=0.0)) if BASE else 0.0
     inside = (start + local >= first) & (start + local < last)
     positive = tl.zeros([BLOCK // 8, 8], tl.int1)
     negative = positive
     for i in tl.range(0, n):
         d, kept = delta_and_kept(
-            rules + 10 * i, origin, start, numel, IN, WIDE, BASE, STEPWISE, KEEP, BLOCK
+            rules + 10 * i, origin, start, local, numel, IN, WIDE, BASE, KEEP, STEPWISE
         )
         kept = kept & inside
         positive = positive | (kept & (d > 0))
