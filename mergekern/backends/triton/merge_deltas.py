@@ -17,10 +17,6 @@ from .common import divide, narrow, widen
 from .deltas import Deltas, block_of_rows, delta_and_kept, rounded
 from .keys import BLOCK, key_of
 
-# Bytes of accumulators a thread holds for each of its elements: the terms of a pass stay for the
-# election of the next. More models are read once more, mostly from the caches.
-_HELD = 32
-
 
 @triton.jit
 def term(
@@ -161,6 +157,15 @@ def merge_deltas_kernel(
     )
 
 
+def unrolled(n: int, itemsize: int) -> int:
+    """How many of n models a loop takes at a time: all where registers hold their terms.
+
+    The compiler then finds those of the first loop in the second. More models are read once more,
+    mostly from the caches.
+    """
+    return n if n * itemsize <= 32 else 1
+
+
 def merge_deltas(out: Tensor, base: Tensor | None, xs: list[Tensor], recipe: Recipe) -> None:
     if not out.numel():
         return
@@ -187,7 +192,7 @@ def merge_deltas(out: Tensor, base: Tensor | None, xs: list[Tensor], recipe: Rec
         ALONE=bool(recipe.alone),
         NORMALIZE=recipe.normalize,
         SCALE=recipe.scale != 1,
-        UNROLL=n if n * acc.itemsize <= _HELD else 1,
+        UNROLL=unrolled(n, acc.itemsize),
     )
     if target is not out:
         out.copy_(target)

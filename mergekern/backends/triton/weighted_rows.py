@@ -14,7 +14,16 @@ from torch import Tensor
 from ...check import sum_accumulator
 from .. import tables
 from .common import DTYPES, narrow, pointer, widen
-from .keys import BLOCK, LAUNCH
+from .keys import LAUNCH
+
+
+@triton.jit
+def factors_at(factors, place, there, ROW: tl.constexpr):
+    """Of elements [m, g], or of rows [m]."""
+    factor = tl.load(factors + place, mask=there, other=0.0)
+    if ROW:
+        factor = factor[:, None]
+    return factor
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -28,29 +37,30 @@ def weighted_rows_kernel(
     inner,
     IN: tl.constexpr,
     WIDE: tl.constexpr,  # all n addresses are multiples of 16
-    EIGHT: tl.constexpr,  # eight elements lie in one "row", in "columns" side by side, or anywhere
+    GROUP: tl.constexpr,  # elements in 16 bytes
+    LIE: tl.constexpr,  # groups: in a "row", in "columns" side by side, or "anywhere"
     LONG: tl.constexpr,  # numbers of elements need 64 bits, whose divisions take far longer
     BLOCK: tl.constexpr,
 ):
-    octet = tl.program_id(0).to(tl.int64 if LONG else tl.int32) * (BLOCK // 8)
-    octet = (octet + tl.arange(0, BLOCK // 8))[:, None]
-    lane = tl.arange(0, 8)[None, :]
-    offsets = octet.to(tl.int64) * 8 + lane
+    groups = tl.program_id(0).to(tl.int64 if LONG else tl.int32) * (BLOCK // GROUP)
+    groups += tl.arange(0, BLOCK // GROUP)
+    lane = tl.arange(0, GROUP)[None, :]
+    offsets = groups.to(tl.int64)[:, None] * GROUP + lane
     mask = offsets < numel
     there = mask
-    if EIGHT == "row":
-        row = octet // (inner // 8)
-        there = octet.to(tl.int64) * 8 < numel
-    elif EIGHT == "columns":
-        row = octet % (k // 8) * 8 + lane
+    if LIE == "row":
+        place = groups // (inner // GROUP)
+        there = groups.to(tl.int64) * GROUP < numel
+    elif LIE == "columns":
+        place = (groups % (k // GROUP) * GROUP)[:, None] + lane
     else:
-        row = (octet * 8 + lane) // inner % k
+        place = (groups[:, None] * GROUP + lane) // inner % k
     x = widen(tl.load(pointer(addresses, 0, IN, WIDE) + offsets, mask=mask, other=0.0))
-    total = x.to(factors.dtype.element_ty) * tl.load(factors + row, mask=there, other=0.0)
-    for i in tl.range(1, n, loop_unroll_factor=4):  # overlaps the loads of several inputs
+    total = x.to(factors.dtype.element_ty) * factors_at(factors, place, there, LIE == "row")
+    for i in tl.range(1, n, loop_unroll_factor=2):  # overlaps the loads of several inputs
         x = widen(tl.load(pointer(addresses, i, IN, WIDE) + offsets, mask=mask, other=0.0))
         factors += k
-        total += x.to(total.dtype) * tl.load(factors + row, mask=there, other=0.0)
+        total += x.to(total.dtype) * factors_at(factors, place, there, LIE == "row")
     tl.store(out + offsets, narrow(total, out.dtype.element_ty), mask=mask)
 
 
@@ -61,11 +71,14 @@ def weighted_rows(out: Tensor, xs: list[Tensor], weights: Tensor, inner: int) ->
     device, dtype = out.device, xs[0].dtype
     xs = [x.contiguous() for x in xs]
     target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=device)
-    # Rows have no period: `inner` is 1, or k times it are all elements.
-    eight = "row" if inner % 8 == 0 else "columns" if inner == 1 and k % 8 == 0 else "anywhere"
+    group = 16 // dtype.itemsize
+    block = 32 * LAUNCH["num_warps"] * group
+    # Of rows there is one period: `inner` is 1, or k times it are all elements.
+    columns = inner == 1 and k % group == 0
+    lie = "row" if inner % group == 0 else "columns" if columns else "anywhere"
     # Triton launches on the current device and stream; its interpreter is numpy, which warns.
     with torch.cuda.device_of(out), np.errstate(all="ignore"):
-        weighted_rows_kernel[(triton.cdiv(numel, BLOCK),)](
+        weighted_rows_kernel[(triton.cdiv(numel, block),)](
             target,
             tables.upload([x.data_ptr() for x in xs], torch.int64, device),
             weights.to(sum_accumulator(dtype)),
@@ -75,9 +88,10 @@ def weighted_rows(out: Tensor, xs: list[Tensor], weights: Tensor, inner: int) ->
             inner,
             IN=DTYPES[dtype],
             WIDE=tables.aligned(xs),
-            EIGHT=eight,
-            LONG=numel > (1 << 31) - BLOCK,
-            BLOCK=BLOCK,
+            GROUP=group,
+            LIE=lie,
+            LONG=numel > (1 << 31) - block,
+            BLOCK=block,
             **LAUNCH,
         )
     if target is not out:
