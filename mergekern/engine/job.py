@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ..errors import ArgumentError
 from .checkpoint import Checkpoint
 from .collector import paused, spared
+from .computing import Settings
 from .config import MergeConfig
 from .control import Control, check_space, check_target, forget, held, shared, writing_failed
 from .folder import CARD, CONFIG_NAME, carry
@@ -29,7 +30,7 @@ from .report.numbers import Row, added
 from .report.page import page
 from .resume import finished, head_of, intact, require_same_inputs, require_unwritten
 from .shares import shares
-from .stream import Settings, Stream
+from .stream import Stream
 from .studies import Studies
 
 

@@ -169,7 +169,7 @@ def merge_state_dicts(
         inputs = inputs_of(key)
         tensors = inputs.xs if inputs.base is None else [*inputs.xs, inputs.base]
         like = inputs.xs[0].dtype, inputs.out_dtype, tensors[0].device
-        if inputs.xs[0].numel() <= limit and all(x.device == like[-1] for x in tensors):
+        if inputs.xs[0].numel() < limit and all(x.device == like[-1] for x in tensors):
             small.setdefault(like, {})[key] = inputs
         else:
             merged[key] = spec.merge(replace(inputs, survey=survey), **arguments_of(key))

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -187,3 +187,11 @@ def compile_triton(kernels: Sequence[Kernel]) -> list[Sass]:
             (sass,) = disassemble(Path(folder, f"{i}.cubin")).values()
             compiled.append(sass)
         return compiled
+
+
+def compile_cases(
+    cases: Sequence[tuple[Any, ...]], kernel: Callable[..., Kernel]
+) -> dict[tuple[Any, ...], Sass]:
+    """kernel(*case) compiled, for each of them; skips without triton."""
+    nvidia_tools()
+    return dict(zip(cases, compile_triton([kernel(*case) for case in cases]), strict=True))

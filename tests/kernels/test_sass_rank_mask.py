@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.sass import REGISTERS, Kernel, Sass, assert_lean, compile_triton, nvidia_tools
+from kernels.sass import REGISTERS, Kernel, Sass, assert_lean, compile_cases
 
 CASES = [(name, key) for name in ("bin", "rank_mask") for key in ("i32", "i64")]
 
@@ -30,8 +30,7 @@ def kernel(name: str, key: str) -> Kernel:
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[tuple[str, str], Sass]:
-    nvidia_tools()  # skips without triton
-    return dict(zip(CASES, compile_triton([kernel(*case) for case in CASES]), strict=True))
+    return compile_cases(CASES, kernel)
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.sass import REGISTERS, Kernel, Sass, assert_lean, compile_triton, nvidia_tools
+from kernels.sass import REGISTERS, Kernel, Sass, assert_lean, compile_cases
 
 CASES = [(x, everything) for x in ("bf16", "fp32", "fp64") for everything in (False, True)]
 
@@ -35,8 +35,7 @@ def kernel(x: str, everything: bool) -> Kernel:
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[tuple[str, bool], Sass]:
-    nvidia_tools()  # skips without triton
-    return dict(zip(CASES, compile_triton([kernel(*case) for case in CASES]), strict=True))
+    return compile_cases(CASES, kernel)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{'all' if c[1] else 'trimmed'}")
