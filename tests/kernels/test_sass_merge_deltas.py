@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kernels.sass import REGISTERS, Kernel, Sass, assert_lean, compile_triton, nvidia_tools
+from kernels.sass import REGISTERS, Kernel, Sass, assert_lean, compile_cases
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 TRIMMED, BANDED, DRAWN, UNALIGNED, STORED = (1 << i for i in range(5))
@@ -83,9 +83,10 @@ def kernel(name: str, signature: dict[str, str], constants: dict[str, Any]) -> K
     return Kernel("merge_deltas", f"{name}_kernel", signature, constants, divisible, LAUNCH)
 
 
-def merge_kernel(case: Merge) -> Kernel:
+def merge_kernel(name: str) -> Kernel:
     from mergekern.backends.triton.merge_deltas import unrolled
 
+    case = MERGES[name]
     acc = "fp64" if case.x == "fp64" else "fp32"
     constants = shared(case.x, case.keep) | {
         "N": case.n,
@@ -105,9 +106,7 @@ def merge_kernel(case: Merge) -> Kernel:
 
 @pytest.fixture(scope="module")
 def merges() -> dict[str, Sass]:
-    nvidia_tools()  # skips without triton
-    kernels = [merge_kernel(case) for case in MERGES.values()]
-    return dict(zip(MERGES, compile_triton(kernels), strict=True))
+    return {name: sass for (name,), sass in compile_cases([(m,) for m in MERGES], merge_kernel).items()}
 
 
 @pytest.mark.parametrize("name", MERGES)
@@ -142,15 +141,17 @@ def test_eight_elements_share_their_draws(merges: dict[str, Sass]) -> None:
 COUNTS = [(name, x) for name in ("l1_norms", "count_kept") for x in ("bf16", "fp32", "fp64")]
 
 
-@pytest.fixture(scope="module")
-def counts() -> dict[tuple[str, str], Sass]:
-    nvidia_tools()
+def count_kernel(name: str, x: str) -> Kernel:
     signatures = {
         "l1_norms": {"sums": "*fp64", "n": "i32"},
         "count_kept": {"counts": "*i32", "n": "i32", "first": "i32", "last": "i32"},
     }
-    kernels = [kernel(name, signatures[name], shared(x, TRIMMED)) for name, x in COUNTS]
-    return dict(zip(COUNTS, compile_triton(kernels), strict=True))
+    return kernel(name, signatures[name], shared(x, TRIMMED))
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict[tuple[str, str], Sass]:
+    return compile_cases(COUNTS, count_kernel)
 
 
 @pytest.mark.parametrize("case", COUNTS, ids="-".join)

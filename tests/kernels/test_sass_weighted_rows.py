@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.sass import Kernel, Sass, assert_lean, compile_triton, nvidia_tools
+from kernels.sass import Kernel, Sass, assert_lean, compile_cases
 
 SIZES = {"bf16": 2, "fp32": 4, "fp64": 8}
 CASES = [(x, lie) for x in ("bf16", "fp32", "fp64") for lie in ("row", "columns", "anywhere")]
@@ -43,8 +43,7 @@ def kernel(x: str, lie: str) -> Kernel:
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[tuple[str, str], Sass]:
-    nvidia_tools()  # skips without triton
-    return dict(zip(CASES, compile_triton([kernel(*case) for case in CASES]), strict=True))
+    return compile_cases(CASES, kernel)
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
