@@ -44,6 +44,8 @@ KERNELS = {
     "cuda": ("weighted_sum",),
     "triton": (
         "weighted_sum",
+        "weighted_rows",
+        "merge_deltas",
         "kth_magnitude",
         "rank_mask",
         "variance_mask",

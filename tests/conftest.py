@@ -16,6 +16,7 @@ os.environ["PYTHONSAFEPATH"] = "1"  # child processes test the installed package
 
 import functools
 import importlib.metadata
+import signal
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -28,6 +29,9 @@ from mergekern import dispatch
 
 from required import REQUIRED
 from serving import UNDER_TEST, Calls, device_of, serving
+
+# A shell's background jobs ignore interrupts, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # ---- the report's header and the markers -----------------------------------------------------
 

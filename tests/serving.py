@@ -14,6 +14,13 @@ def device_of(backend: str) -> str:
     return "cpu"
 
 
+def affordable(backend: str, n: int) -> int:
+    """n elements, or so many that a backend under Triton's interpreter, at some 10 ms a program,
+    is done in a second: a few programs and part of one."""
+    interpreted = backend == "triton" and dispatch.interpreting()
+    return min(n, 9 * 1024 + 77) if interpreted else n
+
+
 def serving(op: str) -> list[str]:
     """The backends that have a kernel for `op`."""
     return [b for b in UNDER_TEST if op in dispatch.KERNELS.get(b, dispatch.OPS)]

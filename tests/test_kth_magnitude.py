@@ -19,6 +19,7 @@ import cases
 from cases import CATALOGUE, CHUNK, Case, values
 from magnitudes import HARD, SMALL, Brute, assert_exact, problems, ranks
 from refusal import refused
+from serving import affordable
 
 OP = "kth_magnitude"
 
@@ -227,6 +228,7 @@ def test_several_ranks_of_several_models(
     dtype: torch.dtype, rounded: bool, n: int, backend: str, device: str
 ) -> None:
     """The same as one by one; `rounded` ranks differences that are held in the dtype."""
+    n = affordable(backend, n)
     base = values((n,), dtype, seed=8).to(device)
     xs = [(base.float() + 0.01 * values((n,), dtype, seed=i).float()).to(dtype) for i in range(3)]
     ranks = [[1, n], [max(1, n // 3)], [max(1, n // 2), max(1, n // 5), n]]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """No collections: for what builds data about all tensors, and soon ends."""
+    """No collections: for what builds data about all tensors, or imports torch, and soon ends."""
     if not gc.isenabled():
         yield
         return

@@ -16,7 +16,8 @@ from . import REGISTRY
 from .compat import require_fit
 from .registry import Inputs, Method
 
-# Elements: a call costs some 50 us, joining larger tensors more than that.
+# From so many elements on tensors go alone: a call takes 20 to 35 us, and at 2**16 elements the
+# copies to and from a buffer take as long.
 _JOINED = 1 << 14
 
 

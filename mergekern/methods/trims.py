@@ -22,8 +22,9 @@ from . import host_masks, slices
 from .passes import Passes, Study
 from .registry import Inputs, Parameter, ever
 
-# Tensors of more elements are not joined: their search, some 100 us, is less than their sort.
-JOINED = 512
+# From so many elements on tensors are not joined: a search of one tensor takes 95 us, the sort of
+# many 0.27 us an element, measured on a core of Zen 5.
+JOINED = 256
 
 Ranks = list[tuple[int, int]]  # per model: keep up to the first, without those up to the second
 

@@ -14,10 +14,6 @@ from .formats import NAMES, Piece, bytes_of, nbytes
 
 _VECTOR = 512  # buffers in a call; systems take 1024
 
-# Bytes whose way to the disk begins at once (on Linux that is what the advice does with pages that
-# are not written yet): else a fast merge ends with gigabytes that fsync has to wait for.
-_EARLY = 1 << 20
-
 
 class SafetensorsWriter:
     """Writes tensors of known signature in any order; the file is complete when all are in.
@@ -108,7 +104,6 @@ def _has(path: Path, head: bytes, size: int) -> bool:
 
 def _write_all(fd: int, run: list[memoryview], offset: int) -> None:
     """pwritev may write less than asked for (2 GiB at most)."""
-    first = offset
     while run:
         written = os.pwritev(fd, run, offset)
         offset += written
@@ -116,5 +111,3 @@ def _write_all(fd: int, run: list[memoryview], offset: int) -> None:
             written -= run.pop(0).nbytes
         if written:
             run[0] = run[0][written:]
-    if offset - first >= _EARLY and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, first, offset - first, os.POSIX_FADV_DONTNEED)
