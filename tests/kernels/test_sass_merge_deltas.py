@@ -106,7 +106,9 @@ def merge_kernel(name: str) -> Kernel:
 
 @pytest.fixture(scope="module")
 def merges() -> dict[str, Sass]:
-    return {name: sass for (name,), sass in compile_cases([(m,) for m in MERGES], merge_kernel).items()}
+    return {
+        name: sass for (name,), sass in compile_cases([(m,) for m in MERGES], merge_kernel).items()
+    }
 
 
 @pytest.mark.parametrize("name", MERGES)
