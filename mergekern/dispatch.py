@@ -43,7 +43,16 @@ ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 # Backends that do not serve every op yet.
 KERNELS = {
     "cuda": ("weighted_sum",),
-    "triton": ("weighted_sum", "kth_magnitude", "rank_mask", "variance_mask"),
+    "triton": (
+        "weighted_sum",
+        "weighted_rows",
+        "merge_deltas",
+        "kth_magnitude",
+        "rank_mask",
+        "variance_mask",
+        "permute",
+        "zip_weights",
+    ),
 }
 
 

@@ -81,6 +81,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", serving(metafunc.module.OP), indirect=True)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Threads and chunks are of the CPU: a test that varies them runs once on a GPU's backend."""
+    seen, kept, dropped = set(), [], []
+    for item in items:
+        given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        varied = [given.pop(name, None) for name in ("threads", "chunk")]
+        key = item.nodeid.partition("[")[0], str(given)
+        on_gpu = given.get("backend") in ("cuda", "triton")
+        again = on_gpu and varied[0] is not None and key in seen
+        (dropped if again else kept).append(item)
+        seen.add(key)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Records which function of which backend module ops really call."""

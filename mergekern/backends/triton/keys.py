@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...check import accumulator
 from .. import tables
-from .common import DTYPES, narrow, pointer, widen
+from .common import DTYPES, divide, narrow, pointer, widen
 
 # A thread takes eight neighbours: one 16-byte load of a 16-bit tensor. More would cost registers
 # that the loads of other programs need.
@@ -50,14 +50,24 @@ def variance(
         x = pointer(addresses, i, IN, WIDE)
         mean += widen(tl.load(x + offsets, mask=mask, other=0.0)) - origin
     count = n.to(mean.dtype)
-    # For float32 `/` is approximate, and div_rn takes nothing else.
-    mean = mean / count if mean.dtype == tl.float64 else tl.div_rn(mean, count)
+    mean = divide(mean, count)
     total = tl.zeros_like(mean)
     for i in tl.range(0, n):
         x = pointer(addresses, i, IN, WIDE)
         d = widen(tl.load(x + offsets, mask=mask, other=0.0)) - origin - mean
         total += d * d
-    return total / count if mean.dtype == tl.float64 else tl.div_rn(total, count)
+    return divide(total, count)
+
+
+@triton.jit
+def key_of(d):
+    if d.dtype == tl.float64:
+        bits = d.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+        key = tl.minimum(bits, 0x7FF0000000000001)
+    else:
+        bits = d.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        key = tl.minimum(bits, 0x7F800001)
+    return key
 
 
 @triton.jit
@@ -79,13 +89,7 @@ def keys_of(
         d = variance(addresses, base, n, offsets, mask, IN, WIDE, BASE)
     else:
         d = delta(pointer(addresses, which, IN, WIDE), base, offsets, mask, BASE, ROUNDED)
-    if IN == tl.float64:  # noqa: SIM300
-        bits = d.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-        key = tl.minimum(bits, 0x7FF0000000000001)
-    else:
-        bits = d.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        key = tl.minimum(bits, 0x7F800001)
-    return tl.where(mask, key, -1)
+    return tl.where(mask, key_of(d), -1)
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -12,11 +12,18 @@ import triton.language as tl
 @triton.jit
 def draws(key, elements):
     """The 16-bit Philox draws of elements by their numbers, as csrc/philox.h lays them out."""
-    block = elements.to(tl.int64) >> 3
+    return draws_in(key, elements >> 3, elements & 7)
+
+
+@triton.jit
+def draws_in(key, block, lane):
+    """Those of elements 8 block + lane, the two of shapes that broadcast: blocks [n, 1] and lanes
+    [1, 8] share the work for eight elements."""
+    block = block.to(tl.int64)
     low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     w0, w1, w2, w3 = tl.philox(key, low, high, zero, zero)
-    lane = (elements & 7).to(tl.uint32)
+    lane = lane.to(tl.uint32)
     word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
     return (word >> ((lane & 1) * 16) & 0xFFFF).to(tl.int32)
 
