@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "weighted_rows.cuh"
 #include "weighted_sum.cuh"
 
 namespace py = pybind11;
@@ -62,6 +63,25 @@ void weighted_sum(Address out, mk::DType out_dtype, Address xs, mk::DType x_dtyp
         std::to_string(n) + " inputs of " + std::to_string(numel) + " elements");
 }
 
+void weighted_rows(Address out, mk::DType out_dtype, Address xs, mk::DType x_dtype, Address weights,
+                   int64_t n, int64_t numel, int64_t k, int64_t inner, bool wide, int device,
+                   Address stream) {
+  require(n >= 1 && numel >= 0 && k >= 1 && inner >= 1,
+          "weighted_rows: needs an input, a size and rows");
+  const mk::cuda::WeightedRows args{at<void>(out),
+                                    out_dtype,
+                                    at<const void* const>(xs),
+                                    x_dtype,
+                                    at<const void>(weights),
+                                    n,
+                                    numel,
+                                    k,
+                                    inner,
+                                    wide};
+  check(mk::cuda::weighted_rows(args, device, at<CUstream_st>(stream)), "weighted_rows", device,
+        std::to_string(n) + " inputs of " + std::to_string(numel) + " elements");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
@@ -83,4 +103,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("why_not", &why_not, no_gil);
   m.def("weighted_sum", &weighted_sum, no_gil, kw, "out"_a, "out_dtype"_a, "xs"_a, "x_dtype"_a,
         "weights"_a, "n"_a, "numel"_a, "divisor"_a, "wide"_a, "device"_a, "stream"_a);
+  m.def("weighted_rows", &weighted_rows, no_gil, kw, "out"_a, "out_dtype"_a, "xs"_a, "x_dtype"_a,
+        "weights"_a, "n"_a, "numel"_a, "k"_a, "inner"_a, "wide"_a, "device"_a, "stream"_a);
 }

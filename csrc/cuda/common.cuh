@@ -56,6 +56,15 @@ __device__ inline T* global(T* p) {
   return p;
 }
 
+// Of numbers that are not negative. A 64-bit division takes many times as long as one of 32 bits.
+__device__ inline std::int64_t quotient(std::int64_t a, std::int64_t b) {
+  return (a | b) >> 32 == 0 ? std::uint32_t(a) / std::uint32_t(b) : a / b;
+}
+
+__device__ inline std::int64_t remainder(std::int64_t a, std::int64_t b) {
+  return a - quotient(a, b) * b;
+}
+
 // ---- 16-byte access ----------------------------------------------------------------------------
 
 // Elements one thread takes at a time, so that both its reads and its writes fill 16 bytes.
