@@ -10,8 +10,8 @@ struct OfRow {
   const A* weights;
   std::int64_t k;
   A now;
-  __device__ OfRow(const A* weights, std::int64_t k, std::int64_t inner, std::int64_t at)
-      : weights(weights + remainder(quotient(at, inner), k)), k(k) {}
+  __device__ OfRow(const A* weights, Divisor k, Divisor inner, std::int64_t at)
+      : weights(weights + k.remainder(inner.quotient(at))), k(k.by) {}
   __device__ void enter(std::int64_t i) { now = weights[i * k]; }
   __device__ A of(int) const { return now; }
 };
@@ -23,16 +23,16 @@ struct OfEach {
   const A* now;
   std::int64_t k;
   std::int64_t row[N];
-  __device__ OfEach(const A* weights, std::int64_t k, std::int64_t inner, std::int64_t at)
-      : weights(weights), k(k) {
-    const std::int64_t rows = quotient(at, inner);
-    std::int64_t within = at - rows * inner, r = remainder(rows, k);
+  __device__ OfEach(const A* weights, Divisor k, Divisor inner, std::int64_t at)
+      : weights(weights), k(k.by) {
+    const std::int64_t rows = inner.quotient(at);
+    std::int64_t within = at - rows * inner.by, r = k.remainder(rows);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       row[j] = r;
-      if (++within < inner) continue;
+      if (++within < inner.by) continue;
       within = 0;
-      r = r + 1 < k ? r + 1 : 0;
+      r = r + 1 < k.by ? r + 1 : 0;
     }
   }
   __device__ void enter(std::int64_t i) { now = weights + i * k; }
@@ -44,7 +44,7 @@ template <class In, class Out, bool kRows>
 __global__ void __launch_bounds__(kThreads)
     weighted_rows_kernel(Out* out, const In* const* __restrict__ xs,
                          const sum_t<In>* __restrict__ weights, std::int64_t n, std::int64_t packs,
-                         std::int64_t numel, std::int64_t k, std::int64_t inner) {
+                         std::int64_t numel, Divisor k, Divisor inner) {
   using A = sum_t<In>;
   constexpr int N = kPack<In, Out>;
   using Factor = std::conditional_t<kRows, OfRow<A>, OfEach<A, N>>;
@@ -71,8 +71,8 @@ void enqueue(const WeightedRows& args, std::int64_t packs, cudaStream_t stream) 
   const std::int64_t rest = args.numel - packs * kPack<In, Out>;
   launch(weighted_rows_kernel<In, Out, kRows>, blocks_for(packs > rest ? packs : rest), kThreads, 0,
          stream, static_cast<Out*>(args.out), reinterpret_cast<const In* const*>(args.xs),
-         static_cast<const sum_t<In>*>(args.weights), args.n, packs, args.numel, args.k,
-         args.inner);
+         static_cast<const sum_t<In>*>(args.weights), args.n, packs, args.numel, Divisor(args.k),
+         Divisor(args.inner));
 }
 
 }  // namespace
