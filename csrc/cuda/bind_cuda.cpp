@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "permute.cuh"
 #include "weighted_rows.cuh"
 #include "weighted_sum.cuh"
 
@@ -82,6 +83,15 @@ void weighted_rows(Address out, mk::DType out_dtype, Address xs, mk::DType x_dty
         std::to_string(n) + " inputs of " + std::to_string(numel) + " elements");
 }
 
+void permute(Address moves, Address owners, int64_t tiles, int64_t shared, int unit,
+             mk::cuda::Moving moving, int device, Address stream) {
+  require(tiles >= 0 && tiles < (int64_t(1) << 31), "permute: needs a number of tiles");
+  const mk::cuda::Permute args{
+      at<const mk::cuda::Move>(moves), at<const int>(owners), tiles, shared, unit, moving};
+  check(mk::cuda::permute(args, device, at<CUstream_st>(stream)), "permute", device,
+        std::to_string(tiles) + " tiles of units of " + std::to_string(unit) + " bytes");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
@@ -105,4 +115,13 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         "weights"_a, "n"_a, "numel"_a, "divisor"_a, "wide"_a, "device"_a, "stream"_a);
   m.def("weighted_rows", &weighted_rows, no_gil, kw, "out"_a, "out_dtype"_a, "xs"_a, "x_dtype"_a,
         "weights"_a, "n"_a, "numel"_a, "k"_a, "inner"_a, "wide"_a, "device"_a, "stream"_a);
+
+  py::enum_<mk::cuda::Moving>(m, "Moving")
+      .value("rows", mk::cuda::Moving::rows)
+      .value("gather", mk::cuda::Moving::gather)
+      .value("staged", mk::cuda::Moving::staged);
+  m.attr("MOVE_TILE") = mk::cuda::kMoveTile;
+  m.attr("MOVE_PADDING") = mk::cuda::kMovePadding;
+  m.def("permute", &permute, no_gil, kw, "moves"_a, "owners"_a, "tiles"_a, "shared"_a, "unit"_a,
+        "moving"_a, "device"_a, "stream"_a);
 }

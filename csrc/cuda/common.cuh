@@ -60,6 +60,7 @@ __device__ inline T* global(T* p) {
 // by one at most. A 64-bit division would be a call of some 100 instructions.
 struct Divisor {
   explicit Divisor(std::int64_t by) : by(by), inverse(1.0 / double(by)) {}
+  __device__ Divisor(std::int64_t by, double inverse) : by(by), inverse(inverse) {}
   __device__ std::int64_t quotient(std::int64_t a) const {
     const std::int64_t near = std::int64_t(mul(double(a), inverse));
     const std::int64_t rest = a - near * by;

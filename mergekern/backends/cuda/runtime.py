@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 
 from ...dispatch import compiled
@@ -13,6 +15,11 @@ DTYPES = {
     torch.float16: _cuda.DType.f16,
     torch.bfloat16: _cuda.DType.bf16,
 }
+
+
+def bits(x: float) -> int:
+    """A double among the integers of a table."""
+    return int(struct.unpack("q", struct.pack("d", x))[0])
 
 
 def place(device: torch.device) -> dict[str, int]:

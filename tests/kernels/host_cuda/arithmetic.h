@@ -34,6 +34,14 @@ inline float __int_as_float(int x) { return mk::bit_cast<float>(x); }
 inline long long __double_as_longlong(double x) { return mk::bit_cast<long long>(x); }
 inline double __longlong_as_double(long long x) { return mk::bit_cast<double>(x); }
 
+template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
