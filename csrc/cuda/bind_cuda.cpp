@@ -12,6 +12,7 @@
 #include "permute.cuh"
 #include "weighted_rows.cuh"
 #include "weighted_sum.cuh"
+#include "zip_weights.cuh"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -92,6 +93,15 @@ void permute(Address moves, Address owners, int64_t tiles, int64_t shared, int u
         std::to_string(tiles) + " tiles of units of " + std::to_string(unit) + " bytes");
 }
 
+void zip_weights(Address zips, Address owners, int64_t tiles, int64_t shared, mk::DType dtype,
+                 mk::cuda::Zipping zipping, int device, Address stream) {
+  require(tiles >= 0 && tiles < (int64_t(1) << 31), "zip_weights: needs a number of tiles");
+  const mk::cuda::ZipWeights args{
+      at<const mk::cuda::Zip>(zips), at<const int>(owners), tiles, shared, dtype, zipping};
+  check(mk::cuda::zip_weights(args, device, at<CUstream_st>(stream)), "zip_weights", device,
+        std::to_string(tiles) + " tiles");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
@@ -124,4 +134,13 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.attr("MOVE_PADDING") = mk::cuda::kMovePadding;
   m.def("permute", &permute, no_gil, kw, "moves"_a, "owners"_a, "tiles"_a, "shared"_a, "unit"_a,
         "moving"_a, "device"_a, "stream"_a);
+
+  py::enum_<mk::cuda::Zipping>(m, "Zipping")
+      .value("packs", mk::cuda::Zipping::packs)
+      .value("stay", mk::cuda::Zipping::stay)
+      .value("gather", mk::cuda::Zipping::gather)
+      .value("staged", mk::cuda::Zipping::staged);
+  m.attr("ZIP_TILE") = mk::cuda::kZipTile;
+  m.def("zip_weights", &zip_weights, no_gil, kw, "zips"_a, "owners"_a, "tiles"_a, "shared"_a,
+        "dtype"_a, "zipping"_a, "device"_a, "stream"_a);
 }

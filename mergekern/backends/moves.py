@@ -75,16 +75,18 @@ class Groups:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._made: dict[tuple[int, int], tuple[Tensor | None, Tensor, Tensor]] = {}
+        self._made: dict[tuple[object, ...], tuple[Tensor | None, Tensor, Tensor]] = {}
 
-    def of(self, labels: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    def of(
+        self, labels: Tensor | None, count: int, dtype: torch.dtype = torch.int64
+    ) -> tuple[Tensor, Tensor]:
         """Without labels every feature is a group."""
-        key = (id(labels), count)
+        key = (id(labels), count, dtype)
         if key not in self._made:
             starts = torch.arange(count + 1, device=self._device)
             members = starts
             if labels is not None:
                 ordered, members = torch.sort(labels, stable=True)
                 starts = torch.searchsorted(ordered, starts)
-            self._made[key] = labels, starts, members
+            self._made[key] = labels, starts.to(dtype), members.to(dtype)
         return self._made[key][1:]

@@ -135,9 +135,11 @@ def test_rounding_to_zero(call: Call) -> None:
 X = values((3, 70, 1031), torch.bfloat16)
 ROW_WEIGHTS = values((70, 3), torch.float64)
 REVERSED = torch.arange(1031).flip(0)
+HALVES = torch.arange(3 * 1030) % 515
 CALLS = {
     "weighted_sum": lambda: mk.weighted_sum([*X], [0.1, 0.2, 0.3], backend="cuda"),
     "weighted_rows": lambda: mk.weighted_rows([*X], ROW_WEIGHTS, backend="cuda"),
+    "zip_weights": lambda: mk.zip_weights([*X[:, :, :1030]], cols=HALVES, backend="cuda"),
     "permute": lambda: mk.permute(X, {0: [2, 0, 1], 2: REVERSED}, backend="cuda"),
 }
 
