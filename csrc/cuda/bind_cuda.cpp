@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "merge_deltas.cuh"
 #include "permute.cuh"
 #include "weighted_rows.cuh"
 #include "weighted_sum.cuh"
@@ -84,6 +85,59 @@ void weighted_rows(Address out, mk::DType out_dtype, Address xs, mk::DType x_dty
         std::to_string(n) + " inputs of " + std::to_string(numel) + " elements");
 }
 
+mk::cuda::DeltaTable delta_table(Address base, Address rules, mk::DType dtype, int64_t n,
+                                 int64_t numel, bool rounded, bool wide) {
+  require(n >= 1 && numel >= 0, "merge_deltas: needs an input and a size");
+  require(numel < mk::cuda::kDeltaTile << 31,
+          "merge_deltas: more elements than a grid has room for");
+  return {
+      at<const void>(base), at<const mk::cuda::DeltaRule>(rules), dtype, n, numel, rounded, wide};
+}
+
+std::string sizes_of(const mk::cuda::DeltaTable& args) {
+  return std::to_string(args.n) + " inputs of " + std::to_string(args.numel) + " elements";
+}
+
+void merge_deltas(Address out, mk::DType out_dtype, bool wide_out, Address factors, mk::Elect elect,
+                  mk::Zero zero, bool max, bool alone, bool normalize, bool divide, double total,
+                  double least, double instead, double scale, Address base, Address rules,
+                  mk::DType dtype, int64_t n, int64_t numel, bool rounded, bool wide, int device,
+                  Address stream) {
+  const mk::cuda::MergeTable args{delta_table(base, rules, dtype, n, numel, rounded, wide),
+                                  at<void>(out),
+                                  out_dtype,
+                                  wide_out,
+                                  at<const void>(factors),
+                                  elect,
+                                  zero,
+                                  max,
+                                  alone,
+                                  normalize,
+                                  divide,
+                                  total,
+                                  least,
+                                  instead,
+                                  scale};
+  check(mk::cuda::merge_deltas(args, device, at<CUstream_st>(stream)), "merge_deltas", device,
+        sizes_of(args.deltas));
+}
+
+void l1_norms(Address sums, Address base, Address rules, mk::DType dtype, int64_t n, int64_t numel,
+              bool rounded, bool wide, int device, Address stream) {
+  const auto args = delta_table(base, rules, dtype, n, numel, rounded, wide);
+  check(mk::cuda::l1_norms(args, at<double>(sums), device, at<CUstream_st>(stream)), "l1_norms",
+        device, sizes_of(args));
+}
+
+void count_kept(Address counts, int64_t first, int64_t last, Address base, Address rules,
+                mk::DType dtype, int64_t n, int64_t numel, bool rounded, bool wide, int device,
+                Address stream) {
+  const auto args = delta_table(base, rules, dtype, n, numel, rounded, wide);
+  require(0 <= first && last <= numel, "count_kept: needs a range of elements");
+  check(mk::cuda::count_kept(args, first, last, at<int>(counts), device, at<CUstream_st>(stream)),
+        "count_kept", device, sizes_of(args));
+}
+
 void permute(Address moves, Address owners, int64_t tiles, int64_t shared, int unit,
              mk::cuda::Moving moving, int device, Address stream) {
   require(tiles >= 0 && tiles < (int64_t(1) << 31), "permute: needs a number of tiles");
@@ -125,6 +179,25 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         "weights"_a, "n"_a, "numel"_a, "divisor"_a, "wide"_a, "device"_a, "stream"_a);
   m.def("weighted_rows", &weighted_rows, no_gil, kw, "out"_a, "out_dtype"_a, "xs"_a, "x_dtype"_a,
         "weights"_a, "n"_a, "numel"_a, "k"_a, "inner"_a, "wide"_a, "device"_a, "stream"_a);
+
+  py::enum_<mk::Elect>(m, "Elect", py::module_local())
+      .value("everyone", mk::Elect::everyone)
+      .value("present", mk::Elect::present)
+      .value("sum", mk::Elect::sum)
+      .value("count", mk::Elect::count);
+  py::enum_<mk::Zero>(m, "Zero", py::module_local())
+      .value("positive", mk::Zero::positive)
+      .value("negative", mk::Zero::negative)
+      .value("none", mk::Zero::none);
+  m.attr("DELTA_TILE") = mk::cuda::kDeltaTile;
+  m.def("merge_deltas", &merge_deltas, no_gil, kw, "out"_a, "out_dtype"_a, "wide_out"_a,
+        "factors"_a, "elect"_a, "zero"_a, "max"_a, "alone"_a, "normalize"_a, "divide"_a, "total"_a,
+        "least"_a, "instead"_a, "scale"_a, "base"_a, "rules"_a, "dtype"_a, "n"_a, "numel"_a,
+        "rounded"_a, "wide"_a, "device"_a, "stream"_a);
+  m.def("l1_norms", &l1_norms, no_gil, kw, "sums"_a, "base"_a, "rules"_a, "dtype"_a, "n"_a,
+        "numel"_a, "rounded"_a, "wide"_a, "device"_a, "stream"_a);
+  m.def("count_kept", &count_kept, no_gil, kw, "counts"_a, "first"_a, "last"_a, "base"_a, "rules"_a,
+        "dtype"_a, "n"_a, "numel"_a, "rounded"_a, "wide"_a, "device"_a, "stream"_a);
 
   py::enum_<mk::cuda::Moving>(m, "Moving")
       .value("rows", mk::cuda::Moving::rows)
