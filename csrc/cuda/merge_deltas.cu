@@ -60,15 +60,17 @@ __device__ inline void write_eight(const MergeTable& args, const A (&m)[kEight],
   }
 }
 
-// The models whose elements stay in registers between the sum and the election: 128 bytes of them.
-// More are read and kept once more, mostly from the caches.
-template <class T>
-constexpr int kHeld = 16 / sizeof(T);
+// The models whose elements stay in registers: 128 bytes of them where the sum and the election
+// both need them, half of that where they are only on their way. More models are read and kept once
+// more for the election, mostly from the caches.
+template <class T, bool kElects>
+constexpr int kHeldOf = (kElects ? 16 : 8) / sizeof(T);
 
 // Eight elements of all models, from load to store.
 template <class T, bool kElects, bool kStepwise>
 class Merge {
   using A = acc_t<T>;
+  static constexpr int kHeld = kHeldOf<T, kElects>;
 
  public:
   __device__ Merge(const MergeTable& args, std::int64_t at) : args_(args), at_(at) {
@@ -136,10 +138,10 @@ class Merge {
     const DeltaTable& d = args_.deltas;
     const A* factors = static_cast<const A*>(args_.factors);
 #pragma unroll 1
-    for (std::int64_t i = 0; i < d.n; i += kHeld<T>) {
-      if (anew || d.n > kHeld<T>) hold(i);
+    for (std::int64_t i = 0; i < d.n; i += kHeld) {
+      if (anew || d.n > kHeld) hold(i);
 #pragma unroll
-      for (int b = 0; b < kHeld<T>; ++b) {
+      for (int b = 0; b < kHeld; ++b) {
         if (i + b >= d.n) break;
         A u[kEight];
         terms<T, kStepwise>(args_, factors + 5 * (i + b), x_[b], base_, kept_[b], u);
@@ -151,10 +153,10 @@ class Merge {
   __device__ void hold(std::int64_t i) {
     const DeltaTable& d = args_.deltas;
 #pragma unroll
-    for (int b = 0; b < kHeld<T>; ++b)
+    for (int b = 0; b < kHeld; ++b)
       if (i + b < d.n) x_[b] = read_eight<T>(d.rules[i + b].x, at_, d.numel, d.wide);
 #pragma unroll
-    for (int b = 0; b < kHeld<T>; ++b) {
+    for (int b = 0; b < kHeld; ++b) {
       if (i + b >= d.n) break;
       A v[kEight];
       difference<T, kStepwise>(x_[b], base_, d.base, v);
@@ -164,8 +166,8 @@ class Merge {
 
   const MergeTable& args_;
   const std::int64_t at_;
-  Eight<T> base_, x_[kHeld<T>];
-  std::uint32_t kept_[kHeld<T>];
+  Eight<T> base_, x_[kHeld];
+  std::uint32_t kept_[kHeld];
 };
 
 template <class T, bool kElects, bool kStepwise>
