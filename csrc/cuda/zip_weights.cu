@@ -49,7 +49,7 @@ __device__ inline std::int64_t divisor_at(const Zip& zip, std::int64_t g, std::i
   return zip.by_row ? g : column;
 }
 
-// Columns stay; N of them to a thread.
+// Columns stay, and divisors are of rows; N columns to a thread.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     rows_kernel(const Zip* __restrict__ zips, const int* __restrict__ owners) {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const Zip& zip = zips[owners[blockIdx.x]];
   const std::int64_t at = ((blockIdx.x - zip.first) * kThreads + threadIdx.x) * N;
   if (at >= zip.numel) return;
-  const Divisor width(zip.width, zip.inverse), inner(zip.inner, zip.inverse_inner);
+  const Divisor width(zip.width, zip.inverse);
   const std::int64_t g = width.quotient(at), column = at - g * width.by;
   const ZipInput* const inputs = global(zip.inputs);
   A total[N];
@@ -71,16 +71,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int j = 0; j < N; ++j) total[j] = add(total[j], part[j]);
   }
   T* const out = global(static_cast<T*>(zip.out)) + at;
-  const double* const divisors = global(zip.divisors);
+  const A divisor = A(global(zip.divisors)[g]);
   if constexpr (N == 1) {
-    store(div(total[0], A(divisors[divisor_at(zip, g, inner.quotient(column))])), out);
+    store(div(total[0], divisor), out);
   } else {
     Pack<T, N> y;
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const std::int64_t d = divisor_at(zip, g, zip.by_row ? 0 : inner.quotient(column + j));
-      store(div(total[j], A(divisors[d])), &y.v[j]);
-    }
+    for (int j = 0; j < N; ++j) store(div(total[j], divisor), &y.v[j]);
     y.write(out);
   }
 }

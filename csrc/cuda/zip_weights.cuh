@@ -37,8 +37,8 @@ struct Zip {
 };
 
 enum class Zipping : int {
-  packs = 0,   // columns stay; addresses, strides and widths are multiples of 16 bytes
-  stay = 1,    // columns stay
+  packs = 0,   // columns stay, divisors are of rows; all addresses and rows multiples of 16 bytes
+  stay = 1,    // columns stay, divisors are of rows
   gather = 2,  // columns are read where they are
   staged = 3,  // a tile is a row, whose sums over rows of inputs are gathered in shared memory
 };

@@ -62,6 +62,8 @@ __global__ void two_places_kernel(int* out) {
   *out = 1;
 }
 
+__global__ void too_far_kernel(int*) { dynamic_shared<int>()[threadIdx.x] = 0; }
+
 __global__ void missing_lane_kernel(int* out) {
   if (threadIdx.x != 5) *out = __shfl_sync(~0u, 1, 0);
 }
@@ -95,6 +97,7 @@ EXPORT arrival(int* out) { return report(arrival_kernel, 7, 64, 0, out); }
 EXPORT warps(int* out) { return report(warp_kernel, 1, 64, 0, out); }
 EXPORT early_end(int* out) { return report(early_end_kernel, 1, 128, 0, out); }
 EXPORT two_places(int* out) { return report(two_places_kernel, 1, 128, 0, out); }
+EXPORT too_far(int* out) { return report(too_far_kernel, 1, 32, 31 * 4, out); }
 EXPORT missing_lane(int* out) { return report(missing_lane_kernel, 1, 32, 0, out); }
 EXPORT double2float_rz(int* out, const double* x, int n) {
   return report(bits_kernel, 1, 1, 0, out, x, n);

@@ -122,6 +122,11 @@ def test_threads_that_wait_in_vain_are_an_error(
     assert call("reversed", 3 * 256)[1] == ""
 
 
+def test_a_write_past_dynamic_shared_memory_is_an_error(call: Call) -> None:
+    _, error = call("too_far", 1)
+    assert "wrote past its dynamic shared memory; got a launch with 124 bytes" in error
+
+
 def test_rounding_to_zero(call: Call) -> None:
     x = np.array([1 + 2**-24, -1 - 2**-24, 0.1, -0.1, 1e300, -1e300, 1e-300, np.inf, 3.0, -0.0])
     with np.errstate(over="ignore"):

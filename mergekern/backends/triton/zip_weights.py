@@ -110,10 +110,14 @@ def tile_shape(itemsize: int, width: int, wide: bool) -> tuple[int, int]:
 
     A thread reads 16 bytes of an input at a time, or 8 where it does so one by one, which takes
     registers. Tiles are one row high, or 16 columns wide where rows are so short that most of a
-    tile would lie past their end.
+    tile would lie past their end; there a thread takes four elements one by one, as with fewer the
+    compiler saves registers at the price of the stack.
     """
-    block = 32 * LAUNCH["num_warps"] * (16 if wide else 8) // itemsize
-    return (1, block) if 2 * width > block else (block // 16, 16)
+    threads = 32 * LAUNCH["num_warps"]
+    block = threads * (16 if wide else 8) // itemsize
+    if 2 * width > block:
+        return 1, block
+    return (block if wide else 4 * threads) // 16, 16
 
 
 class _Plan(NamedTuple):

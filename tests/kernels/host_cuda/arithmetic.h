@@ -24,8 +24,7 @@ MK_VECTOR(unsigned long long, ulonglong, 32)
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-// ---- bits
-// ----------------------------------------------------------------------------------------
+// ---- bits ---------------------------------------------------------------------------------------
 
 inline unsigned __float_as_uint(float x) { return mk::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return mk::bit_cast<int>(x); }
@@ -60,8 +59,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
   return result;
 }
 
-// ---- arithmetic: the one NaN of a GPU's float instructions is 0x7fffffff
-// ---------------------------
+// ---- arithmetic: the one NaN of a GPU's float instructions is 0x7fffffff ------------------------
 
 namespace host_cuda {
 inline float canonical(float x) { return x == x ? x : __uint_as_float(0x7fffffffu); }
@@ -89,8 +87,7 @@ inline float __double2float_rz(double x) {
   return away ? __uint_as_float(__float_as_uint(y) - 1) : y;
 }
 
-// ---- accesses with a hint
-// --------------------------------------------------------------------------
+// ---- accesses with a hint -----------------------------------------------------------------------
 
 template <class T>
 T __ldg(const T* p) {

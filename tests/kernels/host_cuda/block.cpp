@@ -15,7 +15,8 @@
 #include <utility>
 #include <vector>
 
-// Static __shared__ variables, which the build renames out of .bss.
+// Static __shared__ variables: the build renames .bss of kernel files. (GCC ignores a section that
+// is named on variables of templates.)
 extern "C" __attribute__((weak, visibility("hidden"))) char __start_mk_shared[];
 extern "C" __attribute__((weak, visibility("hidden"))) char __stop_mk_shared[];
 
@@ -32,6 +33,12 @@ constexpr int kPoison = 0xa5;
 constexpr std::uint64_t kUndefined = 0xa5a5a5a5a5a5a5a5u;
 constexpr std::size_t kStack = 128 << 10;
 constexpr std::size_t kGuard = 4096;
+constexpr std::size_t kShared = 227 << 10;  // bytes of shared memory that a block can have
+constexpr std::size_t kPast = 1024;         // bytes behind it that a kernel must leave alone
+
+struct alignas(16) Word {
+  char bytes[16];
+};
 
 // A stack that runs one thread after another; one that waits keeps its stack until it goes on.
 struct Fiber {
@@ -248,10 +255,10 @@ void run(dim3 blocks, dim3 size, std::size_t shared, const std::function<void()>
   const long order_seed = seed ? std::atol(seed) : 0;
   const long n = long(size.x) * size.y * size.z, grid = long(blocks.x) * blocks.y * blocks.z;
   if (n < 1 || n > 1024 || grid < 1) throw std::runtime_error("no launch of that size");
-  std::vector<double> bytes(shared / sizeof(double) + 2);
-  dynamic_shared = bytes.data();
-  dynamic_shared =
-      reinterpret_cast<void*>((std::uintptr_t(bytes.data()) + 15) & ~std::uintptr_t(15));
+  if (shared > kShared) throw std::runtime_error("no multiprocessor has so much shared memory");
+  std::vector<Word> words((shared + kPast) / sizeof(Word) + 1);
+  char* const bytes = words.front().bytes;
+  dynamic_shared = bytes;
   grid_dim = blocks;
   block_dim = size;
   body = &thread;
@@ -263,11 +270,15 @@ void run(dim3 blocks, dim3 size, std::size_t shared, const std::function<void()>
     block_index = {at % blocks.x, at / blocks.x % blocks.y, at / blocks.x / blocks.y};
     if (__start_mk_shared)
       std::memset(__start_mk_shared, kPoison, __stop_mk_shared - __start_mk_shared);
-    std::memset(dynamic_shared, kPoison, shared);
+    std::memset(bytes, kPoison, shared + kPast);
     threads.assign(n, Thread{});
     for (unsigned i = 0; i < n; ++i)
       threads[i].index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
     run_block();
+    const auto written = [](char c) { return c != char(kPoison); };
+    if (failure.empty() && std::any_of(bytes + shared, bytes + shared + kPast, written))
+      failure = "a kernel wrote past its dynamic shared memory; got a launch with " +
+                std::to_string(shared) + " bytes of it";
     if (failure.empty()) continue;
     idle.clear();
     fibers.clear();

@@ -2,8 +2,9 @@
 // thread. A thread runs until it meets others, at a barrier or in a warp function.
 //
 // MERGEKERN_HOST_CUDA_ORDER (0 by default) chooses the order of blocks and of threads: results may
-// not depend on it. Shared memory holds 0xA5 before each block. Threads that wait for some that
-// never come are an error, and so is a block that waits in two places, or for threads that ended.
+// not depend on it. Shared memory holds 0xA5 before each block. Errors: threads that wait for some
+// that never come or have ended, a block that waits in two places, dynamic shared memory that is
+// written past its end.
 #pragma once
 
 #include <cstddef>

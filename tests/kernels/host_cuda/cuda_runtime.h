@@ -24,8 +24,7 @@ constexpr int warpSize = 32;
 
 inline bool __isGlobal(const void*) { return true; }
 
-// ---- barriers: a caller's place in the source is its barrier's name
-// ------------------------------
+// ---- barriers: a caller's place in the source is its barrier's name -----------------------------
 
 #define MK_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
@@ -45,8 +44,7 @@ inline void __syncwarp(unsigned mask = ~0u, MK_HERE) {
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-// ---- warp functions
-// ------------------------------------------------------------------------------
+// ---- warp functions -----------------------------------------------------------------------------
 
 namespace host_cuda {
 
@@ -113,8 +111,7 @@ inline unsigned __reduce_min_sync(unsigned mask, unsigned value, MK_HERE) {
   return ~__reduce_max_sync(mask, ~value, file, line);
 }
 
-// ---- atomics: one thread runs at a time
-// ----------------------------------------------------------
+// ---- atomics: one thread runs at a time ---------------------------------------------------------
 
 template <class T>
 T host_cuda_exchange(T* p, T value) {
