@@ -40,7 +40,7 @@ def serving(op: str) -> list[str]:
 
 
 def threshold(x: Tensor, k: int, backend: str, base: Tensor | None = None) -> Threshold:
-    """kth_magnitude by `backend`; by torch, past the dispatch, for one that has no kernel for it."""
+    """kth_magnitude by `backend`; by torch, past the dispatch, where it has no kernel for it."""
     if backend in serving("kth_magnitude"):
         return mk.kth_magnitude(x, k, base=base, backend=backend)
     ((found,),) = plain.kth_magnitude([x], base, [[k]])

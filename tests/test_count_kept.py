@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import mergekern as mk
 from mergekern import Band, Bernoulli, Mask, Threshold, reference
 from mergekern.keep import NOTHING, Keep
 from mergekern.ops.merge_deltas import Counts, count_kept
@@ -81,9 +80,7 @@ def test_many_models_over_chunks(n: int, backend: str, device: str) -> None:
     base = values((total,), torch.bfloat16).to(device)
     xs = [values((total,), torch.bfloat16, seed=1 + i).to(device) for i in range(n)]
     ranks = [total // (2 + i) for i in range(n)]
-    keep = [
-        threshold(x, k, backend, base) for x, k in zip(xs, ranks, strict=True)
-    ]
+    keep = [threshold(x, k, backend, base) for x, k in zip(xs, ranks, strict=True)]
     assert count_kept(base, xs, keep, backend=backend).kept == ranks
     d = torch.stack([x.float() - base.float() for x in xs]).cpu()
     index = torch.arange(total)

@@ -170,8 +170,9 @@ class Merge {
   std::uint32_t kept_[kHeld];
 };
 
+// Without the 1 the compiler spills a few registers rather than take more than 128.
 template <class T, bool kElects, bool kStepwise>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     merge_deltas_kernel(const MergeTable args, const Numbers<acc_t<T>> numbers) {
   const std::int64_t at = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) * kEight;
   if (at < args.deltas.numel) Merge<T, kElects, kStepwise>(args, at).run(numbers);

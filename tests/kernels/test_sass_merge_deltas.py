@@ -7,7 +7,33 @@ from typing import Any
 
 import pytest
 
-from kernels.sass import REGISTERS, Kernel, Sass, assert_lean, compile_cases
+from kernels.sass import REGISTERS, Kernel, Sass, assert_lean, compile_cases, compile_cuda
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_cuda(arch: str) -> None:
+    kernels = compile_cuda("merge_deltas.cu", arch=arch)
+    assert len(kernels) == 4 * 2 * 2  # types, with an election or not, stepwise or not
+    for name, sass in kernels.items():
+        elects = "Lb1ELb0E" in name or "Lb1ELb1E" in name
+        # An election keeps 128 bytes of models and four rows of eight accumulators.
+        assert_lean(sass, 208 if elects else 112)
+        assert sass.ops["LDG.E.128"] > 0, (name, sass)
+        assert sass.ops["STG.E.128"] > 0, (name, sass)
+    plain = compile_cuda("merge_deltas.cu", "--fmad=false", arch=arch)
+    fused = [[s.count("FFMA", "DFMA") for s in k.values()] for k in (kernels, plain)]
+    assert fused[0] == fused[1]  # those of divisions; sums of products are never contracted
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_cuda_sums(arch: str) -> None:
+    kernels = compile_cuda("delta_sums.cu", arch=arch)
+    assert len(kernels) == 2 * 4 * 2  # norms and counts, types, differences rounded or not
+    for name, sass in kernels.items():
+        assert_lean(sass)
+        assert sass.ops["LDG.E.128"] > 0, (name, sass)
+        assert sass.count("FFMA", "DFMA") == 0, (name, sass)
+
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 TRIMMED, BANDED, DRAWN, UNALIGNED, STORED = (1 << i for i in range(5))
