@@ -3,8 +3,8 @@
 From a source checkout, with torch, triton, pytest and nvcc: builds the compiled modules in place,
 runs the tests on every backend, compute-sanitizer over small sizes where it is installed, then
 measures every op on every backend that serves it. Writes one JSON file under bench/results, row by
-row, and prints one table. It takes 8 minutes at most: what its share of them does not reach is
-stopped, or a row that says so. `--device cpu --small` shows that the rows run anywhere.
+row, and prints one table. It stops by itself after about 8 minutes: what its share of them does
+not reach is stopped, or a row that says so. `--device cpu --small` shows that rows run anywhere.
 
 Times are of device events around a call, the median of many, the caches flushed before each; "of
 the limit" is the least time that the bytes (or FLOPs) of cost() need at the bandwidth of a copy (or
