@@ -40,7 +40,7 @@ BACKENDS = ("reference", "torch", "cpu", "cuda", "triton")
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 # Backends that do not serve every op yet.
-KERNELS = {"cuda": ("weighted_sum",), "triton": ("weighted_sum",)}
+KERNELS = {"cuda": ("weighted_sum",), "triton": ("weighted_sum", "gram", "covariance")}
 
 
 _REMEDIES = {

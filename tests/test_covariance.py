@@ -66,7 +66,7 @@ def bound(x: Tensor, y: Tensor | None = None, backend: str = "cpu") -> Tensor:
     """The docstring's, and half of the smallest number per product below the normal ones."""
     y = x if y is None else y
     n = len(wide(x))
-    unit = 2.0**-24 if backend == "cpu" and x.dtype != torch.float64 else 2.0**-53
+    unit = 2.0**-53 if backend == "torch" or x.dtype == torch.float64 else 2.0**-24
     spread = [variance(v).sqrt() for v in (x, y)]
     largest = [torch.from_numpy(np.abs(wide(v)).max(0).astype(np.float64)) for v in (x, y)]
     relative = 264 * unit * torch.outer(*spread)
