@@ -4,10 +4,10 @@ Tensor cores round towards zero as they add up, so that a long sum drifts. The s
 rows (SHALLOW_ROWS or DEEP_ROWS) is therefore added, in IEEE arithmetic and without loss, to a pair
 of float32, and the pairs of all splits of the rows to float64, in order.
 
-A feature's products are those of v = x - shift. With a shift of 0 (16-bit inputs whose mean is
-small beside their deviation) v is x itself and needs no packing. Elsewhere the rows are packed as
-three bfloat16 parts of v, which hold all of its bits, and six products of parts make one of v; where
-all v of a panel are bfloat16 by themselves, one product does.
+A feature's products are those of v = x - shift. Of 16-bit inputs whose means are small beside their
+deviations the shift is 0 and v is x itself. Other rows are packed as three bfloat16 parts of v,
+which hold all of its bits, and six products of parts make one of v; where all v of a panel are
+bfloat16 by themselves, as 16-bit values about a large mean mostly are, one product does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from torch import Tensor
 from .. import tables
 from ..torch import covariance as in_float64
 from . import covariance_kernels as kernels
-from .common import DTYPES
 
-TILE = kernels.TILE
-PACKED = 1 << 28  # bytes of packed rows of all sides: beside the result, all the memory there is
+PACKED = 1 << 30  # bytes of the rows that are packed and multiplied at a time
 PROGRAMS = 1056  # that fill 132 multiprocessors eight times, so that the last round wastes little
 MEASURED = 512  # rows of a partial column sum
-SMALL_MEAN = 2.0  # standard deviations up to which a mean of 16-bit values is left in
+SMALL_MEAN = 4.0  # standard deviations up to which a mean of 16-bit values is left in
 PLAIN_EXPONENT = 24  # largest magnitudes within 2**-24 .. 2**24 need no scale
 
 
@@ -48,28 +46,28 @@ def covariance(
     flags = found.tolist()  # the one copy to the host
     if not zero and not all(flags[::2]):
         return False
-    plain = all(flags) and all(side.direct for side in sides)
+    split = not all(flags)
     total = sides[0].total
     for i, side in enumerate(sides):
         side.center(count, means[i], squares[i] if squares else None)
-    step = total if plain else _slab(sum(side.padded for side in sides))
-    pairs = _Pairs(sides, products, plain)
+    step = _step(sum(side.padded for side in sides) * (2 * kernels.PARTS if split else 2))
+    pairs = _Pairs(sides, products, split)
     for begin in range(0, total, step):
         pairs.add(begin, min(total, begin + step))
     return True
 
 
-def _slab(width: int) -> int:
-    """Rows that are packed at a time."""
-    return max(1, PACKED // (6 * width) // kernels.SHALLOW_ROWS) * kernels.SHALLOW_ROWS
+def _step(row: int) -> int:
+    """Rows that are multiplied at a time; `row` is the size of one in bytes."""
+    return max(1, PACKED // row // kernels.SHALLOW_ROWS) * kernels.SHALLOW_ROWS
 
 
-def splits(tiles: int, rows: int) -> int:
-    """How many programs share the rows of a tile: as many as fill the GPU, if rows are enough.
+def splits(tiles: int, runs: int) -> int:
+    """How many programs share the runs of rows of a tile: as many as fill the GPU, if there are.
 
     The same on every GPU, so that bits are.
     """
-    return min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(rows, kernels.SHALLOW_ROWS))
+    return min(triton.cdiv(PROGRAMS, tiles), runs)
 
 
 class _Side:
@@ -80,14 +78,14 @@ class _Side:
         self.offsets = [_offsets(x) if rows is None else _offsets(x)[rows] for x in parts]
         self.total = len(self.offsets[0])
         self.width = sum(x.shape[-1] for x in parts)
-        self.padded = triton.cdiv(self.width, 16) * 16  # rows of packed values begin aligned
+        self.padded = triton.cdiv(self.width, kernels.TILE) * kernels.TILE
         self.device, self.dtype = parts[0].device, parts[0].dtype
         x = parts[0]
         self.direct = (
             len(parts) == 1
             and rows is None
             and x.is_contiguous()
-            and x.shape[-1] % 16 == 0
+            and self.width == self.padded
             and tables.aligned(parts)
         )
 
@@ -114,6 +112,7 @@ class _Side:
                 x.stride(-1),
                 self.width,
                 ZERO=self.zero,
+                WIDE=_wide(x),
                 ROWS=MEASURED,
             )
         offset, square = sums.sum(1) / self.total
@@ -150,22 +149,30 @@ class _Side:
         mean += delta * (n / (count + n))
         self.table = torch.stack([_power(self.exponent), delta, weighted, rest, rest * n])
 
-    def pack(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Three bfloat16 parts of rows [begin, end), and which panels and runs need them all."""
+    def packed(self, begin: int, end: int, split: bool) -> tuple[Tensor, Tensor]:
+        """Rows [begin, end), in parts if `split`, and which panels and runs need them all."""
         rows = end - begin
-        shape = kernels.PARTS, rows, self.padded
-        packed = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        shape = triton.cdiv(rows, kernels.SHALLOW_ROWS), triton.cdiv(self.width, TILE)
-        deep = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        runs, panels = (
+            triton.cdiv(rows, kernels.SHALLOW_ROWS),
+            triton.cdiv(self.width, kernels.TILE),
+        )
+        deep = torch.zeros(runs, panels, dtype=torch.int32, device=self.device)
+        if self.direct and not split:
+            return self.parts[0].view(-1, self.width)[begin:end], deep
+        parts, dtype = (kernels.PARTS, torch.bfloat16) if split else (1, self.dtype)
+        packed = torch.empty(parts, rows, self.padded, dtype=dtype, device=self.device)
         scale = _power(-self.exponent)
         shift = (self.shift * scale).float()
         scale = scale.float()
         for x, offsets, at in self._each():
-            columns = x.shape[-1]
+            end_of = at + x.shape[-1]
+            columns = self.padded if end_of == self.width else end_of
             kernels.launch(
                 kernels.pack_kernel,
-                (triton.cdiv(columns + self.padded - self.width, kernels.COLUMNS),
-                 triton.cdiv(rows, kernels.PACKED_ROWS)),
+                (
+                    triton.cdiv(columns - at, kernels.COLUMNS),
+                    triton.cdiv(rows, kernels.PACKED_ROWS),
+                ),
                 packed,
                 deep,
                 x,
@@ -173,14 +180,16 @@ class _Side:
                 shift,
                 scale,
                 rows,
-                columns,
+                x.shape[-1],
                 at,
-                self.padded if at + columns == self.width else at + columns,
+                columns,
                 x.stride(-1),
                 rows * self.padded,
                 self.padded,
-                shape[1],
+                panels,
                 ZERO=self.zero,
+                WIDE=_wide(x),
+                SPLIT=split,
             )
         return packed, deep
 
@@ -188,64 +197,69 @@ class _Side:
 class _Pairs:
     """The products of two sides, or of one with itself, tile by tile."""
 
-    def __init__(self, sides: list[_Side], products: Tensor, plain: bool) -> None:
-        self.sides, self.products, self.plain = sides, products, plain
-        x, y = sides[0], sides[-1]
-        self.triangle = len(sides) == 1
-        height, width = (triton.cdiv(side.width, TILE) for side in (x, y))
-        tiles = [(a, b) for b in range(width) for a in range(b + 1 if self.triangle else height)]
-        self.count = len(tiles)
-        flat = [a for a, _ in tiles] + [b for _, b in tiles]
-        self.tiles = tables.upload(flat, torch.int32, products.device)
+    def __init__(self, sides: list[_Side], products: Tensor, split: bool) -> None:
+        self.sides, self.products, self.split = sides, products, split
         self.first = True
+        self.width = kernels.SPLIT_WIDTH if split else kernels.TILE
+        height = triton.cdiv(sides[0].width, kernels.TILE)
+        tiles = []
+        for b in range(triton.cdiv(sides[-1].width, self.width)):
+            last = (b + 1) * self.width - 1
+            tiles += [(a, b) for a in range(height) if len(sides) == 2 or a * kernels.TILE <= last]
+        self.count = len(tiles)
+        flat = [tile[side] for side in (0, 1) for tile in tiles]
+        self.tiles = tables.upload(flat, torch.int32, products.device)
 
     def add(self, begin: int, end: int) -> None:
         """Rows [begin, end), into `products`."""
         x, y = self.sides[0], self.sides[-1]
+        operands = [side.packed(begin, end, self.split) for side in self.sides]
+        (u, deep_u), (v, deep_v) = operands[0], operands[-1]
         rows = end - begin
-        if self.plain:
-            operands = [side.parts[0] for side in self.sides]
-            deep = [self.tiles] * len(operands)  # not read
-        else:
-            packed = [side.pack(begin, end) for side in self.sides]
-            operands, deep = [p for p, _ in packed], [d for _, d in packed]
         runs = triton.cdiv(rows, kernels.SHALLOW_ROWS)
-        span = triton.cdiv(runs, splits(self.count, rows)) * kernels.SHALLOW_ROWS
-        count = triton.cdiv(rows, span)
-        shape = count, self.count, TILE, TILE
-        sums = torch.empty(shape, dtype=torch.float64, device=x.device)
-        kernels.launch(
-            kernels.multiply_kernel,
-            (self.count, count),
-            sums,
-            self.tiles,
-            operands[0],
-            operands[-1],
-            deep[0],
-            deep[-1],
-            rows,
-            span,
-            x.padded,
-            y.padded,
-            deep[0].shape[-1],
-            deep[-1].shape[-1],
-            SHALLOW=x.dtype != torch.float32,
-            DEEP=not self.plain,
-            UPCAST=x.device.type == "cpu",
-            options=kernels.TENSOR_CORES,
-        )
+        span = triton.cdiv(runs, splits(self.count, runs)) * kernels.SHALLOW_ROWS
+        # Whether it takes six products of parts: of split 16-bit values, some runs do.
+        kinds = [False, True] if self.split else [False]
+        if x.dtype == torch.float32:
+            kinds = [True]
+        parts = triton.cdiv(rows, span)
+        shape = len(kinds), parts, self.count, kernels.TILE, self.width
+        sums = torch.empty(shape, dtype=torch.float64, device=self.products.device)
+        for deep, to in zip(kinds, sums, strict=True):
+            kernels.launch(
+                kernels.multiply_kernel,
+                (self.count, parts),
+                to,
+                self.tiles,
+                u,
+                v,
+                deep_u,
+                deep_v,
+                rows,
+                span,
+                x.padded,
+                y.padded,
+                deep_u.shape[1],
+                deep_v.shape[1],
+                MIXED=len(kinds) == 2,
+                DEEP=deep,
+                WIDTH=self.width,
+                UPCAST=self.products.device.type == "cpu",
+                options=kernels.TENSOR_CORES,
+            )
         kernels.launch(
             kernels.merge_kernel,
-            (self.count, TILE // kernels.MERGED_ROWS),
+            (self.count, kernels.TILE // kernels.MERGED_ROWS),
             self.products,
             sums,
             self.tiles,
             x.table,
             y.table,
-            count,
+            len(kinds) * parts,
             x.width,
             y.width,
-            TRIANGLE=self.triangle,
+            WIDTH=self.width,
+            TRIANGLE=len(self.sides) == 1,
             FIRST=self.first,
         )
         self.first = False
@@ -254,6 +268,12 @@ class _Pairs:
 def _power(exponent: Tensor) -> Tensor:
     """2**exponent in float64, exactly, which no function of torch promises."""
     return (exponent.to(torch.int64) + 1023 << 52).view(torch.float64)
+
+
+def _wide(x: Tensor) -> bool:
+    """Whether all rows begin at multiples of 16 elements, features side by side."""
+    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
+    return x.stride(-1) == 1 and all(s % 16 == 0 for s in steps) and tables.aligned([x])
 
 
 def _offsets(x: Tensor) -> Tensor:

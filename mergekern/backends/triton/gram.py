@@ -32,7 +32,7 @@ def _read(table, i, n, row, column, mask, IN: tl.constexpr, WIDE: tl.constexpr):
     """Elements of tensor i in float64: its address and two strides stand n entries apart."""
     x = pointer(table, i, IN, WIDE)
     if WIDE:  # contiguous, and rows begin at multiples of 16 bytes
-        offsets = tl.multiple_of(row * tl.load(table + n + i), [1, 16]) + column
+        offsets = row * tl.multiple_of(tl.load(table + n + i), [16]) + column
     else:
         offsets = row * tl.load(table + n + i) + column * tl.load(table + 2 * n + i)
     return widen(tl.load(x + offsets, mask=mask, other=0.0)).to(tl.float64)
@@ -170,7 +170,5 @@ def gram_rows(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
 
 def _wide(tensors: list[Tensor]) -> bool:
     """Whether all rows are contiguous and begin at multiples of 16 elements."""
-    steps = all(
-        x.stride(1) == 1 and (x.stride(0) % 16 == 0 or len(x) == 1) for x in tensors
-    )
+    steps = all(x.stride(1) == 1 and (x.stride(0) % 16 == 0 or len(x) == 1) for x in tensors)
     return steps and tables.aligned(tensors)
