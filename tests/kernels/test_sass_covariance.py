@@ -128,7 +128,7 @@ def test_columns_are_added_up_in_double(compiled: dict[str, Sass], case: str) ->
     assert sass.count("DFMA", "FFMA") == 0, sass
     assert sass.count("DADD") > 0, sass
     assert sass.ops["LDG.E.128"] > 0, sass
-    assert sass.ops["LDG.E.U16"] == 0, sass
+    assert sass.ops["LDG.E.U16"] <= 1, sass  # of the first row each thread takes one feature
 
 
 @pytest.mark.parametrize("case", ["pack bf16", "pack fp32"])

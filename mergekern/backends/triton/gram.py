@@ -31,8 +31,8 @@ SUMMED = 512  # partial sums that the second stage takes at a time
 def _read(table, i, n, row, column, mask, IN: tl.constexpr, WIDE: tl.constexpr):
     """Elements of tensor i in float64: its address and two strides stand n entries apart."""
     x = pointer(table, i, IN, WIDE)
-    if WIDE:  # contiguous, and rows begin at multiples of 16 bytes
-        offsets = row * tl.multiple_of(tl.load(table + n + i), [16]) + column
+    if WIDE:  # contiguous; the product with 16 tells the compiler where rows begin
+        offsets = row * (tl.load(table + n + i) // 16 * 16) + column
     else:
         offsets = row * tl.load(table + n + i) + column * tl.load(table + 2 * n + i)
     return widen(tl.load(x + offsets, mask=mask, other=0.0)).to(tl.float64)
