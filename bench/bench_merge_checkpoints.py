@@ -97,8 +97,11 @@ with open("/proc/self/status") as f:
 
 MERGE = """
 import sys
-from mergekern.cli import run
-assert run(sys.argv[1:]) == 0
+from mergekern.cli import main
+try:
+    main()
+except SystemExit as done:
+    assert not done.code, done.code
 """
 
 

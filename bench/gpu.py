@@ -2,8 +2,9 @@
 
 From a source checkout, with torch, triton, pytest and nvcc: builds the compiled modules in place,
 runs the tests on every backend, compute-sanitizer over small sizes where it is installed, then
-measures every op on every backend that serves it. Writes one JSON file under bench/results and
-prints one table; under 8 minutes. `--device cpu --small` shows that the rows run anywhere.
+measures every op on every backend that serves it. Writes one JSON file under bench/results, row by
+row, and prints one table. It takes 8 minutes at most: what its share of them does not reach is
+stopped, or a row that says so. `--device cpu --small` shows that the rows run anywhere.
 
 Times are of device events around a call, the median of many, the caches flushed before each; "of
 the limit" is the least time that the bytes (or FLOPs) of cost() need at the bandwidth of a copy (or
@@ -35,11 +36,15 @@ import mergekern
 from bench import paths  # noqa: F401
 from mergekern import dispatch
 
-import gpu_rows
+import gpu_alignment
+import gpu_reductions
 from gpu_rows import Place, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
+GROUPS = (*gpu_reductions.GROUPS, *gpu_alignment.GROUPS)
+LIMITS = {"build": 110, "tests": 200, "memcheck": 30, "racecheck": 30}  # seconds
+MEASURING = 110
 ROUNDS = 30
 FLUSHED = 1 << 28  # bytes; the largest cache has 60 MB
 
@@ -47,8 +52,9 @@ FLUSHED = 1 << 28  # bytes; the largest cache has 60 MB
 # ---- steps before measuring ------------------------------------------------------------------
 
 
-def step(name: str, command: list[str], limit: float, **environment: str) -> dict[str, Any]:
+def step(name: str, command: list[str], **environment: str) -> dict[str, Any]:
     """Runs a command; its end, its time and the last lines that it printed."""
+    limit = LIMITS[name]
     print(f"== {name}: {' '.join(command)}", flush=True)
     begin = time.perf_counter()
     try:
@@ -65,7 +71,7 @@ def step(name: str, command: list[str], limit: float, **environment: str) -> dic
     except subprocess.TimeoutExpired as late:
         out = late.stdout or b""
         printed = out.decode(errors="replace") if isinstance(out, bytes) else out
-        status = f"stopped after {limit:.0f} s"
+        status = f"stopped after {limit} s"
     seconds = time.perf_counter() - begin
     lines = printed.splitlines()
     print("\n".join(lines[-40:]), flush=True)
@@ -82,17 +88,17 @@ def step(name: str, command: list[str], limit: float, **environment: str) -> dic
 def steps() -> Iterator[dict[str, Any]]:
     python = sys.executable
     build = [python, "setup.py", "build_ext", "--inplace"]
-    yield step("build", build, 150, MERGEKERN_BUILD="cuda")
+    yield step("build", build, MERGEKERN_BUILD="cuda")
     parallel = ["-n", "8"] if _installed("xdist") else []
-    tests = [python, "-m", "pytest", "-q", "-x", "--maxfail=40", *parallel]
+    tests = [python, "-m", "pytest", "-q", "--maxfail=40", *parallel]
     tests += ["tests", "-p", "no:cacheprovider", "--ignore=tests/engine", "--ignore=tests/real"]
     required = {"TRITON_INTERPRET": "0", "MERGEKERN_REQUIRE": "cpu,cuda,triton"}
-    yield step("tests", tests, 240, **required)
+    yield step("tests", tests, **required)
     if shutil.which("compute-sanitizer"):
         small = ["-m", "bench.gpu", "--measure", "--small", "--out", os.devnull]
         for tool in ("memcheck", "racecheck"):
             check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, *small]
-            yield step(tool, check, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            yield step(tool, check, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def _installed(module: str) -> bool:
@@ -152,7 +158,7 @@ def launches(call: Callable[[], Any]) -> int:
 
 def measure(timer: Timer, row: Row, backend: str) -> dict[str, Any]:
     about = {"op": row.op, "name": row.name, "backend": backend, "share_wanted": row.share}
-    about |= {"times_plain_wanted": row.wanted}
+    about |= {"times_plain_wanted": row.wanted, "launches_wanted": row.launches}
     try:
         error = row.check(row.call(backend))
     except Exception as failure:  # noqa: BLE001 - a row of a table, and an exit status
@@ -170,14 +176,21 @@ def measure(timer: Timer, row: Row, backend: str) -> dict[str, Any]:
     return about
 
 
-def rows(place: Place, timer: Timer, only: list[str]) -> Iterator[dict[str, Any]]:
-    for group in gpu_rows.GROUPS:
+def rows(place: Place, timer: Timer, only: list[str], seconds: float) -> Iterator[dict[str, Any]]:
+    """Of every op and backend; those not begun in that time have failed."""
+    end = time.perf_counter() + seconds
+    for group in GROUPS:
         for row in group(place):
             if only and row.op not in only:
                 continue
             for backend in dispatch.BACKENDS[1:]:
-                if dispatch.why_not(backend, row.op, place.device) is None:
+                if dispatch.why_not(backend, row.op, place.device) is not None:
+                    continue
+                if time.perf_counter() < end:
                     yield measure(timer, row, backend)
+                else:
+                    late = {"failed": f"not reached in {seconds:.0f} s"}
+                    yield {"op": row.op, "name": row.name, "backend": backend} | late
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -220,7 +233,7 @@ def show(result: dict[str, Any]) -> None:
         cells = [row["op"], row["name"], row["backend"]]
         cells += [_cell(row, "ms", "{:.3f}"), _cell(row, "gbs", "{:.0f}")]
         cells += [_against(row, "share"), _against(row, "times_plain")]
-        table.add_row(*cells, _cell(row, "launches", "{}"), row.get("failed", ""))
+        table.add_row(*cells, _launches(row), row.get("failed", ""))
     console.print(table)
 
 
@@ -233,11 +246,17 @@ def _against(row: dict[str, Any], key: str) -> str:
     return _cell(row, key, "{:.2f}") + (f" (>= {wanted:.2f})" if wanted and key in row else "")
 
 
+def _launches(row: dict[str, Any]) -> str:
+    wanted = row.get("launches_wanted")
+    return _cell(row, "launches", "{}") + (f" (<= {wanted})" if "launches" in row else "")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes that show nothing but results")
     parser.add_argument("--measure", action="store_true", help="no build, no tests")
+    parser.add_argument("--seconds", type=float, default=MEASURING, help="of measuring, at most")
     parser.add_argument("--out", type=Path, help="default: bench/results/gpu-DEVICE.json")
     parser.add_argument("ops", nargs="*", help="only these")
     options = parser.parse_args()
@@ -252,12 +271,14 @@ def main() -> int:
         "steps": json.loads(os.environ.get(_STEPS, "[]")),
         "copy_gbs": timer.copy / 1e9,
         "mm_tflops": timer.mm / 1e12,
-        "rows": list(rows(Place(device, options.small), timer, options.ops)),
+        "rows": [],
     }
-    show(result)
     name = re.sub(r"\W+", "-", result["machine"]["device"].lower())
     path = options.out or RESULTS / f"gpu-{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    for row in rows(Place(device, options.small), timer, options.ops, options.seconds):
+        result["rows"].append(row)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    show(result)
     failed = [r for r in result["rows"] if "failed" in r]
     failed += [s for s in result["steps"] if s["status"] != "0"]
     return 1 if failed else 0

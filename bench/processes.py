@@ -26,8 +26,12 @@ with open("/proc/self/status") as _status, open("/proc/self/io") as _io:
 IMPORT = "import mergekern.engine.run, mergekern.methods, yaml, rich.progress"
 MERGE = """
 import sys
-from mergekern.cli import run
-assert run(["merge", *sys.argv[1:]]) == 0
+from mergekern.cli import main
+sys.argv.insert(1, "merge")
+try:
+    main()
+except SystemExit as done:
+    assert not done.code, done.code
 """
 
 

@@ -40,7 +40,10 @@ BACKENDS = ("reference", "torch", "cpu", "cuda", "triton")
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 # Backends that do not serve every op yet.
-KERNELS = {"cuda": ("weighted_sum",), "triton": ("weighted_sum", "gram", "covariance")}
+KERNELS = {
+    "cuda": ("weighted_sum",),
+    "triton": tuple(op for op in OPS if op != "zip_match"),
+}
 
 
 _REMEDIES = {

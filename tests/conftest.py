@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when a kernel file is imported
+# Idle threads of torch sleep: spinning, they keep our own threads, and other tests, from the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 os.environ["PYTHONSAFEPATH"] = "1"  # child processes test the installed package, not the folder
 
 import functools
 import importlib.metadata
+import signal
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -26,6 +29,9 @@ from mergekern import dispatch
 
 from required import REQUIRED
 from serving import UNDER_TEST, Calls, device_of, serving
+
+# A shell's background jobs ignore interrupts, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # ---- the report's header and the markers -----------------------------------------------------
 
@@ -71,6 +77,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` runs over the backends that serve the module's `OP`."""
     if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
         metafunc.parametrize("backend", serving(metafunc.module.OP), indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Threads and chunks are of the CPU: a test that varies them runs once on a GPU's backend."""
+    seen, kept, dropped = set(), [], []
+    for item in items:
+        given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        varied = [given.pop(name, None) for name in ("threads", "chunk")]
+        key = item.nodeid.partition("[")[0], str(given)
+        on_gpu = given.get("backend") in ("cuda", "triton")
+        again = on_gpu and varied[0] is not None and key in seen
+        (dropped if again else kept).append(item)
+        seen.add(key)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mergekern import dispatch
 
 UNDER_TEST = ("torch", "cpu", "cuda", "triton")
@@ -12,6 +14,21 @@ def device_of(backend: str) -> str:
     if backend == "cuda" or (backend == "triton" and not dispatch.interpreting()):
         return "cuda"
     return "cpu"
+
+
+def affordable(backend: str, n: int) -> int:
+    """n elements, or so many that a backend under Triton's interpreter, at some 10 ms a program,
+    is done in a second: a few programs and part of one."""
+    interpreted = backend == "triton" and dispatch.interpreting()
+    return min(n, 9 * 1024 + 77) if interpreted else n
+
+
+def affordable_shape(backend: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same with its longest axis cut to that."""
+    longest = max(range(len(shape)), key=lambda axis: shape[axis])
+    others = math.prod(shape) // shape[longest]
+    cut = affordable(backend, math.prod(shape)) // others
+    return (*shape[:longest], cut, *shape[longest + 1 :])
 
 
 def serving(op: str) -> list[str]:

@@ -1,95 +1,27 @@
-"""kth_magnitude: exact on every path, and every path reached."""
+"""kth_magnitude: exact, whatever the data; every path is reached in test_kth_magnitude_paths.py."""
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import mergekern as mk
-from mergekern import Threshold, digits, reference
-from mergekern.check import accumulator, name_of
+from mergekern import Threshold, reference
+from mergekern.check import name_of
 from mergekern.ops.kth_magnitude import kth_magnitudes
 
 import cases
 from cases import CATALOGUE, CHUNK, Case, values
+from magnitudes import HARD, SMALL, Brute, assert_exact, problems, ranks
 from refusal import refused
+from serving import affordable
 
 OP = "kth_magnitude"
-SMALL = 1 << 15  # cpu._SMALL: up to here the C++ backend gathers all keys
-
-
-# ---- the oracle: a stable sort ---------------------------------------------------------------
-
-
-def magnitudes(x: Tensor, base: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(is NaN, |x - base| with NaN as infinity), flat, float64."""
-    x = x.cpu()
-    acc = accumulator(x.dtype)
-    d = x.double() if base is None else (x.to(acc) - base.cpu().to(acc)).double()
-    flat = d.reshape(-1).numpy()
-    nan = np.isnan(flat)
-    return nan, np.where(nan, np.inf, np.abs(flat))
-
-
-class Brute:
-    """All ranks of |x - base| by one stable sort: NaN first, then by size, then by index."""
-
-    def __init__(self, x: Tensor, base: Tensor | None = None) -> None:
-        self.nan, self.size = magnitudes(x, base)
-        self.order = np.lexsort((np.arange(self.size.size), -self.size, ~self.nan))
-
-    def threshold(self, k: int) -> Threshold:
-        last = self.order[k - 1]
-        if self.nan[last]:
-            larger, ties = np.zeros_like(self.nan), self.nan
-        else:
-            larger = self.nan | (self.size > self.size[last])
-            ties = ~self.nan & (self.size == self.size[last])
-        value = math.nan if self.nan[last] else float(self.size[last])
-        above = int(larger.sum())
-        places = np.flatnonzero(ties)
-        return Threshold(value, above, len(places), int(places[k - above - 1]) + 1)
-
-    def kept(self, k: int) -> np.ndarray:
-        return np.sort(self.order[:k])
-
-    def survivors(self, threshold: Threshold) -> np.ndarray:
-        """The flat indices that the documentation of Threshold says are kept."""
-        index = np.arange(self.size.size)
-        if threshold.value != threshold.value:
-            return index[self.nan & (index < threshold.cut)]
-        larger = self.nan | (self.size > threshold.value)
-        equal = ~self.nan & (self.size == threshold.value)
-        return index[larger | (equal & (index < threshold.cut))]
-
-    def check(self, got: Threshold, k: int) -> None:
-        expected = self.threshold(k)
-        assert isinstance(got, Threshold)
-        assert repr(got[:3]) == repr(expected[:3])  # NaN is NaN, and the value is never -0
-        assert got.above < k <= got.above + got.equal
-        np.testing.assert_array_equal(self.survivors(got), self.kept(k))
-        if got.equal > k - got.above:  # some ties are left out, so only one cut is right
-            assert got.cut == expected.cut
-        else:
-            assert expected.cut <= got.cut <= self.size.size
-
-
-def assert_exact(got: Threshold, x: Tensor, k: int, base: Tensor | None = None) -> None:
-    Brute(x, base).check(got, k)
-
-
-def ranks(numel: int) -> list[int]:
-    """First, last and a trim's usual fifth, without repetition."""
-    return sorted({1, max(1, numel // 5), numel})
 
 
 # ---- the catalogue ---------------------------------------------------------------------------
@@ -233,21 +165,6 @@ def test_float64_outside_the_range_of_float32(backend: str, device: str) -> None
 
 # ---- properties ------------------------------------------------------------------------------
 
-SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan, -math.nan]
-ELEMENT = st.one_of(st.sampled_from(SPECIAL), st.floats(width=16), st.floats(width=32))
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, int]:
-    dtype = draw(st.sampled_from(cases.DTYPES))
-    xs = draw(st.lists(ELEMENT, min_size=1, max_size=40))
-    x = torch.tensor(xs, dtype=torch.float64).to(dtype)
-    base = None
-    if draw(st.booleans()):
-        ys = draw(st.lists(ELEMENT, min_size=len(xs), max_size=len(xs)))
-        base = torch.tensor(ys, dtype=torch.float64).to(dtype)
-    return x, base, draw(st.integers(1, len(xs)))
-
 
 @settings(
     max_examples=200,
@@ -270,58 +187,7 @@ def test_property_exact(
         assert_exact(mk.kth_magnitude(x, k, base=base, backend=backend), x, k, base)
 
 
-@settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(problem=problems())
-def test_property_16_bit_patterns(
-    problem: tuple[Tensor, Tensor | None, int],
-    selection: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The histogram of bit patterns on small data, where hypothesis can look for trouble."""
-    x, _, k = problem
-    with monkeypatch.context() as patch:
-        patch.setattr(selection, "_SMALL", 0)
-        for dtype in (torch.float16, torch.bfloat16):
-            y = x.to(dtype)
-            assert_exact(mk.kth_magnitude(y, k, backend="cpu"), y, k)
-
-
-@pytest.fixture
-def selection(cpu_backend: Any) -> Any:
-    """The driver of the C++ backend, for tests of its branches."""
-    import mergekern.backends.cpu.kth_magnitude
-
-    return mergekern.backends.cpu.kth_magnitude
-
-
 # ---- data that misleads a sample -------------------------------------------------------------
-
-
-def _hard() -> Iterator[tuple[str, np.ndarray]]:
-    rng = np.random.default_rng(3)
-    n = 130_003
-    i = np.arange(n)
-    for period in (16, 1000, 4096):
-        yield f"period {period}", (i % period).astype(np.float64)
-    yield "sorted", i / n
-    yield "reversed", i[::-1] / n
-    yield "constant blocks", (i // 5000).astype(np.float64)
-    yield "large end", np.where(i < n - 600, rng.standard_normal(n), 1e6 + i)
-    yield "equal but few", np.where(i % 50_000 == 7, 1.0 + i, 0.5)
-    yield "one outlier", np.where(i == 12_345, 1e30, 1e-3)
-    yield "two values", np.where(rng.random(n) < 0.2, 1.0, -2.0)
-    yield "zero but few", np.where(rng.random(n) < 1e-4, rng.standard_normal(n), 0.0)
-    yield "many ties of many values", np.repeat(rng.standard_normal(n // 10 + 1), 10)[:n]
-    yield "many decades", np.exp(rng.uniform(-80, 80, n))
-    yield "many NaN", np.where(rng.random(n) < 0.3, np.nan, rng.standard_normal(n))
-
-
-HARD = dict(_hard())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
@@ -362,6 +228,7 @@ def test_several_ranks_of_several_models(
     dtype: torch.dtype, rounded: bool, n: int, backend: str, device: str
 ) -> None:
     """The same as one by one; `rounded` ranks differences that are held in the dtype."""
+    n = affordable(backend, n)
     base = values((n,), dtype, seed=8).to(device)
     xs = [(base.float() + 0.01 * values((n,), dtype, seed=i).float()).to(dtype) for i in range(3)]
     ranks = [[1, n], [max(1, n // 3)], [max(1, n // 2), max(1, n // 5), n]]
@@ -395,138 +262,6 @@ def test_a_sequence_is_one_vector(
             kept += sum(reference.kept(part, x.cpu(), b.cpu() if based else None))
             first += x.numel()
         assert kept == k
-
-
-# ---- each branch of the C++ backend, by name -------------------------------------------------
-
-
-class Paths(list[str]):
-    """The names of the helpers of backends/cpu/kth_magnitude.py that a call went through."""
-
-
-@pytest.fixture
-def paths(selection: Any, monkeypatch: pytest.MonkeyPatch) -> Paths:
-    taken = Paths()
-    for name in ("_keys", "_by_patterns", "_by_bracket", "_by_digits", "_cut"):
-        inner = getattr(selection, name)
-
-        def spy(*args: Any, name: str = name, inner: Any = inner) -> Any:
-            result = inner(*args)
-            taken.append(name if result is not None else f"{name} missed")
-            return result
-
-        monkeypatch.setattr(selection, name, spy)
-    return taken
-
-
-def shuffled(n: int) -> Tensor:
-    """1 ... n in some order: the k-th largest magnitude is n + 1 - k."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(5)).float() + 1
-
-
-def pretend_sample(
-    cpu: Any, patch: pytest.MonkeyPatch, low: float, high: float, dtype: torch.dtype
-) -> None:
-    """The sample finds half of its keys at `low` and half at `high`."""
-    keys = [digits.value_key(v, dtype) for v in (low, high)]
-    word = ctypes.c_uint64 if dtype == torch.float64 else ctypes.c_uint32
-
-    def sample(*, out: int, run: int, begin: int, end: int, **_: Any) -> None:
-        width = ctypes.sizeof(word)
-        drawn = (word * ((end - begin) * run)).from_address(out + begin * run * width)
-        for i in range(len(drawn)):
-            drawn[i] = keys[i % 2]
-
-    patch.setattr(cpu.runtime._cpu, "sample_keys", sample)
-
-
-def test_path_small(paths: Paths) -> None:
-    x = shuffled(SMALL)
-    assert_exact(mk.kth_magnitude(x, 99, backend="cpu"), x, 99)
-    assert paths == ["_keys"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
-def test_path_patterns(dtype: torch.dtype, paths: Paths) -> None:
-    x = values((SMALL + 1,), dtype)
-    for k in (1, 5000, SMALL + 1):
-        assert_exact(mk.kth_magnitude(x, k, backend="cpu"), x, k)
-    assert set(paths) <= {"_by_patterns", "_cut"}
-    assert "_by_patterns" in paths
-
-
-def test_path_patterns_with_all_ties_kept(paths: Paths) -> None:
-    x = torch.cat([torch.ones(SMALL), torch.full((10,), 2.0)]).to(torch.bfloat16)
-    assert_exact(mk.kth_magnitude(x, 10, backend="cpu"), x, 10)
-    assert paths == ["_by_patterns"]
-    assert_exact(mk.kth_magnitude(x, 9, backend="cpu"), x, 9)
-    assert paths == ["_by_patterns", "_cut", "_by_patterns"]
-
-
-N, K = 40_000, 20_000  # of the tests below; the wanted value is N + 1 - K = 20001
-BRACKETS = {
-    "inside": (19_900.0, 20_100.0, "_by_bracket"),
-    "at high": (19_000.0, 20_001.0, "_by_bracket"),
-    "at low": (20_001.0, 21_000.0, "_by_bracket"),
-    "one key": (20_001.0, 20_001.0, "_by_bracket"),
-    "misses above": (30_000.0, 31_000.0, "_by_bracket missed"),
-    "misses below": (10_000.0, 11_000.0, "_by_bracket missed"),
-    "one key misses": (30_000.0, 30_000.0, "_by_bracket missed"),
-    "holds too many": (0.5, 50_000.0, "_by_bracket missed"),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
-@pytest.mark.parametrize("where", BRACKETS)
-def test_path_bracket(
-    where: str,
-    dtype: torch.dtype,
-    selection: Any,
-    paths: Paths,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    low, high, taken = BRACKETS[where]
-    pretend_sample(selection, monkeypatch, low, high, dtype)
-    x = shuffled(N).to(dtype)
-    assert_exact(mk.kth_magnitude(x, K, backend="cpu"), x, K)
-    assert taken in paths
-    assert ("_by_digits" in paths) == ("missed" in taken)
-
-
-@pytest.mark.parametrize("where", BRACKETS)
-def test_path_bracket_with_ties_across_chunks(
-    where: str, selection: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every value 20 times, so that the last kept one lies in any of the chunks."""
-    low, high, taken = BRACKETS[where]
-    pretend_sample(selection, monkeypatch, low, high, torch.float32)
-    x = torch.cat([shuffled(N).roll(777 * i) for i in range(20)])
-    brute = Brute(x)
-    for kept in (1, 7, 19, 20):
-        k = 20 * (K - 1) + kept
-        brute.check(mk.kth_magnitude(x, k, backend="cpu"), k)
-    assert taken in paths
-    assert ("_by_digits" in paths) == ("missed" in taken)
-    assert "_cut" in paths
-
-
-def test_path_bracket_of_nan(selection: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_sample(selection, monkeypatch, math.inf, math.nan, torch.float32)
-    x = shuffled(N)
-    x[::2] = math.nan
-    for k in (1, N // 2):
-        assert_exact(mk.kth_magnitude(x, k, backend="cpu"), x, k)
-    assert_exact(mk.kth_magnitude(x, N // 2 + 1, backend="cpu"), x, N // 2 + 1)
-    assert "_by_digits" in paths
-
-
-def test_path_the_sample_serves_ordinary_data(paths: Paths) -> None:
-    for dtype in (torch.float32, torch.float64):
-        x = values((2 * CHUNK,), dtype)
-        for k in (x.numel() // 5, x.numel() // 2):
-            assert_exact(mk.kth_magnitude(x, k, backend="cpu"), x, k)
-    assert "_by_digits" not in paths
-    assert paths.count("_by_bracket") >= 4
 
 
 # ---- the door --------------------------------------------------------------------------------

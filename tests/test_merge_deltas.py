@@ -22,6 +22,7 @@ import elementwise
 from accuracy import assert_backend_bits, assert_bits_equal, assert_within, half_ulp
 from cases import CATALOGUE, CHUNK, Case, values
 from refusal import refused
+from serving import affordable
 
 OP = "merge_deltas"
 NAN, INF = math.nan, math.inf
@@ -331,7 +332,7 @@ def test_bits_do_not_depend_on_the_chunk_of_torch(
 def test_bits_do_not_depend_on_threads(
     threads: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case(shape=(2 * CHUNK + 17,), n=2, values="mixed")
+    case = Case(shape=(affordable(backend, 2 * CHUNK + 17),), n=2, values="mixed")
     base, xs = base_of(case, device), case.tensors(device)
     options: dict[str, Any] = {"keep": draws(xs), "elect": "sum", "rescale": "l1"}
     monkeypatch.setenv("MERGEKERN_THREADS", "1")

@@ -18,6 +18,7 @@ from mergekern.keep import Threshold
 import cases
 from cases import CATALOGUE, CHUNK, Case, values
 from refusal import refused
+from serving import affordable
 
 OP = "variance_mask"
 SMALL = 1 << 15
@@ -79,6 +80,7 @@ def test_catalogue(case: Case, share: float, backend: str, device: str) -> None:
 @pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "nan"])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=name_of)
 def test_long_tensors(dtype: torch.dtype, kind: str, n: int, backend: str, device: str) -> None:
+    n = affordable(backend, n)
     base = values((n,), dtype, seed=7).to(device)
     xs = [values((n,), dtype, kind, seed=s).to(device) for s in range(3)]
     for share in (0.01, 0.5, 0.999):
@@ -88,7 +90,7 @@ def test_long_tensors(dtype: torch.dtype, kind: str, n: int, backend: str, devic
 @pytest.mark.parametrize("models", [1, 2, 4, 5, 9])
 def test_frozen_elements(models: int, backend: str, device: str) -> None:
     """Most elements are the same in all models: their variance is 0 and they do not count."""
-    n = 3 * CHUNK // 2
+    n = affordable(backend, 3 * CHUNK // 2)
     base = values((n,), torch.bfloat16, seed=7).to(device)
     xs = [base.clone() for _ in range(models)]
     for i, x in enumerate(xs):

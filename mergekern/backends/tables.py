@@ -22,3 +22,9 @@ def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) ->
 def aligned(tensors: Sequence[Tensor]) -> bool:
     """Whether every tensor begins at a multiple of 16 bytes, as wide loads and stores need."""
     return all(x.data_ptr() % 16 == 0 for x in tensors)
+
+
+def owners(counts: Sequence[int], device: torch.device) -> Tensor:
+    """int32, for each of sum(counts) programs the entry that it belongs to."""
+    repeats = upload(counts, torch.int64, device)
+    return torch.repeat_interleave(repeats, output_size=sum(counts)).to(torch.int32)

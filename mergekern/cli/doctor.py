@@ -5,15 +5,17 @@ from __future__ import annotations
 import platform
 
 from .. import __version__
+from ..engine.collector import paused
 
 
 def doctor() -> None:
     """Say for every backend and op whether it is available here, or why not."""
-    import torch
-    from rich.console import Console
-    from rich.table import Table
+    with paused():
+        import torch
+        from rich.console import Console
+        from rich.table import Table
 
-    from ..dispatch import BACKENDS, OPS, why_not
+        from ..dispatch import BACKENDS, OPS, why_not
 
     console = Console()
     console.print(

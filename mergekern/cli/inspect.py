@@ -8,20 +8,23 @@ from typing import Annotated
 
 import typer
 
+from ..engine.collector import paused
+
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="weight file or model folder")],
     filter: Annotated[str, typer.Option(help="only tensors whose name contains this")] = "",
 ) -> None:
     """List the tensors of a checkpoint: name, dtype, shape, size."""
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    with paused():
+        import torch
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
 
-    from ..check import name_of
-    from ..engine.checkpoint import Checkpoint
-    from ..engine.files import nbytes
+        from ..check import name_of
+        from ..engine.checkpoint import Checkpoint
+        from ..engine.files import nbytes
 
     checkpoint = Checkpoint(path)
     table = Table("tensor", "dtype", "shape")

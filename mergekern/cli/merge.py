@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..engine.collector import paused
 from ..engine.defaults import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE
 from ..engine.ranks import is_first
 from ..errors import ArgumentError, MergekernError
@@ -137,10 +138,11 @@ def merge(
     Prints where the result is, what was merged and copied, and every file that was left out. A
     merge that is interrupted goes on where it stopped when the same command is given again.
     """
-    from ..engine.manifest import MANIFEST
-    from ..engine.memory import return_freed
-    from ..engine.progress import JsonLines, bar
-    from ..engine.run import merge_checkpoints, merge_sweep, plan_merge
+    with paused():
+        from ..engine.manifest import MANIFEST
+        from ..engine.memory import return_freed
+        from ..engine.progress import JsonLines, bar
+        from ..engine.run import merge_checkpoints, merge_sweep, plan_merge
 
     options: dict[str, Any] = {
         "memory": memory,

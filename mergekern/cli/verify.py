@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..engine.collector import paused
 from ..engine.defaults import DEFAULT_MEMORY
 
 
@@ -28,7 +29,8 @@ def verify(
 
     Exit code 1 if anything is not as recorded.
     """
-    from ..engine.verify import verify as compare
+    with paused():
+        from ..engine.verify import verify as compare
 
     found = compare(
         out,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..engine.collector import paused
 from ..engine.defaults import DEFAULT_MEMORY
 from ..errors import ArgumentError
 
@@ -78,8 +79,9 @@ def zip(
     Writes the weights, labels of features, a manifest (zip.json) and a picture; prints how well
     each space of features was matched.
     """
-    from ..engine.samples import Pixels
-    from ..engine.zip import Source, Zip, discover, zip_checkpoints
+    with paused():
+        from ..engine.samples import Pixels
+        from ..engine.zip import Source, Zip, discover, zip_checkpoints
 
     given = outputs or ["fixed"]
     source = Source(

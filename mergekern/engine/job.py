@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from ..errors import ArgumentError
 from .checkpoint import Checkpoint
+from .collector import paused, spared
+from .computing import Settings
 from .config import MergeConfig
 from .control import Control, check_space, check_target, forget, held, shared, writing_failed
 from .folder import CARD, CONFIG_NAME, carry
@@ -28,7 +30,7 @@ from .report.numbers import Row, added
 from .report.page import page
 from .resume import finished, head_of, intact, require_same_inputs, require_unwritten
 from .shares import shares
-from .stream import Settings, Stream
+from .stream import Stream
 from .studies import Studies
 
 
@@ -113,6 +115,10 @@ class Job:
 
         All ranks call it and return the same; each merges a part.
         """
+        with spared():
+            return self._run(target, bar, ranks)
+
+    def _run(self, target: Path, bar: Bar, ranks: Ranks) -> list[Manifest]:
         started = time.perf_counter()
         self._require_divisible(ranks)
         points = self.plan.points
@@ -167,6 +173,7 @@ class Job:
         forget(target)
         return done
 
+    @paused()
     def _begin(self, control: Control, ranks: Ranks) -> _Begin:
         """What an earlier run has done; files of their final size for all that is not."""
         with _writing(control, keep=False):
@@ -218,6 +225,7 @@ class Job:
             read = sum(ranks.gather(stream.bytes_read))
             return ranks.lead(lambda: self._finish(control, output, entries)), read
 
+    @paused()
     def _finish(self, control: Control, output: Output, entries: Entries) -> list[dict[str, Any]]:
         """What lies beside the weights; then the output takes its name. The manifests."""
         require_unwritten(self.checkpoints, control.target)

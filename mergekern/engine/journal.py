@@ -1,14 +1,15 @@
 """Which slices of a merge are done, with checksums: what a later run may rely on.
 
-A line is a CRC-32 and a JSON list; a line that a crash cut short, or that the disk lost, fails its
-CRC and is passed over. Every process writes a file of its own and reads all of them, so a torn end
-is never written on. Nothing is promised by a line alone: a run that goes on compares what lies in
-the output with the checksum (`engine.resume`), so the order in which pages reach the disk does not
-matter.
+A line is a CRC-32 and JSON: the head first, then lists of entries; one that a crash cut short, or
+that the disk lost, fails its CRC and is passed over. Every process writes a file of its own and
+reads all of them, so a torn end is never written on. Nothing is promised by a line alone: a run
+that goes on compares what lies in the output with the checksum (`engine.resume`), so the order in
+which pages reach the disk does not matter.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -67,17 +68,14 @@ class Journal:
         self._write(head)
 
     def add(self, entries: Sequence[Entry]) -> None:
-        self._write(*(list(entry) for entry in entries))
+        self._write([list(entry) for entry in entries])
         if time.monotonic() - self._synced > _SYNC_EVERY:
             os.fdatasync(self._fd)
             self._synced = time.monotonic()
 
-    def _write(self, *values: Any) -> None:
-        lines = bytearray()
-        for value in values:
-            text = json.dumps(value, separators=(",", ":")).encode()
-            lines += b"%08x %b\n" % (zlib.crc32(text), text)
-        view = memoryview(lines)
+    def _write(self, value: Any) -> None:
+        text = json.dumps(value, separators=(",", ":")).encode()
+        view = memoryview(b"%08x %b\n" % (zlib.crc32(text), text))
         while view:
             view = view[os.write(self._fd, view) :]
 
@@ -96,7 +94,7 @@ def read_journals(folder: Path) -> tuple[list[dict[str, Any]], Entries]:
         if not isinstance(head, dict):
             continue  # died while it wrote the first line
         heads.append(head)
-        for task, index, results, inputs, found, numbers in values:
+        for task, index, results, inputs, found, numbers in itertools.chain.from_iterable(values):
             entries[task, index] = Entry(task, index, tuple(results), tuple(inputs), found, numbers)
     return heads, entries
 

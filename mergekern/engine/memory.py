@@ -12,9 +12,11 @@ from torch import Tensor
 # Code that torch loads on first use, scratch of the kernels, freed results that the heap keeps.
 OVERHEAD = 40 << 20
 _GRAIN = 1 << 16
-# Under way at most, or two units: more does not keep the threads busier, and memory that was never
-# touched costs a virtual machine as much time as the disk (2 s per GiB on one that was measured).
+# Under way at most, or two of the largest units and the small ones between them: more does not keep
+# the threads busier, and memory that was never touched costs a virtual machine as much time as the
+# disk (2 s per GiB on one that was measured).
 _AHEAD = 256 << 20
+_BETWEEN = 32 << 20
 
 _M_MMAP_THRESHOLD = -3
 
@@ -44,7 +46,7 @@ class Window:
 
     def __init__(self, limit: int, *, pinned: bool = False) -> None:
         self._limit, self._pinned = limit, pinned
-        self._taken = self._idle_bytes = 0
+        self._taken = self._largest = self._idle_bytes = 0
         self._idle: dict[int, list[Tensor]] = {}
         self._closed = False
         self._changed = threading.Condition()
@@ -52,7 +54,8 @@ class Window:
     def take(self, cost: int, sizes: Sequence[int]) -> list[Tensor] | None:
         """Buffers of at least these sizes, which `cost` includes; None if the stream has ended."""
         with self._changed:
-            most = min(self._limit, max(_AHEAD, 2 * cost))
+            self._largest = max(self._largest, cost)
+            most = min(self._limit, max(_AHEAD, 2 * self._largest + _BETWEEN))
             self._changed.wait_for(
                 lambda: self._closed or self._taken + cost <= most or not self._taken
             )

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from .computing import Computing
 from .files.formats import bytes_of
 from .job import Job
+from .place import Place
 from .plan import Task
 from .progress import Bar
 from .reading import Reader
-from .stream import Stream
 from .units import Part, Unit
 
 _SAMPLE = 64 << 20  # bytes written to learn the rate of the disk
@@ -67,14 +68,14 @@ def outlook(job: Job, target: Path) -> Outlook:
 def _of_a_slice(job: Job, task: Task) -> tuple[float, float, int]:
     """Rates of reading and of computing, and the passes of a survey."""
     reader = Reader(job.plan, job.checkpoints)
-    stream = Stream(job.plan, reader, job.settings(Bar()))
+    at_place = Computing(job.plan, job.settings(Bar()), Place())
     unit = Unit((Part(job.plan.tasks.index(task), 0, 1),), 0)
     sizes = reader.sizes(unit)
     buffers = [torch.ones(size, dtype=torch.uint8) for size in sizes]
     begun = time.perf_counter()
     (loaded,) = reader.load(unit, buffers)
     reading = time.perf_counter() - begun
-    method, inputs = job.config.method, stream.inputs(loaded.part, loaded.tensors)
+    method, inputs = job.config.method, at_place.inputs(loaded.part, loaded.tensors)
     assert task.arguments is not None
     given, passes = task.arguments[0], 1
 

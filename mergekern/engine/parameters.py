@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..errors import ArgumentError, ConfigError
@@ -137,6 +138,22 @@ def arguments(config: MergeConfig, name: str, position: float, models: list[int]
             values.append(own if own is not None else p.default if shared is None else shared)
         given[p.name] = values
     return config.method.arguments(given, len(models))
+
+
+def arguments_of(config: MergeConfig) -> Callable[..., dict[str, Any]]:
+    """`arguments` of that configuration, found once where the name of a tensor changes nothing."""
+    settings = [config.parameters, *(entry.parameters for entry in config.models)]
+    if any(isinstance(v, (list, Mapping)) for each in settings for v in each.values()):
+        return functools.partial(arguments, config)
+    found: dict[tuple[int, ...], dict[str, Any]] = {}
+
+    def same(name: str, position: float, models: list[int]) -> dict[str, Any]:
+        who = tuple(models)
+        if who not in found:
+            found[who] = arguments(config, name, position, models)
+        return found[who]
+
+    return same
 
 
 def _label(key: str, owner: ModelEntry | None) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from .fit import require_fit, rules_of
 from .float8 import floating, widened
 from .journal import digest_of
 from .keys import Naming
-from .parameters import arguments, layer_positions
+from .parameters import arguments_of, layer_positions
 
 FORMAT = 1  # of plans and journals: one of another number is not continued
 
@@ -157,8 +157,9 @@ def make_plan(
     keys = list(dict.fromkeys(key for c in checkpoints for key in c.signatures))
     positions = layer_positions(keys)
     require_fit(config, checkpoints, rules)
+    asked = [arguments_of(c) for c in configs.values()]
     tasks = [
-        _task(tuple(configs.values()), checkpoints, key, rules.get(key), positions[key], host)
+        _task(config, asked, checkpoints, key, rules.get(key), positions[key], host)
         for key in keys
         if not (key in rules and rules[key].action == "drop")
     ]
@@ -199,14 +200,15 @@ def layout_of(file: WeightFile) -> str:
 
 
 def _task(
-    configs: tuple[MergeConfig, ...],
+    config: MergeConfig,  # the first of those of the points, alike but for parameters
+    asked: Sequence[Callable[..., dict[str, Any]]],  # arguments, for each point
     checkpoints: Sequence[Checkpoint],
     key: str,
     rule: ExceptionRule | None,
     position: float,
     host: str | None,
 ) -> Task:
-    config, method = configs[0], configs[0].method
+    method = config.method
     having = [i for i, c in enumerate(checkpoints) if key in c.signatures]
     if rule is not None and rule.action == "copy":
         having = [config.paths.index(str(rule.source))]
@@ -227,15 +229,15 @@ def _task(
     cut: str | None = "elements"
     if merged:
         method.check_count(len(models), config.base_apart)
-        given = tuple(arguments(c, key, position, models) for c in configs)
+        given = tuple(each(key, position, models) for each in asked)
         cuts = {method.cut(each, signatures[0].shape, host) for each in given}
         cut = cuts.pop() if len(cuts) == 1 else None
     shape = signatures[0].shape
     ranges = tuple(slices(shape, cut))
-    element = sum(s.dtype.itemsize for s in signatures) + len(configs) * result.itemsize
+    element = sum(s.dtype.itemsize for s in signatures) + len(asked) * result.itemsize
     element += sum(compute.itemsize for s in signatures if s.dtype != compute)
     if host == "mergekit" and compute != result:  # which rounds twice
-        element += len(configs) * compute.itemsize
+        element += len(asked) * compute.itemsize
     return Task(
         key=key,
         shape=tuple(shape),

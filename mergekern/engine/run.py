@@ -13,6 +13,7 @@ import torch
 
 from ..check import parse_size
 from ..errors import ArgumentError, ConfigWarning
+from .collector import paused
 from .config import MergeConfig, load_config
 from .defaults import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE
 from .job import Job, Options
@@ -194,9 +195,11 @@ def _job(points: Mapping[str, MergeConfig], options: Options, ranks: Ranks = ALO
     """Opened and planned, with a warning of settings that have no effect."""
     config = next(iter(points.values()))
     config.method.check_host(options.host)
-    job = Job(points, options)
-    merged = [t.key for t in job.plan.tasks if t.arguments is not None]
-    if ranks.rank == 0 and (without_effect := idle(config, merged)):
+    with paused():
+        job = Job(points, options)
+        merged = [t.key for t in job.plan.tasks if t.arguments is not None]
+        without_effect = idle(config, merged) if ranks.rank == 0 else []
+    if without_effect:
         lines = "".join(f"\n  {what}" for what in without_effect)
         warnings.warn(f"config: without effect:{lines}", ConfigWarning, stacklevel=3)
     return job

@@ -3,56 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import math
 import queue
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ..methods.found import dump
 from ..methods.passes import Study
-from ..methods.registry import Inputs
 from .ahead import Ahead, Arrived
-from .config import MergeConfig
+from .computing import Computed, Computing, Settings
 from .files.formats import bytes_of
 from .journal import Entries, Entry, digest_of
 from .memory import window
-from .place import Sent, place_of
-from .plan import Plan, Task
-from .progress import Bar
+from .place import place_of
+from .plan import Plan
 from .ranks import ALONE, Ranks
 from .reading import Reader
-from .report.numbers import Row, numbers_of_slices
 from .shares import stretches
 from .studies import Studies
-from .units import Apart, Part, Unit, merge_units, slice_units, visit_units
-
-
-@dataclass(frozen=True)
-class Settings:
-    config: MergeConfig
-    device: str
-    seed: int
-    backend: str
-    host: str | None
-    memory: int
-    bar: Bar
-    ranks: Ranks = ALONE
-    report: bool = False  # whether numbers of each slice are wanted
-
-
-class _Computed(NamedTuple):
-    """Results of a part on their way back, one per point; per point numbers of each slice."""
-
-    results: Sent
-    rows: list[list[Row]]
-
+from .units import Apart, Unit, merge_units, slice_units, visit_units
 
 Places = Container[tuple[int, int]]  # task and index of slices
 Slice = tuple[int, int, memoryview]  # task, index, bytes of the result
@@ -80,6 +52,7 @@ class Stream:
         self._studies = studies
         self._method = settings.config.method
         self._place = place_of(settings.device)
+        self._computing = Computing(plan, settings, self._place)
         self._limit = self._place.window(window(settings.memory), plan.peak)
         self._ahead = Ahead(plan, reader, self._place, self._limit, settings.bar)
 
@@ -197,7 +170,7 @@ class Stream:
             with self._ahead.units(units) as (ready, under_way):
                 for arrived in ready:
                     for each, sent in zip(arrived.loaded, arrived.sent, strict=True):
-                        inputs = self.inputs(each.part, self._place.receive(sent))
+                        inputs = self._computing.inputs(each.part, self._place.receive(sent))
                         given = self._plan.tasks[each.part.task].arguments or ()
                         for i, point in enumerate(points):
                             visitor(inputs, i, **given[point])
@@ -223,7 +196,7 @@ class Stream:
             return
         of = _token(found)
 
-        def write(arrived: Arrived, results: list[_Computed]) -> None:
+        def write(arrived: Arrived, results: list[Computed]) -> None:
             with contextlib.ExitStack() as failed:
                 failed.callback(under_way.close)  # else the others wait for bytes for ever
                 entries = [e._replace(found=of) for e in self._write(arrived, results, output)]
@@ -239,7 +212,7 @@ class Stream:
         ):
             writing: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
             for arrived in ready:
-                results = self._compute_all(arrived, found)
+                results = self._computing.unit(arrived, found)
                 writing.put(writer.submit(write, arrived, results))
                 del results, arrived
                 while not writing.empty():  # raises what the writer raised
@@ -265,99 +238,14 @@ class Stream:
     def _moved(self, unit: Unit) -> int:
         return self._ahead.size(unit) + self._written(unit)
 
-    def _compute_all(self, arrived: Arrived, found: Sequence[Any]) -> list[_Computed]:
-        """The results of a unit: of tensors that the method may join, in one call."""
-        computed = []
-        parts = list(zip(arrived.unit.parts, arrived.sent, strict=True))
-        for joins, run in itertools.groupby(parts, lambda each: self._joins(each[0])):
-            together = list(run)
-            if joins is not None and len(together) > 1:
-                computed += self._compute_joined(*zip(*together, strict=True))
-            else:
-                computed += [self._compute(part, sent, found) for part, sent in together]
-        return computed
-
-    def _joins(self, part: Part) -> Any:
-        """Equal for whole tensors that may be merged end to end; None for others."""
-        settings, task = self._settings, self._plan.tasks[part.task]
-        alone = settings.host is not None or settings.report or len(task.slices) > 1
-        if alone or task.arguments is None:
-            return None
-        if math.prod(task.shape) > min(map(self._method.joins, task.arguments)):
-            return None
-        return task.sources, task.stored, task.compute, task.result, task.arguments
-
-    def _compute_joined(self, parts: Sequence[Part], sent: Sequence[Sent]) -> list[_Computed]:
-        task = self._plan.tasks[parts[0].task]
-        sizes = [len(each.tensors[0]) for each in sent]
-        each_source = zip(*map(self._place.receive, sent), strict=True)
-        tensors = [torch.cat(pieces).to(task.compute) for pieces in each_source]
-        inputs = replace(self._inputs(task, tensors), sizes=sizes)
-        made = [
-            self._method.merge(inputs, **arguments).to(task.result)
-            for arguments in task.arguments or ()
-        ]
-        fetched = self._place.fetch(made)
-        points = [torch.split(result, sizes) for result in fetched.tensors]
-        return [
-            _Computed(Sent(list(results), fetched.arrived), [])
-            for results in zip(*points, strict=True)
-        ]
-
-    def _compute(self, part: Part, sent: Sent, found: Sequence[Any]) -> _Computed:
-        """The result of a part, flat, for each point."""
-        task = self._plan.tasks[part.task]
-        if task.arguments is None:
-            copied = sent.tensors[0].to(task.compute).to(task.result)
-            return _Computed(Sent([copied] * len(self._plan.points)), [])
-        inputs = self.inputs(part, self._place.receive(sent))
-        results, rows = [], []
-        for arguments, survey in zip(task.arguments, found, strict=True):
-            these = replace(inputs, survey=survey)
-            result = self._method.merge(these, **arguments).to(task.result).view(-1)
-            results.append(result)
-            if self._settings.report:
-                ranges = [(a - inputs.offset, b - inputs.offset) for a, b in self._slices(part)]
-                about = numbers_of_slices(these, arguments, self._method, result, ranges)
-                rows.append(about)
-        return _Computed(self._place.fetch(results), rows)
-
-    def _slices(self, part: Part) -> Sequence[tuple[int, int]]:
-        return self._plan.tasks[part.task].slices[part.first : part.last]
-
-    def inputs(self, part: Part, tensors: Sequence[Tensor]) -> Inputs:
-        """A part as its method takes it, of flat tensors as they are stored."""
-        task = self._plan.tasks[part.task]
-        whole = part.last - part.first == len(task.slices)
-        shaped = [x.view(_shape(task, whole)).to(dtype=task.compute) for x in tensors]
-        return replace(
-            self._inputs(task, shaped),
-            offset=task.slices[part.first][0],
-            shape=None if whole else task.shape,
-            order=part.task,
-        )
-
-    def _inputs(self, task: Task, tensors: list[Tensor]) -> Inputs:
-        settings, apart = self._settings, self._settings.config.base_apart
-        return Inputs(
-            xs=tensors[apart:],
-            base=tensors[0] if apart else None,
-            name=task.key,
-            seed=settings.seed,
-            out_dtype=task.compute if settings.host == "mergekit" else task.result,
-            backend=settings.backend,
-            host=settings.host,
-            models=[i - apart for i in task.sources[apart:]],
-        )
-
-    def _write(self, arrived: Arrived, computed: list[_Computed], output: Sink) -> list[Entry]:
+    def _write(self, arrived: Arrived, computed: list[Computed], output: Sink) -> list[Entry]:
         entries = []
         pieces: list[list[Slice]] = [[] for _ in self._plan.points]
         for each, (results, rows) in zip(arrived.loaded, computed, strict=True):
             part, size = each.part, self._plan.tasks[each.part.task].result.itemsize
             data = [bytes_of(x) for x in results.wait()]
-            origin = self._slices(part)[0][0]
-            for i, (begin, end) in enumerate(self._slices(part)):
+            origin = self._computing.slices(part)[0][0]
+            for i, (begin, end) in enumerate(self._computing.slices(part)):
                 here = [x[(begin - origin) * size : (end - origin) * size] for x in data]
                 for point, result in enumerate(here):
                     pieces[point].append((part.task, part.first + i, result))
@@ -382,9 +270,3 @@ def _of_the_same(found: Sequence[Any], done: Entries) -> Entries:
     """What is done on the same findings. They differ where an input has changed meanwhile."""
     of = _token(found)
     return {key: entry for key, entry in done.items() if entry.found == of}
-
-
-def _shape(task: Task, whole: bool) -> tuple[int, ...]:
-    if whole:
-        return task.shape
-    return (-1, *task.shape[1:]) if task.cut == "rows" else (-1,)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .plan import Task
 
 _BATCH = 4 << 20  # bytes of small tensors that travel together
-_MOST = 512  # tensors
+_MOST = 4096  # tensors
 
 
 @dataclass(frozen=True)

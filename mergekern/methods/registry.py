@@ -132,7 +132,7 @@ def always(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None)
 
 
 def never(arguments: Mapping[str, Any]) -> int:
-    """That no tensors may be joined."""
+    """That no tensors may be joined, empty ones neither."""
     return 0
 
 
@@ -160,7 +160,7 @@ class Method:
     needs: whether `measure` is needed with these arguments; without, it finds None.
     draws: hosts for which it draws from torch's generator, so that what a tensor gets depends on
     those before it: such a merge is made in one go, by one process.
-    joins: tensors of at most so many elements may be merged end to end in one call, without a
+    joins: tensors of fewer elements may be merged end to end in one call, without a
     host; `inputs.sizes` says where each ends. The result is what `merge` of each gives, to the bit.
     studied: the parameters on which survey or measure depend; None: all.
 

@@ -37,8 +37,8 @@ def kth_magnitude(
     infinity and equals every other NaN.
 
     Cost: one read of x (and base), plus one more where the sample misleads; never a sort of x.
-    16-bit x without base: a histogram of its 32768 bit patterns. Otherwise a sample brackets the
-    rank and one pass counts above, at and inside the bracket (torch backend: 16-bit digits). A
+    cpu, 16-bit x without base: a histogram of its 32768 bit patterns. Otherwise a sample brackets
+    the rank and one pass counts above, at and inside the bracket (torch: 16-bit digits). A
     sequence: one read per 16 bits of the keys, and one of the tensors up to the cut.
     Raises: ArgumentError if k is out of range or base differs in shape, dtype or device.
     Source: the trim of TIES (Yadav et al., 2306.01708); mergekit `sparsify.magnitude`.

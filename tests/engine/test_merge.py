@@ -735,11 +735,15 @@ def test_parameter_found_bad_midway(blocks: list[Path], tmp_path: Path, memory: 
 def test_error_while_computing_or_reading(
     blocks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type
 ) -> None:
+    from mergekern.engine.computing import Computing
     from mergekern.engine.output import Output
     from mergekern.engine.reading import Reader
-    from mergekern.engine.stream import Stream
 
-    for owner, name, after in ((Stream, "_compute", 4), (Reader, "load", 9), (Output, "write", 5)):
+    for owner, name, after in (
+        (Computing, "_compute", 4),
+        (Reader, "load", 9),
+        (Output, "write", 5),
+    ):
         real, calls = getattr(owner, name), [0]
 
         def fail(*a: Any, real: Any = real, calls: list = calls, after: int = after) -> Any:

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from mergekern import merge_checkpoints
-from mergekern.engine import stream
+from mergekern.engine import computing
 from mergekern.engine.manifest import MANIFEST
 from mergekern.engine.report.card import card, library_of
 from mergekern.engine.report.numbers import Row, added, numbers, numbers_of_slices
@@ -272,7 +272,7 @@ def test_a_report_does_not_depend_on_the_memory(
         together.append(len(arguments[-1]))
         return numbers_of_slices(*arguments)
 
-    monkeypatch.setattr(stream, "numbers_of_slices", counted)
+    monkeypatch.setattr(computing, "numbers_of_slices", counted)
     outs, most = [], []
     for memory, report in (("1GiB", "html"), ("1500KiB", "html"), ("1GiB", None)):
         outs.append(tmp_path / f"out{len(outs)}")

@@ -342,7 +342,7 @@ def repeat_journal(folder: Path) -> None:
     """The last lines twice, as after a resume that recorded them again."""
     for path in journals(folder):
         lines = path.read_bytes().splitlines(keepends=True)
-        path.write_bytes(b"".join(lines + lines[-4:]))
+        path.write_bytes(b"".join(lines + lines[1:][-4:]))
 
 
 def lose_journal(folder: Path) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -132,7 +132,7 @@ class Kernel:
     """A Triton kernel and how it is launched.
 
     signature: "*bf16", "*i64", "i32", "fp32" ... for each argument that is no constant, in order.
-    constants: the constexpr arguments; element types as "bf16", "fp16", "fp32", "fp64". divisible:
+    constants: the constexpr arguments; element types as "bf16", "fp64", "i8" .... divisible:
     what the launcher would find to be divisible by 16.
     """
 
@@ -152,7 +152,10 @@ import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
+TYPES = {
+    "bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64,
+    "i8": tl.int8, "i16": tl.int16, "i32": tl.int32, "i64": tl.int64,
+}
 for i, case in enumerate(json.load(sys.stdin)):
     module = importlib.import_module("mergekern.backends.triton." + case["module"])
     kernel = getattr(module, case["name"])
@@ -187,3 +190,11 @@ def compile_triton(kernels: Sequence[Kernel]) -> list[Sass]:
             (sass,) = disassemble(Path(folder, f"{i}.cubin")).values()
             compiled.append(sass)
         return compiled
+
+
+def compile_cases(
+    cases: Sequence[tuple[Any, ...]], kernel: Callable[..., Kernel]
+) -> dict[tuple[Any, ...], Sass]:
+    """kernel(*case) compiled, for each of them; skips without triton."""
+    nvidia_tools()
+    return dict(zip(cases, compile_triton([kernel(*case) for case in cases]), strict=True))

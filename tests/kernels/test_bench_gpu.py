@@ -62,3 +62,9 @@ def test_a_wrong_result_fails(tmp_path: Path) -> None:
     status, rows = measured(tmp_path / "rows.json", "permute", before=BREAK)
     assert status == 1
     assert {row["backend"] for row in rows if "failed" in row} == {"torch"}
+
+
+def test_what_is_not_reached_in_time_fails(tmp_path: Path) -> None:
+    status, rows = measured(tmp_path / "rows.json", "gram", "--seconds", "0")
+    assert status == 1
+    assert {row["failed"] for row in rows} == {"not reached in 0 s"}

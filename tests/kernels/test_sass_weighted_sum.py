@@ -11,9 +11,8 @@ from kernels.sass import (
     Sass,
     assert_lean,
     assert_plain_arithmetic,
+    compile_cases,
     compile_cuda,
-    compile_triton,
-    nvidia_tools,
 )
 
 
@@ -69,8 +68,7 @@ def kernel(x: str, out: str, size: int, divide: bool) -> Kernel:
 
 @pytest.fixture(scope="module")
 def triton_kernels() -> dict[tuple, Sass]:
-    nvidia_tools()  # skips without triton
-    return dict(zip(CASES, compile_triton([kernel(*case) for case in CASES]), strict=True))
+    return compile_cases(CASES, kernel)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))

@@ -62,6 +62,13 @@ def narrow(x, OUT: tl.constexpr):
 
 
 @triton.jit
+def divide(x, y):
+    """x / y correctly rounded, in the type of x."""
+    # For float32 `/` is approximate, and div_rn takes nothing else.
+    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
+
+
+@triton.jit
 def pointer(addresses, i, IN: tl.constexpr, WIDE: tl.constexpr):
     """Entry i of a table of int64 addresses, as a pointer to IN.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...check import sum_accumulator
 from .. import tables
-from .common import DTYPES, narrow, pointer, widen
+from .common import DTYPES, divide, narrow, pointer, widen
 
 # Fusion to FMA would skip the rounding of each product.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
@@ -43,9 +43,7 @@ def weighted_sum_kernel(
         x = widen(tl.load(pointer(addresses, i, IN, WIDE) + offsets, mask=mask, other=0.0))
         total += x.to(total.dtype) * tl.load(factors + i)
     if DIVIDE:
-        divisor = tl.load(factors + n)
-        # For float32 `/` is approximate, and div_rn takes nothing else.
-        total = total / divisor if total.dtype == tl.float64 else tl.div_rn(total, divisor)
+        total = divide(total, tl.load(factors + n))
     tl.store(out + offsets, narrow(total, out.dtype.element_ty), mask=mask)
 
 

@@ -1,0 +1,192 @@
+"""permute in Triton; importing this file imports triton.
+
+A tensor is a matrix of offsets: out[r, c] = x[rows[r] + columns[c]]. The axes are split so that
+both vectors are short beside the tensor; elements are moved as integers of their size.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+# Triton kernels have no Python types.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tables
+from .common import pointer
+
+LAUNCH = {"num_warps": 4}
+UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+_RUN = 64  # elements from which those that stay together are a row's end by themselves
+_SHORT = 256  # else axes are taken into the columns up to so many
+
+
+@triton.jit
+def permute_kernel(
+    plans,  # int64 [tensors, 7]: out, x, rows, columns, their two sizes, the first tile
+    owners,  # int32: the tensor of each tile
+    UNIT: tl.constexpr,
+    TOGETHER: tl.constexpr,  # columns[c] = c, which is not read
+    WIDE: tl.constexpr,  # addresses in bytes, offsets of rows and widths are multiples of 16
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    plan = plans + tl.load(owners + tile).to(tl.int64) * 7
+    height = tl.load(plan + 4)
+    width = tl.load(plan + 5)
+    tile -= tl.load(plan + 6)
+    across = tl.cdiv(width, COLUMNS)
+    r = tile // across * ROWS + tl.arange(0, ROWS)
+    c = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.load(pointer(plan, 2, tl.int64, False) + r, mask=r < height, other=0)
+    if WIDE:
+        width = tl.multiple_of(width, [16])
+        row = row // 16 * 16  # unchanged; says so to the compiler
+    column = c
+    if not TOGETHER:
+        column = tl.load(pointer(plan, 3, tl.int64, False) + c, mask=c < width, other=0)
+    mask = (r < height)[:, None] & (c < width)[None, :]
+    x = pointer(plan, 1, UNIT, WIDE) + row[:, None] + column[None, :]
+    out = pointer(plan, 0, UNIT, WIDE) + r[:, None] * width + c[None, :]
+    tl.store(out, tl.load(x, mask=mask, other=0), mask=mask)
+
+
+def tile_shape(unit: int, width: int, wide: bool) -> tuple[int, int]:
+    """(rows, columns) of one program, of elements of `unit` bytes.
+
+    A thread moves 16 bytes, or 8 where it does so one by one, which takes registers. Tiles are one
+    row high, or 64 columns wide where rows are so short that most of a tile would lie past their
+    end.
+    """
+    block = 32 * LAUNCH["num_warps"] * (16 if wide else 8) // unit
+    return (1, block) if 2 * width > block else (block // 64, 64)
+
+
+class _Axis(NamedTuple):
+    """size steps, each of `stride` elements, or to where `positions` say."""
+
+    size: int
+    stride: int
+    positions: Tensor | None = None
+
+
+class _Plan(NamedTuple):
+    out: Tensor
+    x: Tensor
+    rows: Tensor
+    columns: Tensor | None  # None: together
+    width: int
+
+
+class _Offsets:
+    """Vectors of offsets; a model's tensors share most of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[tuple[tuple[int, int, int], ...], tuple[list[_Axis], Tensor]] = {}
+
+    def of(self, axes: list[_Axis]) -> Tensor:
+        key = tuple((a.size, a.stride, id(a.positions)) for a in axes)
+        if key not in self._made:
+            total = torch.zeros(1, dtype=torch.int64, device=self._device)
+            for a in axes:
+                steps = (
+                    torch.arange(a.size, device=self._device)
+                    if a.positions is None
+                    else a.positions
+                )
+                total = (total[:, None] + steps * a.stride).view(-1)
+            self._made[key] = axes, total
+        return self._made[key][1]
+
+
+def permute(outs: list[Tensor], xs: list[Tensor], indices: list[dict[int, Tensor]]) -> None:
+    """One launch for all tensors of one size of element, shape of tile and kind of access."""
+    launches: dict[tuple[int, bool, bool, int, int], list[_Plan]] = {}
+    offsets = None
+    for out, x, index in zip(outs, xs, indices, strict=True):
+        if not out.numel():
+            continue
+        offsets = offsets or _Offsets(out.device)
+        unit = _unit(out, x)
+        plan = _plan(out, x, _axes(out, x, index, unit), offsets)
+        together = plan.columns is None
+        wide = together and tables.aligned([out, x]) and plan.width % 16 == 0
+        wide = wide and all(s * x.element_size() // unit % 16 == 0 for s in _strides(x))
+        key = unit, together, wide, *tile_shape(unit, plan.width, wide)
+        launches.setdefault(key, []).append(plan)
+    for (unit, together, wide, rows, columns), plans in launches.items():
+        _launch(plans, UNIT=UNITS[unit], TOGETHER=together, WIDE=wide, ROWS=rows, COLUMNS=columns)
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides between rows of elements that lie together."""
+    return [s for s, size in zip(x.stride(), x.shape, strict=True) if s != 1 and size != 1]
+
+
+def _unit(out: Tensor, x: Tensor) -> int:
+    """Bytes that are moved as one: an element, half of a complex128, or bytes at odd addresses."""
+    unit = min(8, x.element_size())
+    return unit if (out.data_ptr() | x.data_ptr()) % unit == 0 else 1
+
+
+def _axes(out: Tensor, x: Tensor, index: dict[int, Tensor], unit: int) -> list[_Axis]:
+    """The axes of the result in units; plain neighbours are merged."""
+    pieces = x.element_size() // unit
+    given = [
+        _Axis(size, x.stride(d) * pieces, index.get(d))
+        for d, size in enumerate(out.shape)
+        if size != 1 or d in index
+    ]
+    axes: list[_Axis] = []
+    for a in [*given, *([_Axis(pieces, 1)] if pieces > 1 else [])]:
+        before = axes[-1] if axes else None
+        if (
+            before
+            and before.positions is None
+            and a.positions is None
+            and before.stride == a.size * a.stride
+        ):
+            axes[-1] = _Axis(before.size * a.size, a.stride)
+        else:
+            axes.append(a)
+    return axes or [_Axis(1, 1)]
+
+
+def _plan(out: Tensor, x: Tensor, axes: list[_Axis], offsets: _Offsets) -> _Plan:
+    last = axes[-1]
+    if last.positions is None and last.stride == 1 and (last.size >= _RUN or len(axes) == 1):
+        return _Plan(out, x, offsets.of(axes[:-1]), None, last.size)
+    split, width = len(axes) - 1, last.size
+    while split and width < _SHORT:
+        split -= 1
+        width *= axes[split].size
+    return _Plan(out, x, offsets.of(axes[:split]), offsets.of(axes[split:]), width)
+
+
+def _launch(plans: list[_Plan], **constants: Any) -> None:
+    device = plans[0].out.device
+    height, width = constants["ROWS"], constants["COLUMNS"]
+    counts = [triton.cdiv(len(p.rows), height) * triton.cdiv(p.width, width) for p in plans]
+    table: list[int] = []
+    tiles = 0
+    for p, count in zip(plans, counts, strict=True):
+        addresses = [t.data_ptr() for t in (p.out, p.x, p.rows)]
+        columns = 0 if p.columns is None else p.columns.data_ptr()
+        table += [*addresses, columns, len(p.rows), p.width, tiles]
+        tiles += count
+    # Triton launches on the current device and stream; its interpreter is numpy, which warns.
+    with torch.cuda.device_of(plans[0].out), np.errstate(all="ignore"):
+        permute_kernel[(tiles,)](
+            tables.upload(table, torch.int64, device),
+            tables.owners(counts, device),
+            **constants,
+            **LAUNCH,
+        )

@@ -1,0 +1,51 @@
+"""zip_weights as machine code, by Triton."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernels.sass import Kernel, Sass, assert_lean, compile_cases
+
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+CASES = [
+    (dtype, stay, wide, width)
+    for dtype in SIZES
+    for stay, wide in ((True, True), (True, False), (False, False))
+    for width in (16, 1 << 14)
+]
+
+
+def kernel(dtype: str, stay: bool, wide: bool, width: int, fused: bool = False) -> Kernel:
+    from mergekern.backends.triton.zip_weights import LAUNCH, tile_shape
+
+    rows, columns = tile_shape(SIZES[dtype], width, wide)
+    return Kernel(
+        module="zip_weights",
+        name="zip_weights_kernel",
+        signature={
+            "plans": "*i64",
+            "inputs": "*i64",
+            "factors": "*fp32" if SIZES[dtype] == 2 else "*fp64",
+            "owners": "*i32",
+        },
+        constants={"TYPE": dtype, "STAY": stay, "WIDE": wide, "ROWS": rows, "COLUMNS": columns},
+        divisible=("plans", "inputs", "factors", "owners"),
+        options=LAUNCH | ({"enable_fp_fusion": True} if fused else {}),
+    )
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[tuple, Sass]:
+    return compile_cases([(*case, fused) for case in CASES for fused in (False, True)], kernel)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+def test_triton(kernels: dict[tuple, Sass], case: tuple) -> None:
+    sass, fused, wide = kernels[(*case, False)], kernels[(*case, True)], case[2]
+    assert_lean(sass, registers=128)  # 512 threads on a multiprocessor
+    if wide:
+        assert sass.ops["LDG.E.128"] > 0, sass
+        assert sass.count("STG") == sass.ops["STG.E.128"], sass
+    # Divisions are made of FMA; the products are not.
+    assert sass.count("FFMA", "DFMA") < fused.count("FFMA", "DFMA"), sass
+    assert sass.count("FMUL", "DMUL") > fused.count("FMUL", "DMUL"), sass
