@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.sass import Kernel, Sass, assert_lean, compile_triton, nvidia_tools
+from kernels.sass import Kernel, Sass, assert_lean, compile_cases
 
 TYPES = ("bf16", "fp16", "fp32", "fp64")
 CASES = [(x, based) for x in TYPES for based in (False, True)]
@@ -34,7 +34,7 @@ def dots(x: str, based: bool) -> Kernel:
     )
 
 
-def total() -> Kernel:
+def total(rows: int) -> Kernel:
     from mergekern.backends.triton import gram
 
     sizes = ("n", "tensors", "pairs", "rows", "chunks")
@@ -47,21 +47,19 @@ def total() -> Kernel:
             "table": "*i64",
             **dict.fromkeys(sizes, "i32"),
         },
-        constants={"BLOCK": gram.SUMMED},
+        constants={"ROWS": rows, "BLOCK": gram.SUMMED // rows},
         divisible=("out", "partial", "table"),
         options=gram.LAUNCH,
     )
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[object, Sass]:
-    nvidia_tools()  # skips without triton
-    kernels = {case: dots(*case) for case in CASES} | {"total": total()}
-    return dict(zip(kernels, compile_triton(list(kernels.values())), strict=True))
+def compiled() -> dict[tuple, Sass]:
+    return compile_cases(CASES, dots)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
-def test_dots(compiled: dict[object, Sass], case: tuple[str, bool]) -> None:
+def test_dots(compiled: dict[tuple, Sass], case: tuple[str, bool]) -> None:
     sass = compiled[case]
     # 24 sums in double of each thread take 48 registers, and what is read ahead the rest.
     assert_lean(sass, 128)
@@ -71,6 +69,7 @@ def test_dots(compiled: dict[object, Sass], case: tuple[str, bool]) -> None:
     assert sass.count("DMUL") >= 3 * 8, sass  # three products of 8 elements
 
 
-def test_total(compiled: dict[object, Sass]) -> None:
-    assert_lean(compiled["total"])
-    assert compiled["total"].count("DMUL", "DFMA") == 0
+def test_total() -> None:
+    for sass in compile_cases([(rows,) for rows in (1, 8, 512)], total).values():
+        assert_lean(sass)
+        assert sass.count("DMUL", "DFMA") == 0, sass

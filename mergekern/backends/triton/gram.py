@@ -24,7 +24,7 @@ from .common import DTYPES, pointer, widen
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 LANES = 1024  # sums that a program keeps side by side
 LONGEST = 1 << 15  # elements of a chunk: a program's loads hide the reduction at its end
-SUMMED = 512  # partial sums that the second stage takes at a time
+SUMMED = 512  # partial sums that a program of the second stage takes at a time
 
 
 @triton.jit
@@ -83,32 +83,46 @@ def dots_kernel(
 
 
 @triton.jit
-def _total(partial, chunks, BLOCK: tl.constexpr):
-    lanes = tl.zeros([BLOCK], tl.float64)
+def _totals(partial, row, rows, chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of each row's partial sums."""
+    lanes = tl.zeros([ROWS, BLOCK], tl.float64)
     for begin in range(0, chunks, BLOCK):
         chunk = begin + tl.arange(0, BLOCK)
-        lanes += tl.load(partial + chunk, mask=chunk < chunks, other=0.0)
-    return tl.sum(lanes, 0)
+        mask = (row < rows)[:, None] & (chunk < chunks)[None, :]
+        lanes += tl.load(partial + row[:, None] * chunks + chunk[None, :], mask=mask, other=0.0)
+    return tl.sum(lanes, 1)
 
 
 @triton.jit(do_not_specialize=["n", "tensors", "pairs", "rows", "chunks"])
-def sums_kernel(out, partial, table, n, tensors, pairs, rows, chunks, BLOCK: tl.constexpr):
-    """Partial sums of one pair and row into out [rows, n, n], which is contiguous."""
+def sums_kernel(
+    out,  # float64 [rows, n, n], contiguous
+    partial,  # as `dots_kernel` leaves it
+    table,
+    n,
+    tensors,
+    pairs,
+    rows,
+    chunks,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
-    pair, row = program % pairs, program // pairs
+    pair = program % pairs
+    row = program // pairs * ROWS + tl.arange(0, ROWS)
     i = tl.load(table + 3 * tensors + pair)
     j = tl.load(table + 3 * tensors + pairs + pair)
-    of = partial + (pair * rows + row) * chunks
     step = pairs.to(tl.int64) * rows * chunks
+    of = partial + pair * rows * chunks
     to = out + row * n * n
     if j <= i + 1:  # each square comes from one pair
-        tl.store(to + i * n + i, _total(of, chunks, BLOCK))
+        tl.store(to + i * n + i, _totals(of, row, rows, chunks, ROWS, BLOCK), mask=row < rows)
         if j == n - 1:
-            tl.store(to + j * n + j, _total(of + 2 * step, chunks, BLOCK))
+            square = _totals(of + 2 * step, row, rows, chunks, ROWS, BLOCK)
+            tl.store(to + j * n + j, square, mask=row < rows)
     if i != j:
-        product = _total(of + step, chunks, BLOCK)
-        tl.store(to + i * n + j, product)
-        tl.store(to + j * n + i, product)
+        product = _totals(of + step, row, rows, chunks, ROWS, BLOCK)
+        tl.store(to + i * n + j, product, mask=row < rows)
+        tl.store(to + j * n + i, product, mask=row < rows)
 
 
 def gram(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
@@ -154,7 +168,8 @@ def gram_rows(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
             COLUMNS=columns,
             **LAUNCH,
         )
-        sums_kernel[(rows * len(pairs),)](
+        block = min(SUMMED, triton.next_power_of_2(chunks))
+        sums_kernel[(triton.cdiv(rows, SUMMED // block) * len(pairs),)](
             out,
             partial,
             table,
@@ -163,7 +178,8 @@ def gram_rows(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
             len(pairs),
             rows,
             chunks,
-            BLOCK=min(SUMMED, triton.next_power_of_2(chunks)),
+            ROWS=SUMMED // block,
+            BLOCK=block,
             **LAUNCH,
         )
 
