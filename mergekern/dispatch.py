@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 from collections.abc import Callable
@@ -41,7 +42,7 @@ ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 # Backends that do not serve every op yet.
 KERNELS = {
-    "cuda": ("weighted_sum",),
+    "cuda": ("weighted_sum", "weighted_rows", "permute", "zip_weights"),
     "triton": tuple(op for op in OPS if op != "zip_match"),
 }
 
@@ -53,9 +54,30 @@ _REMEDIES = {
 }
 
 
+def emulating() -> bool:
+    """Whether CUDA kernels run on CPU tensors: MERGEKERN_HOST_CUDA names a folder with a _cuda that
+    tests/kernels/build_host_cuda.py made."""
+    return bool(os.environ.get("MERGEKERN_HOST_CUDA"))
+
+
+def _emulated() -> ModuleType | str:
+    folder = os.environ["MERGEKERN_HOST_CUDA"]
+    found = importlib.machinery.PathFinder.find_spec("_cuda", [folder])
+    if found is None or found.origin is None:
+        return f"MERGEKERN_HOST_CUDA names {folder}, where build_host_cuda.py has built nothing"
+    spec = importlib.util.spec_from_file_location("mergekern._cuda", found.origin)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @functools.cache
 def _compiled(module: str) -> ModuleType | str:
     """The compiled module, or the sentence why there is none."""
+    if module == "_cuda" and emulating():
+        return _emulated()
     if importlib.util.find_spec(f"mergekern.{module}") is None:
         return _REMEDIES[module]
     try:
@@ -86,6 +108,10 @@ def _why_not_cuda(device: torch.device) -> str | None:
     reason: str = found.why_not()
     if reason:
         return reason
+    if emulating():
+        if device.type == "cpu":
+            return None
+        return f"MERGEKERN_HOST_CUDA is set, which serves CPU tensors; got one on {device}"
     if device.type != "cuda":
         return f"serves CUDA tensors; got one on {device}"
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,8 +1,10 @@
 """What every test shares: the backend under test, proof of who ran, and poisoned memory.
 
-`MERGEKERN_REQUIRE=cpu,triton,build,clang` turns a skip for want of one of those into a failure.
+`MERGEKERN_REQUIRE=cpu,cuda,triton,build,clang` turns a skip for want of one of those into a
+failure.
 Triton kernels run in its interpreter unless the environment says `TRITON_INTERPRET=0` (a machine
-with a GPU).
+with a GPU); CUDA kernels run on the host where `MERGEKERN_HOST_CUDA` names what
+`kernels/build_host_cuda.py` made.
 """
 
 from __future__ import annotations

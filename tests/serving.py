@@ -11,9 +11,8 @@ UNDER_TEST = ("torch", "cpu", "cuda", "triton")
 
 def device_of(backend: str) -> str:
     """Where the tensors of a test of `backend` live."""
-    if backend == "cuda" or (backend == "triton" and not dispatch.interpreting()):
-        return "cuda"
-    return "cpu"
+    on_host = {"cuda": dispatch.emulating(), "triton": dispatch.interpreting()}
+    return "cpu" if on_host.get(backend, True) else "cuda"
 
 
 def affordable(backend: str, n: int) -> int:

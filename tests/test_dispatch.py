@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,10 +98,24 @@ def test_a_backend_named_for_the_wrong_device_does_not_fall_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.delenv("MERGEKERN_HOST_CUDA", raising=False)
     with refused("weighted_sum", "triton: ", error=BackendError, sentence=False):
         call("weighted_sum", "triton")
     with refused("weighted_sum", "cuda: ", error=BackendError, sentence=False):
         call("weighted_sum", "cuda")
+
+
+def test_emulated_kernels_say_whom_they_serve(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MERGEKERN_HOST_CUDA", str(tmp_path))
+    absent = f"MERGEKERN_HOST_CUDA names {tmp_path}, where build_host_cuda.py has built nothing"
+    assert dispatch._compiled.__wrapped__("_cuda") == absent
+    emulated = SimpleNamespace(why_not=lambda: "", emulated=True)
+    monkeypatch.setattr(dispatch, "_compiled", lambda module: emulated)
+    assert dispatch.why_not("cuda", "weighted_sum", "cpu") is None
+    expected = "cuda: MERGEKERN_HOST_CUDA is set, which serves CPU tensors; got one on cuda"
+    assert dispatch.why_not("cuda", "weighted_sum", "cuda") == expected
 
 
 @pytest.mark.parametrize("backend", UNDER_TEST)

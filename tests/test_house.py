@@ -273,7 +273,7 @@ def test_doctests(name: str) -> None:
     needs = {"cpu": "cpu", "cuda": "cuda", "triton": "triton"}
     parts = name.split(".")
     if parts[1:2] == ["backends"] and len(parts) > 2 and parts[2] in needs:
-        device = "cuda" if parts[2] == "cuda" else "cpu"
+        device = "cuda" if parts[2] == "cuda" and not dispatch.emulating() else "cpu"
         reason = dispatch.why_not(parts[2], "weighted_sum", device)
         if reason:
             pytest.skip(reason)

@@ -129,6 +129,12 @@ CATALOGUE = tuple(
                 for d in cases.DTYPES
                 for n, v in ((1, "normal"), (2, "mixed"), (2, "zeros"), (3, "mixed"))
             ),
+            # Rows that GPU kernels add up in shared memory, at once or not, and longer ones.
+            Layer((5, 40, 3, 3), growth=1),
+            Layer((7, 90, 2, 2), "zip", "heap", (1, 0)),
+            Layer((3, 300), None, "zip"),
+            Layer((2, 4500), dtype=torch.bfloat16),
+            Layer((2, 6200)),
         ]
     )
 )

@@ -56,6 +56,22 @@ __device__ inline T* global(T* p) {
   return p;
 }
 
+// Divides numbers from 0 to 2^50 by one known before the launch: a product with its inverse is off
+// by one at most. A 64-bit division would be a call of some 100 instructions.
+struct Divisor {
+  explicit Divisor(std::int64_t by) : by(by), inverse(1.0 / double(by)) {}
+  __device__ Divisor(std::int64_t by, double inverse) : by(by), inverse(inverse) {}
+  __device__ std::int64_t quotient(std::int64_t a) const {
+    const std::int64_t near = std::int64_t(mul(double(a), inverse));
+    const std::int64_t rest = a - near * by;
+    return near + (rest >= by) - (rest < 0);
+  }
+  __device__ std::int64_t remainder(std::int64_t a) const { return a - quotient(a) * by; }
+
+  std::int64_t by;
+  double inverse;
+};
+
 // ---- 16-byte access ----------------------------------------------------------------------------
 
 // Elements one thread takes at a time, so that both its reads and its writes fill 16 bytes.
@@ -83,6 +99,30 @@ struct alignas(16) Pack {
 };
 
 // ---- launching ---------------------------------------------------------------------------------
+
+// kernel<<<blocks, threads, shared, stream>>>(args...), which is no C++: tests/kernels/host_cuda
+// runs the same kernels on a host.
+template <class... Parameters, class... Args>
+void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, std::size_t shared,
+            cudaStream_t stream, Args... args) {
+#ifdef __CUDACC__
+  kernel<<<blocks, threads, shared, stream>>>(args...);
+#else
+  (void)stream;
+  host_cuda::run(blocks, threads, shared, [&] { kernel(Parameters(args)...); });
+#endif
+}
+
+// The bytes of shared memory that a launch asks for, from a multiple of 16 on.
+template <class T>
+__device__ inline T* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+#else
+  return static_cast<T*>(host_cuda::dynamic_shared);
+#endif
+}
 
 // Makes `device` current for a scope; kernels are launched on the device of the caller's stream.
 class OnDevice {

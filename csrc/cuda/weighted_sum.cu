@@ -1,8 +1,17 @@
-#include "common.cuh"
+#include "sums.cuh"
 #include "weighted_sum.cuh"
 
 namespace mk::cuda {
 namespace {
+
+// The weight of every element.
+template <class A>
+struct OfAll {
+  const A* __restrict__ weights;
+  A now;
+  __device__ void enter(std::int64_t i) { now = weights[i]; }
+  __device__ A of(int) const { return now; }
+};
 
 // Each thread takes packs of kPack elements through all inputs, `packs` in total; the elements
 // after them (the tail, or all of them where 16-byte access is not possible) go one by one.
@@ -14,29 +23,13 @@ __global__ void __launch_bounds__(kThreads)
                         std::int64_t numel, sum_t<In> divisor) {
   using A = sum_t<In>;
   constexpr int N = kPack<In, Out>;
-  // Inputs a thread reads before it adds the first of them: 64 bytes in flight.
-  constexpr int kBatch = 64 / (N * sizeof(In));
   const std::int64_t thread = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const std::int64_t threads = std::int64_t(gridDim.x) * kThreads;
 
 #pragma unroll 1
   for (std::int64_t at = thread; at < packs; at += threads) {
     A sum[N];
-#pragma unroll
-    for (int k = 0; k < N; ++k) sum[k] = A(-0.0);  // plus any p is p, also for p = -0
-    for (std::int64_t i = 0; i < n; i += kBatch) {
-      Pack<In, N> x[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j)
-        if (i + j < n) x[j].read(global(xs[i + j]) + at * N);
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (i + j >= n) break;
-        const A w = weights[i + j];
-#pragma unroll
-        for (int k = 0; k < N; ++k) sum[k] = add(sum[k], mul(A(load(x[j].v[k])), w));
-      }
-    }
+    sum_pack(xs, n, at * N, sum, OfAll<A>{weights, A(0)});
     Pack<Out, N> y;
 #pragma unroll
     for (int k = 0; k < N; ++k) store(kDivide ? div(sum[k], divisor) : sum[k], &y.v[k]);
@@ -45,25 +38,20 @@ __global__ void __launch_bounds__(kThreads)
 
 #pragma unroll 1
   for (std::int64_t at = packs * N + thread; at < numel; at += threads) {
-    A sum = mul(A(load(global(xs[0])[at])), weights[0]);
-#pragma unroll 4
-    for (std::int64_t i = 1; i < n; ++i) {
-      sum = add(sum, mul(A(load(global(xs[i])[at])), weights[i]));
-    }
+    const A sum = sum_one<In, A>(xs, n, at, OfAll<A>{weights, A(0)});
     store(kDivide ? div(sum, divisor) : sum, &out[at]);
   }
 }
 
 template <class In, class Out, bool kDivide>
-void launch(const WeightedSum& args, cudaStream_t stream) {
+void enqueue(const WeightedSum& args, cudaStream_t stream) {
   using A = sum_t<In>;
   constexpr int N = kPack<In, Out>;
   const std::int64_t packs = args.wide ? args.numel / N : 0;
   const std::int64_t rest = args.numel - packs * N;
-  weighted_sum_kernel<In, Out, kDivide>
-      <<<blocks_for(packs > rest ? packs : rest), kThreads, 0, stream>>>(
-          static_cast<Out*>(args.out), reinterpret_cast<const In* const*>(args.xs),
-          static_cast<const A*>(args.weights), args.n, packs, args.numel, A(args.divisor));
+  launch(weighted_sum_kernel<In, Out, kDivide>, blocks_for(packs > rest ? packs : rest), kThreads,
+         0, stream, static_cast<Out*>(args.out), reinterpret_cast<const In* const*>(args.xs),
+         static_cast<const A*>(args.weights), args.n, packs, args.numel, A(args.divisor));
 }
 
 }  // namespace
@@ -77,9 +65,9 @@ cudaError_t weighted_sum(const WeightedSum& args, int device, cudaStream_t strea
       using In = std::remove_pointer_t<decltype(x)>;
       using Out = std::remove_pointer_t<decltype(out)>;
       if (args.divisor == 1.0)
-        launch<In, Out, false>(args, stream);
+        enqueue<In, Out, false>(args, stream);
       else
-        launch<In, Out, true>(args, stream);
+        enqueue<In, Out, true>(args, stream);
     });
   });
   return cudaGetLastError();

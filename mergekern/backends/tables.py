@@ -14,7 +14,7 @@ def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) ->
     From pinned memory, because a copy from pageable memory waits for everything in the stream;
     torch keeps the pinned buffer until the copy is done.
     """
-    if device.type == "cpu":  # Triton's interpreter
+    if device.type == "cpu":  # interpreted or emulated kernels
         return torch.tensor(values, dtype=dtype)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 

@@ -15,7 +15,7 @@ def doctor() -> None:
         from rich.console import Console
         from rich.table import Table
 
-        from ..dispatch import BACKENDS, OPS, why_not
+        from ..dispatch import BACKENDS, OPS, emulating, why_not
 
     console = Console()
     console.print(
@@ -28,8 +28,10 @@ def doctor() -> None:
     for op in OPS:
         cells = []
         for backend in BACKENDS:
-            reason = why_not(backend, op, "cuda" if backend in ("cuda", "triton") else "cpu")
-            cells.append("-" if reason else "yes")
+            emulated = backend == "cuda" and emulating()
+            device = "cuda" if backend in ("cuda", "triton") and not emulated else "cpu"
+            reason = why_not(backend, op, device)
+            cells.append("-" if reason else "emulated" if emulated else "yes")
             if reason:
                 reasons[reason] = None
         table.add_row(op, *cells)

@@ -160,8 +160,9 @@ class Method:
     needs: whether `measure` is needed with these arguments; without, it finds None.
     draws: hosts for which it draws from torch's generator, so that what a tensor gets depends on
     those before it: such a merge is made in one go, by one process.
-    joins: tensors of fewer elements may be merged end to end in one call, without a
-    host; `inputs.sizes` says where each ends. The result is what `merge` of each gives, to the bit.
+    joins: a number of elements; tensors of fewer may be merged end to end in one call, without a
+    host, and `inputs.sizes` says where each ends. The result is what `merge` of each gives, to the
+    bit. A method that surveys joins none.
     studied: the parameters on which survey or measure depend; None: all.
 
     kept: what `merge` keeps of each task vector, with the same inputs and arguments, for reports.

@@ -308,9 +308,10 @@ def test_doctor_shows_every_backend_and_reason(run: Run) -> None:
     for op in dispatch.OPS:
         cells = dict(zip(dispatch.BACKENDS, map(str.strip, rows[op].split("│")[2:-1]), strict=True))
         for backend in dispatch.BACKENDS:
-            device = "cuda" if backend in ("cuda", "triton") else "cpu"
+            emulated = backend == "cuda" and dispatch.emulating()
+            device = "cuda" if backend in ("cuda", "triton") and not emulated else "cpu"
             reason = dispatch.why_not(backend, op, device)
-            assert cells[backend] == ("-" if reason else "yes")
+            assert cells[backend] == ("-" if reason else "emulated" if emulated else "yes")
             assert reason is None or reason in printed
 
 

@@ -36,7 +36,7 @@ def measured(path: Path, *options: str, before: str = "") -> tuple[int, list[dic
     given = ["--measure", "--small", "--device", "cpu", "--out", path, *options]
     done = subprocess.run(
         [sys.executable, "-c", RUN.format(before), ROOT, *given],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
+        env={**os.environ, "TRITON_INTERPRET": "0", "MERGEKERN_HOST_CUDA": ""},
         capture_output=True,
         text=True,
     )

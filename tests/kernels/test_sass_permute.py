@@ -1,10 +1,29 @@
-"""permute as machine code, by Triton."""
+"""permute as machine code, by nvcc and by Triton."""
 
 from __future__ import annotations
 
 import pytest
 
-from kernels.sass import Kernel, Sass, assert_lean, compile_cases
+from kernels.sass import Kernel, Sass, assert_lean, compile_cases, compile_cuda
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_cuda(arch: str) -> None:
+    kernels = compile_cuda("permute.cu", arch=arch)
+    assert len(kernels) == 5 * 3  # units; rows that stay together, gathers, staged gathers
+    for name, sass in kernels.items():
+        assert_lean(sass)
+        # No arithmetic touches an element: the one product is that of a division's quotient.
+        assert sass.count("FADD", "FMUL", "DADD", "F2F") == 0, (name, sass)
+        assert sass.ops["I2F.U64.RP"] == 0, (name, sass)  # a division of 64 bits
+        if "staged" in name:
+            assert sass.ops["LDG.E.128"] > 0, (name, sass)
+            assert sass.ops["STS.128"] > 0, (name, sass)
+            assert sass.count("LDS") > 0, (name, sass)
+            assert sass.ops["STG.E.128"] > 0, (name, sass)
+        elif "uint4" in name:
+            assert sass.ops["LDG.E.128"] == sass.count("STG") == sass.ops["STG.E.128"], (name, sass)
+
 
 TYPES = {1: "i8", 2: "i16", 4: "i32", 8: "i64"}
 CASES = [

@@ -1,10 +1,25 @@
-"""weighted_rows as machine code."""
+"""weighted_rows as machine code, by nvcc and by Triton."""
 
 from __future__ import annotations
 
 import pytest
 
-from kernels.sass import Kernel, Sass, assert_lean, compile_cases
+from kernels.sass import REGISTERS, Kernel, Sass, assert_lean, compile_cases, compile_cuda
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_cuda(arch: str) -> None:
+    kernels = compile_cuda("weighted_rows.cu", arch=arch)
+    assert len(kernels) == 4 * 4 * 2  # input types, output types, packs in a row or anywhere
+    for name, sass in kernels.items():
+        # Eight elements of different rows have eight double weights where floats become 16 bits.
+        assert_lean(sass, REGISTERS + 16)
+        assert sass.ops["LDG.E.128"] > 0, (name, sass)
+        assert sass.ops["STG.E.128"] > 0, (name, sass)
+        assert sass.count("FFMA", "DFMA") == 0, (name, sass)  # every product is rounded
+        assert sass.count("FMUL", "DMUL") > 0, (name, sass)
+        assert sass.ops["I2F.U64.RP"] == 0, (name, sass)  # a division of 64 bits
+
 
 SIZES = {"bf16": 2, "fp32": 4, "fp64": 8}
 CASES = [(x, lie) for x in ("bf16", "fp32", "fp64") for lie in ("row", "columns", "anywhere")]

@@ -1,10 +1,32 @@
-"""zip_weights as machine code, by Triton."""
+"""zip_weights as machine code, by nvcc and by Triton."""
 
 from __future__ import annotations
 
 import pytest
 
-from kernels.sass import Kernel, Sass, assert_lean, compile_cases
+from kernels.sass import Kernel, Sass, assert_lean, compile_cases, compile_cuda
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_cuda(arch: str) -> None:
+    kernels = compile_cuda("zip_weights.cu", arch=arch)
+    plain = compile_cuda("zip_weights.cu", "--fmad=false", arch=arch)
+    assert len(kernels) == 4 * 4  # types; packs, elements, gathers, staged gathers
+    assert len(plain) == len(kernels)
+    for (name, sass), unfused in zip(kernels.items(), plain.values(), strict=True):
+        assert_lean(sass)
+        # Divisions are made of FMA; the products are not.
+        assert sass.count("FFMA", "DFMA") == unfused.count("FFMA", "DFMA"), (name, sass)
+        assert sass.count("FMUL", "DMUL") > 0, (name, sass)
+        assert sass.ops["I2F.U64.RP"] == 0, (name, sass)  # a division of 64 bits
+        if "staged" in name:
+            assert sass.ops["LDG.E.128"] > 0, (name, sass)
+            assert sass.ops["STS.128"] > 0, (name, sass)
+            assert sass.count("LDS") > 0, (name, sass)
+        elif "rows_kernel" in name and "Li1E" not in name:
+            assert sass.ops["LDG.E.128"] > 0, (name, sass)
+            assert sass.count("STG") == sass.ops["STG.E.128"] == 1, (name, sass)
+
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 CASES = [

@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from ...check import sum_accumulator
-from ...dispatch import compiled
 from .. import tables
-
-_cuda = compiled("_cuda")
-_DTYPES = {
-    torch.float32: _cuda.DType.f32,
-    torch.float64: _cuda.DType.f64,
-    torch.float16: _cuda.DType.f16,
-    torch.bfloat16: _cuda.DType.bf16,
-}
+from .runtime import DTYPES, _cuda, place
 
 
 def weighted_sum(out: Tensor, xs: list[Tensor], weights: list[float], divisor: float) -> None:
@@ -33,16 +25,15 @@ def weighted_sum(out: Tensor, xs: list[Tensor], weights: list[float], divisor: f
     factors = tables.upload(weights, sum_accumulator(xs[0].dtype), device)
     _cuda.weighted_sum(
         out=target.data_ptr(),
-        out_dtype=_DTYPES[out.dtype],
+        out_dtype=DTYPES[out.dtype],
         xs=addresses.data_ptr(),
-        x_dtype=_DTYPES[xs[0].dtype],
+        x_dtype=DTYPES[xs[0].dtype],
         weights=factors.data_ptr(),
         n=len(xs),
         numel=out.numel(),
         divisor=divisor,
         wide=tables.aligned([target, *xs]),
-        device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        **place(device),
     )
     if target is not out:
         out.copy_(target)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tables
+from ..moves import Axis, Offsets, axes_of, unit_of
 from .common import pointer
 
 LAUNCH = {"num_warps": 4}
@@ -69,42 +70,12 @@ def tile_shape(unit: int, width: int, wide: bool) -> tuple[int, int]:
     return (1, block) if 2 * width > block else (block // 64, 64)
 
 
-class _Axis(NamedTuple):
-    """size steps, each of `stride` elements, or to where `positions` say."""
-
-    size: int
-    stride: int
-    positions: Tensor | None = None
-
-
 class _Plan(NamedTuple):
     out: Tensor
     x: Tensor
     rows: Tensor
     columns: Tensor | None  # None: together
     width: int
-
-
-class _Offsets:
-    """Vectors of offsets; a model's tensors share most of them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._made: dict[tuple[tuple[int, int, int], ...], tuple[list[_Axis], Tensor]] = {}
-
-    def of(self, axes: list[_Axis]) -> Tensor:
-        key = tuple((a.size, a.stride, id(a.positions)) for a in axes)
-        if key not in self._made:
-            total = torch.zeros(1, dtype=torch.int64, device=self._device)
-            for a in axes:
-                steps = (
-                    torch.arange(a.size, device=self._device)
-                    if a.positions is None
-                    else a.positions
-                )
-                total = (total[:, None] + steps * a.stride).view(-1)
-            self._made[key] = axes, total
-        return self._made[key][1]
 
 
 def permute(outs: list[Tensor], xs: list[Tensor], indices: list[dict[int, Tensor]]) -> None:
@@ -114,9 +85,9 @@ def permute(outs: list[Tensor], xs: list[Tensor], indices: list[dict[int, Tensor
     for out, x, index in zip(outs, xs, indices, strict=True):
         if not out.numel():
             continue
-        offsets = offsets or _Offsets(out.device)
-        unit = _unit(out, x)
-        plan = _plan(out, x, _axes(out, x, index, unit), offsets)
+        offsets = offsets or Offsets(out.device)
+        unit = unit_of(out, x)
+        plan = _plan(out, x, axes_of(out, x, index, unit), offsets)
         together = plan.columns is None
         wide = together and tables.aligned([out, x]) and plan.width % 16 == 0
         wide = wide and all(s * x.element_size() // unit % 16 == 0 for s in _strides(x))
@@ -131,36 +102,7 @@ def _strides(x: Tensor) -> list[int]:
     return [s for s, size in zip(x.stride(), x.shape, strict=True) if s != 1 and size != 1]
 
 
-def _unit(out: Tensor, x: Tensor) -> int:
-    """Bytes that are moved as one: an element, half of a complex128, or bytes at odd addresses."""
-    unit = min(8, x.element_size())
-    return unit if (out.data_ptr() | x.data_ptr()) % unit == 0 else 1
-
-
-def _axes(out: Tensor, x: Tensor, index: dict[int, Tensor], unit: int) -> list[_Axis]:
-    """The axes of the result in units; plain neighbours are merged."""
-    pieces = x.element_size() // unit
-    given = [
-        _Axis(size, x.stride(d) * pieces, index.get(d))
-        for d, size in enumerate(out.shape)
-        if size != 1 or d in index
-    ]
-    axes: list[_Axis] = []
-    for a in [*given, *([_Axis(pieces, 1)] if pieces > 1 else [])]:
-        before = axes[-1] if axes else None
-        if (
-            before
-            and before.positions is None
-            and a.positions is None
-            and before.stride == a.size * a.stride
-        ):
-            axes[-1] = _Axis(before.size * a.size, a.stride)
-        else:
-            axes.append(a)
-    return axes or [_Axis(1, 1)]
-
-
-def _plan(out: Tensor, x: Tensor, axes: list[_Axis], offsets: _Offsets) -> _Plan:
+def _plan(out: Tensor, x: Tensor, axes: list[Axis], offsets: Offsets) -> _Plan:
     last = axes[-1]
     if last.positions is None and last.stride == 1 and (last.size >= _RUN or len(axes) == 1):
         return _Plan(out, x, offsets.of(axes[:-1]), None, last.size)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...check import sum_accumulator
 from .. import tables
+from ..moves import Groups
 from .common import DTYPES, narrow, pointer, widen
 
 # Fusion to FMA would skip the rounding of each product.
@@ -128,26 +129,6 @@ class _Plan(NamedTuple):
     held: list[Tensor]
 
 
-class _Groups:
-    """Where the members of each group start, and the members of all groups."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._made: dict[tuple[int, int], tuple[Tensor | None, Tensor, Tensor]] = {}
-
-    def of(self, labels: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-        """Without labels every feature is a group."""
-        key = (id(labels), count)
-        if key not in self._made:
-            starts = torch.arange(count + 1, device=self._device)
-            members = starts
-            if labels is not None:
-                ordered, members = torch.sort(labels, stable=True)
-                starts = torch.searchsorted(ordered, starts)
-            self._made[key] = labels, starts, members
-        return self._made[key][1:]
-
-
 def zip_weights(
     outs: list[Tensor],
     xs: list[list[Tensor]],
@@ -161,7 +142,7 @@ def zip_weights(
     if not outs:
         return
     launches: dict[tuple[torch.dtype, bool, bool, int, int], list[_Plan]] = {}
-    groups = _Groups(outs[0].device)
+    groups = Groups(outs[0].device)
     for out, x, r, c, f, d, by in zip(outs, xs, rows, cols, factors, divisors, by_row, strict=True):
         if not out.numel():
             continue
@@ -183,7 +164,7 @@ def _plan(
     factors: list[float],
     divisors: Tensor,
     by_row: bool,
-    groups: _Groups,
+    groups: Groups,
 ) -> _Plan:
     held, inputs, used = [], [], []
     for i, x in enumerate(xs):

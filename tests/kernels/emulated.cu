@@ -1,0 +1,104 @@
+// Kernels that show what tests/kernels/host_cuda does; test_host_cuda.py calls them.
+#include <stdexcept>
+#include <string>
+
+#include "common.cuh"
+
+namespace {
+
+using namespace mk::cuda;
+
+// out[i] = n - 1 - i by way of shared memory; right only with the barrier.
+template <bool kBarrier>
+__global__ void reversed_kernel(int* out) {
+  __shared__ int values[256];
+  int* more = dynamic_shared<int>();
+  values[threadIdx.x] = more[threadIdx.x] = int(threadIdx.x);
+  if (kBarrier) __syncthreads();
+  const int from = blockDim.x - 1 - threadIdx.x;
+  out[blockIdx.x * blockDim.x + threadIdx.x] = values[from] == more[from] ? values[from] : -1;
+}
+
+__global__ void uninitialised_kernel(int* out) {
+  __shared__ int values[256];
+  int* more = dynamic_shared<int>();
+  out[blockIdx.x * 2] = values[17];
+  out[blockIdx.x * 2 + 1] = more[17];
+  values[17] = more[17] = 0;
+}
+
+// Blocks and threads sign in as they come.
+__global__ void arrival_kernel(int* out) {
+  out[1 + atomicAdd(out, 1)] = int(blockIdx.x * blockDim.x + threadIdx.x);
+}
+
+__global__ void warp_kernel(int* out) {
+  const int i = int(threadIdx.x), lane = i % 32, value = 3 * i + 1;
+  int* mine = out + 10 * i;
+  mine[0] = __shfl_sync(~0u, value, lane * 7);
+  mine[1] = __shfl_up_sync(~0u, value, 3);
+  mine[2] = __shfl_down_sync(~0u, value, 3, 16);
+  mine[3] = int(__shfl_xor_sync(~0u, double(value), 5));
+  mine[4] = int(__ballot_sync(~0u, i % 3 == 0));
+  mine[5] = __reduce_add_sync(~0u, value);
+  mine[6] = int(__match_any_sync(~0u, i % 5));
+  mine[7] = __any_sync(~0u, i == 40) * 2 + __all_sync(~0u, i < 32);
+  mine[8] = 0;
+  if (lane < 8) mine[8] = int(__reduce_max_sync(0xffu, unsigned(value)));  // some lanes only
+  mine[9] = __syncthreads_count(i % 3 == 0);
+}
+
+__global__ void early_end_kernel(int* out) {
+  if (threadIdx.x >= 100) return;
+  __syncthreads();
+  *out = 1;
+}
+
+__global__ void two_places_kernel(int* out) {
+  if (threadIdx.x < 100)
+    __syncthreads();
+  else
+    __syncthreads();
+  *out = 1;
+}
+
+__global__ void too_far_kernel(int*) { dynamic_shared<int>()[threadIdx.x] = 0; }
+
+__global__ void missing_lane_kernel(int* out) {
+  if (threadIdx.x != 5) *out = __shfl_sync(~0u, 1, 0);
+}
+
+__global__ void bits_kernel(int* out, const double* x, int n) {
+  for (int i = 0; i < n; ++i) out[i] = __float_as_int(__double2float_rz(x[i]));
+}
+
+template <class... P, class... A>
+const char* report(void (*kernel)(P...), int blocks, int threads, int shared, A... args) {
+  static thread_local std::string said;  // not in .bss, which is shared memory
+  said.clear();
+  try {
+    launch(kernel, blocks, threads, shared, nullptr, args...);
+  } catch (const std::runtime_error& error) {
+    said = error.what();
+  }
+  return said.c_str();
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default"))) const char*
+
+EXPORT reversed(int* out) { return report(reversed_kernel<true>, 3, 256, 1024, out); }
+EXPORT reversed_without_barrier(int* out) {
+  return report(reversed_kernel<false>, 3, 256, 1024, out);
+}
+EXPORT uninitialised(int* out) { return report(uninitialised_kernel, 3, 1, 1024, out); }
+EXPORT arrival(int* out) { return report(arrival_kernel, 7, 64, 0, out); }
+EXPORT warps(int* out) { return report(warp_kernel, 1, 64, 0, out); }
+EXPORT early_end(int* out) { return report(early_end_kernel, 1, 128, 0, out); }
+EXPORT two_places(int* out) { return report(two_places_kernel, 1, 128, 0, out); }
+EXPORT too_far(int* out) { return report(too_far_kernel, 1, 32, 31 * 4, out); }
+EXPORT missing_lane(int* out) { return report(missing_lane_kernel, 1, 32, 0, out); }
+EXPORT double2float_rz(int* out, const double* x, int n) {
+  return report(bits_kernel, 1, 1, 0, out, x, n);
+}
