@@ -18,6 +18,7 @@ import cases
 from accuracy import assert_bits_equal, assert_within
 from cases import CATALOGUE, CHUNK, Case, values
 from refusal import refused
+from serving import affordable, in_turn
 
 OP = "gram"
 
@@ -101,7 +102,8 @@ def test_differences_and_products_are_float64(backend: str, device: str) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_across_chunks(dtype: torch.dtype, backend: str, device: str) -> None:
-    xs = Case(shape=(2 * CHUNK + 17,), n=3, dtype=dtype).tensors(device)
+    n = affordable(backend, 2 * CHUNK + 17)
+    xs = Case(shape=(n,), n=3, dtype=dtype).tensors(device)
     got = mk.gram(xs, base=xs[0], backend=backend)
     assert_within(got, oracle(xs, xs[0]), bound(xs, xs[0], sums=2))
     assert_bits_equal(got[0], torch.zeros(3, dtype=torch.float64))
@@ -197,13 +199,17 @@ ALONG = [
 ]
 
 
+ALONG_MODELS = (torch.float32, 3), (torch.bfloat16, 2), (torch.float16, 5)
+
+
 @pytest.mark.parametrize("based", [False, True], ids=["alone", "base"])
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize(("shape", "dim"), ALONG, ids=str)
 def test_along_a_dimension(
     shape: tuple[int, ...], dim: int, layout: str, based: bool, backend: str, device: str
 ) -> None:
-    for dtype, n in ((torch.float32, 3), (torch.bfloat16, 2), (torch.float16, 5)):
+    turn = ALONG.index((shape, dim)) + list(cases.LAYOUTS).index(layout)
+    for dtype, n in in_turn(backend, ALONG_MODELS, turn):
         base, *xs = Case(shape=shape, n=n + 1, dtype=dtype, layout=layout).tensors(device)
         origin = base if based else None
         got = mk.gram(xs, base=origin, dim=dim, backend=backend)
