@@ -153,9 +153,11 @@ def why_not(
     device = torch.device(device)
     if backend not in BACKENDS:
         return f"{backend}: no such backend; expected auto or one of {', '.join(BACKENDS)}"
-    reason = _WHY_NOT[backend](device) if backend in _WHY_NOT else None
-    if reason is None and op not in KERNELS.get(backend, OPS):
+    reason = None
+    if op not in KERNELS.get(backend, OPS):
         reason = f"has no kernel for {op}; use backend='auto' or 'torch'"
+    elif backend in _WHY_NOT:
+        reason = _WHY_NOT[backend](device)
     if reason is None and dtype is not None and op != "permute" and dtype not in FLOATS:
         reason = f"{op} takes {', '.join(map(name_of, FLOATS))}; got {name_of(dtype)}"
     return None if reason is None else f"{backend}: {reason}"
