@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile
@@ -72,7 +73,9 @@ def cuda_extension(nvcc: str) -> Extension:
     return Extension(
         "mergekern._cuda",
         sources=sorted(str(p) for p in Path("csrc/cuda").glob("*.cpp")),
-        depends=sorted(str(p) for p in [*Path("csrc/cuda").glob("*.cu*"), Path("csrc/common.h")]),
+        depends=sorted(
+            str(p) for p in [*Path("csrc/cuda").glob("*.cu*"), *Path("csrc").glob("*.h")]
+        ),
         include_dirs=[pybind11.get_include(), str(root / "include")],
         library_dirs=[str(lib)],
         libraries=["cudart_static", "rt", "pthread", "dl"],
@@ -110,13 +113,16 @@ class BuildExtensions(build_ext):
         newest = max(archs, key=lambda a: int("".join(filter(str.isdigit, a))))
         if newest.isdigit():  # PTX of the newest portable architecture serves later GPUs
             flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-        objects = []
-        for source in sorted(Path("csrc/cuda").glob("*.cu")):
-            target = Path(self.build_temp) / f"{source.stem}.cu.o"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run([nvcc, *flags, "-c", str(source), "-o", str(target)], check=True)
-            objects.append(str(target))
-        return objects
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+
+        def compiled(source: Path) -> str:
+            target = str(Path(self.build_temp) / f"{source.stem}.cu.o")
+            subprocess.run([nvcc, *flags, "-c", str(source), "-o", target], check=True)
+            return target
+
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(compiled, sorted(Path("csrc/cuda").glob("*.cu"))))
 
 
 extensions = []
