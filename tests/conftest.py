@@ -3,8 +3,9 @@
 `MERGEKERN_REQUIRE=cpu,cuda,triton,build,clang` turns a skip for want of one of those into a
 failure.
 Triton kernels run in its interpreter unless the environment says `TRITON_INTERPRET=0` (a machine
-with a GPU); CUDA kernels run on the host where `MERGEKERN_HOST_CUDA` names what
-`kernels/build_host_cuda.py` made.
+with a GPU); `MERGEKERN_INTERPRETED=4` runs a fourth of the cases of tests that have many there.
+CUDA kernels run on the host where `MERGEKERN_HOST_CUDA` names what `kernels/build_host_cuda.py`
+made.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when a kernel f
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 os.environ["PYTHONSAFEPATH"] = "1"  # child processes test the installed package, not the folder
 
+import collections
 import functools
 import importlib.metadata
 import signal
+import zlib
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -30,7 +33,7 @@ import mergekern
 from mergekern import dispatch
 
 from required import REQUIRED
-from serving import UNDER_TEST, Calls, device_of, serving
+from serving import UNDER_TEST, Calls, device_of, interpreted, serving
 
 # A shell's background jobs ignore interrupts, and so would the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -81,17 +84,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", serving(metafunc.module.OP), indirect=True)
 
 
+MANY_CASES = 60
+
+
+def _test_and_backend(item: pytest.Item) -> tuple[str, str]:
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    return item.nodeid.partition("[")[0], given.get("backend", "")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Threads and chunks are of the CPU: a test that varies them runs once on a GPU's backend."""
+    """Threads and chunks are of the CPU: a test that varies them runs once on a GPU's backend.
+    Of many cases that an interpreter runs, one of MERGEKERN_INTERPRETED (1) is taken."""
+    share = int(os.environ.get("MERGEKERN_INTERPRETED", "1"))
+    cases = collections.Counter(_test_and_backend(item) for item in items)
     seen, kept, dropped = set(), [], []
     for item in items:
         given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
         varied = [given.pop(name, None) for name in ("threads", "chunk")]
-        key = item.nodeid.partition("[")[0], str(given)
-        on_gpu = given.get("backend") in ("cuda", "triton")
-        again = on_gpu and varied[0] is not None and key in seen
-        (dropped if again else kept).append(item)
-        seen.add(key)
+        test, backend = _test_and_backend(item)
+        on_gpu = backend in ("cuda", "triton")
+        again = on_gpu and varied[0] is not None and (test, str(given)) in seen
+        many = interpreted(backend) and cases[test, backend] > MANY_CASES
+        passed_over = many and zlib.crc32(item.nodeid.encode()) % share > 0
+        (dropped if again or passed_over else kept).append(item)
+        seen.add((test, str(given)))
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept

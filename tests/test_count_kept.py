@@ -18,7 +18,7 @@ from mergekern.ops.merge_deltas import Counts, count_kept
 
 from cases import CATALOGUE, CHUNK, Case, values
 from refusal import refused
-from serving import threshold
+from serving import affordable, threshold
 
 OP = "merge_deltas"  # of which it is a part
 NAN, INF = math.nan, math.inf
@@ -76,7 +76,8 @@ def test_known_answers(backend: str, device: str) -> None:
 @pytest.mark.parametrize("n", [1, 8, 17])
 def test_many_models_over_chunks(n: int, backend: str, device: str) -> None:
     """Against torch on the whole: more elements than a chunk, a range across its border."""
-    total = CHUNK + 1031
+    total = affordable(backend, CHUNK + 1031)
+    border = total - 1031
     base = values((total,), torch.bfloat16).to(device)
     xs = [values((total,), torch.bfloat16, seed=1 + i).to(device) for i in range(n)]
     ranks = [total // (2 + i) for i in range(n)]
@@ -91,7 +92,7 @@ def test_many_models_over_chunks(n: int, backend: str, device: str) -> None:
         ]
     )
     both = ((d > 0) & kept).any(0) & ((d < 0) & kept).any(0)
-    for first, last in ((0, total), (CHUNK - 7, CHUNK + 9), (5, 6)):
+    for first, last in ((0, total), (border - 7, border + 9), (5, 6)):
         got = count_kept(base, xs, keep, first=first, last=last, backend=backend)
         assert got.kept == kept[:, first:last].sum(1).tolist()
         assert got.conflicts == int(both[first:last].sum())
