@@ -3,8 +3,10 @@ take."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,3 +92,32 @@ class Groups:
                 starts = torch.searchsorted(ordered, starts)
             self._made[key] = labels, starts.to(dtype), members.to(dtype)
         return self._made[key][1:]
+
+
+class Pieces:
+    """Tensors that move into buffers, one after another.
+
+    to, source, nbytes: int64 arrays of addresses and sizes. They are valid while this object, which
+    holds contiguous copies of strided tensors, is alive.
+    """
+
+    def __init__(self, buffers: Sequence[Tensor], tensors: Sequence[Sequence[Tensor]]) -> None:
+        counts = [len(xs) for xs in tensors]
+        self._held = [x.contiguous() for xs in tensors for x in xs]
+        self.nbytes = np.array([x.nbytes for x in self._held], np.int64)
+        self.source = np.array([x.data_ptr() for x in self._held], np.int64)
+        before = np.concatenate([[0], np.cumsum(self.nbytes)])
+        first = np.cumsum([0, *counts[:-1]])
+        begins = np.array([b.data_ptr() for b in buffers], np.int64) - before[first]
+        self.to = before[:-1] + np.repeat(begins, counts)
+
+    def by_unit(self) -> dict[int, np.ndarray]:
+        """Unit in bytes -> which pieces move in it: 16, or for the others one that divides all."""
+        bits = self.to | self.source | self.nbytes | 16
+        units = bits & -bits
+        there = self.nbytes > 0
+        found = {16: np.flatnonzero(there & (units == 16))}
+        others = np.flatnonzero(there & (units < 16))
+        if len(others):
+            found[int(units[others].min())] = others
+        return {unit: which for unit, which in found.items() if len(which)}

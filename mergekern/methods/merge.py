@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import check
 from ..errors import ArgumentError
+from ..ops.permute import end_to_end
 from . import REGISTRY
 from .compat import require_fit
 from .registry import Inputs, Method
@@ -178,7 +179,7 @@ def merge_state_dicts(
             merged[key] = spec.merge(alone, **arguments_of(key))
     for keys in _buffers(small, {key: x.numel() for key, x in first.items()}):
         sizes = [first[key].numel() for key in keys]
-        buffers = [torch.cat([d[key].reshape(-1) for key in keys]) for d in models.values()]
+        buffers = end_to_end([[d[key] for key in keys] for d in models.values()], backend)
         joined = replace(inputs_of(keys[0], buffers), sizes=sizes)
         # Whose arguments are the same: those with tensors among them do not join.
         parts = torch.split(spec.merge(joined, **arguments_of(keys[0])), sizes)

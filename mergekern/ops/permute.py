@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,6 +114,22 @@ def _call(
         if result is not made:
             result.copy_(made)
     return results
+
+
+def end_to_end(tensors: Sequence[Sequence[Tensor]], backend: str) -> list[Tensor]:
+    """For each sequence one vector: its tensors' elements in C order, one tensor after another.
+
+    The tensors are checked ones, of one device, those of a sequence of one dtype. On a GPU all
+    sequences are copied in a launch, or in two where some tensors do not fill words of 16 bytes.
+    """
+    first = tensors[0][0]
+    chosen = dispatch.select(backend, OP, first.device, first.dtype)
+    if chosen not in ("cuda", "triton"):
+        return [torch.cat([x.reshape(-1) for x in xs]) for xs in tensors]
+    sizes = [sum(x.numel() for x in xs) for xs in tensors]
+    buffers = [xs[0].new_empty(size) for xs, size in zip(tensors, sizes, strict=True)]
+    dispatch.load(chosen, OP, "end_to_end")(buffers, tensors)
+    return buffers
 
 
 class _Positions:

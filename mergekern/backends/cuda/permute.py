@@ -7,13 +7,15 @@ both vectors are short beside the tensor. What lies together is moved in words o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import tables
-from ..moves import Axis, Offsets, axes_of, unit_of
+from ..moves import Axis, Offsets, Pieces, axes_of, unit_of
 from .runtime import _cuda, bits, place
 
 _WORD = 16
@@ -54,6 +56,21 @@ def permute(outs: list[Tensor], xs: list[Tensor], indices: list[dict[int, Tensor
         launches.setdefault((unit, kind), []).append(move)
     for (unit, kind), moves in launches.items():
         _launch(moves, unit, kind)
+
+
+def end_to_end(buffers: list[Tensor], tensors: Sequence[Sequence[Tensor]]) -> None:
+    """buffers[i] = the elements of tensors[i] one after another; a launch for each unit."""
+    device = buffers[0].device
+    pieces = Pieces(buffers, tensors)
+    start = tables.upload([0], torch.int64, device)  # the one row of each
+    for unit, which in pieces.by_unit().items():
+        width = pieces.nbytes[which] // unit
+        counts = -(-width // _cuda.MOVE_TILE)
+        zero = np.zeros_like(width)
+        columns = [pieces.to[which], pieces.source[which], zero + start.data_ptr(), zero]
+        columns += [width, width, (1 / width).view(np.int64), zero, zero]
+        table = np.stack([*columns, np.cumsum(counts) - counts], 1).reshape(-1)
+        _enqueue(table, counts, 0, unit, "rows", device)
 
 
 def _in_words(
@@ -131,13 +148,25 @@ def _launch(moves: list[_Move], unit: int, kind: str) -> None:
         table += [m.out.data_ptr(), m.x.data_ptr(), m.rows.data_ptr(), columns, m.numel, m.width]
         table += [bits(1 / m.width), m.source, m.height, first]
         first += count
+    shared = max(m.height * _bytes(m.source, unit) for m in moves)
+    _enqueue(table, counts, shared, unit, kind, device)
+
+
+def _enqueue(
+    table: Sequence[int] | np.ndarray,
+    counts: Sequence[int] | np.ndarray,
+    shared: int,
+    unit: int,
+    kind: str,
+    device: torch.device,
+) -> None:
     described = tables.upload(table, torch.int64, device)
     owners = tables.owners(counts, device)
     _cuda.permute(
         moves=described.data_ptr(),
         owners=owners.data_ptr(),
-        tiles=first,
-        shared=max(m.height * _bytes(m.source, unit) for m in moves),
+        tiles=len(owners),
+        shared=shared,
         unit=unit,
         moving=getattr(_cuda.Moving, kind),
         **place(device),

@@ -9,6 +9,7 @@ both vectors are short beside the tensor; elements are moved as integers of thei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tables
-from ..moves import Axis, Offsets, axes_of, unit_of
+from ..moves import Axis, Offsets, Pieces, axes_of, unit_of
 from .common import pointer
 
 LAUNCH = {"num_warps": 4}
@@ -97,6 +98,25 @@ def permute(outs: list[Tensor], xs: list[Tensor], indices: list[dict[int, Tensor
         _launch(plans, UNIT=UNITS[unit], TOGETHER=together, WIDE=wide, ROWS=rows, COLUMNS=columns)
 
 
+def end_to_end(buffers: list[Tensor], tensors: Sequence[Sequence[Tensor]]) -> None:
+    """buffers[i] = the elements of tensors[i] one after another; a launch for each unit."""
+    device = buffers[0].device
+    pieces = Pieces(buffers, tensors)
+    start = tables.upload([0], torch.int64, device)  # the one row of each
+    for unit, which in pieces.by_unit().items():
+        wide, unit = unit == 16, min(unit, 8)
+        width = pieces.nbytes[which] // unit
+        wide = wide and not (width % 16).any()
+        _, columns = tile_shape(unit, int(width.max()), wide)
+        counts = -(-width // columns)
+        zero = np.zeros_like(width)
+        table = [pieces.to[which], pieces.source[which], zero + start.data_ptr(), zero]
+        table += [zero + 1, width, np.cumsum(counts) - counts]
+        shape = {"ROWS": 1, "COLUMNS": columns}
+        flat = np.stack(table, 1).reshape(-1)
+        _enqueue(flat, counts, device, UNIT=UNITS[unit], TOGETHER=True, WIDE=wide, **shape)
+
+
 def _strides(x: Tensor) -> list[int]:
     """Strides between rows of elements that lie together."""
     return [s for s, size in zip(x.stride(), x.shape, strict=True) if s != 1 and size != 1]
@@ -124,11 +144,18 @@ def _launch(plans: list[_Plan], **constants: Any) -> None:
         columns = 0 if p.columns is None else p.columns.data_ptr()
         table += [*addresses, columns, len(p.rows), p.width, tiles]
         tiles += count
+    _enqueue(table, counts, device, **constants)
+
+
+def _enqueue(
+    table: Sequence[int] | np.ndarray,
+    counts: Sequence[int] | np.ndarray,
+    device: torch.device,
+    **constants: Any,
+) -> None:
+    owners = tables.owners(counts, device)
     # Triton launches on the current device and stream; its interpreter is numpy, which warns.
-    with torch.cuda.device_of(plans[0].out), np.errstate(all="ignore"):
-        permute_kernel[(tiles,)](
-            tables.upload(table, torch.int64, device),
-            tables.owners(counts, device),
-            **constants,
-            **LAUNCH,
+    with torch.cuda.device_of(owners), np.errstate(all="ignore"):
+        permute_kernel[(len(owners),)](
+            tables.upload(table, torch.int64, device), owners, **constants, **LAUNCH
         )
