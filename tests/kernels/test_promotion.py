@@ -1,0 +1,88 @@
+"""Sums over many rows on tensor cores that cut off: what the kernel's promotion is for.
+
+The tensor cores are emulated, so that the constants of the kernel are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mergekern import dispatch
+
+from kernels.sass import unavailable
+from kernels.tensor_cores import sums
+
+ROWS = 1 << 17
+U = 2.0**-24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _triton() -> None:
+    reason = dispatch.why_not("triton", "covariance", "cpu")
+    if reason and dispatch.interpreting():
+        unavailable("triton", reason)
+
+
+def features(mean: float, dtype: torch.dtype) -> np.ndarray:
+    """[ROWS, 4] of deviation 1, correlated by about a half, as the values of `dtype`."""
+    g = torch.Generator().manual_seed(0)
+    hidden, own = (torch.randn(ROWS, k, generator=g, dtype=torch.float64) for k in (1, 4))
+    return (((hidden + own) / 2**0.5) + mean).to(dtype).double().numpy()
+
+
+def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """All pairs of columns."""
+    return (x[:, :, None] * y[:, None, :]).reshape(len(x), -1)
+
+
+def runs(p: np.ndarray, rows: int) -> np.ndarray:
+    return p.reshape(-1, rows, p.shape[-1])
+
+
+def error(total: np.ndarray, x: np.ndarray, shift: np.ndarray | float = 0.0) -> float:
+    """The largest error of a covariance in units of s_i s_j; `total` is of x - shift."""
+    rest = x.mean(0) - shift
+    got = total.reshape(4, 4) / len(x) - np.outer(rest, rest)
+    centred = x - x.mean(0)
+    exact = centred.T @ centred / len(x)
+    spread = np.sqrt(exact.diagonal())
+    return float(np.abs((got - exact) / np.outer(spread, spread)).max())
+
+
+def test_a_single_accumulator_drifts() -> None:
+    x = features(0, torch.bfloat16)
+    assert error(sums(products(x, x)), x) > 2e-4
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 4.0])
+def test_promoted_sums_do_not(mean: float) -> None:
+    """At the mean up to which it is left in, and below; the bound is the docstring's."""
+    from mergekern.backends.triton import covariance, covariance_kernels
+
+    assert mean <= covariance.SMALL_MEAN
+    x = features(mean, torch.bfloat16)
+    found = error(sums(runs(products(x, x), covariance_kernels.SHALLOW_ROWS)).sum(0), x)
+    assert found <= 1e-5
+    assert found <= 2**13 * U
+
+
+def test_parts_of_float32() -> None:
+    """Six products of parts, the small ones first, as the kernel takes them."""
+    from mergekern.backends.triton.covariance_kernels import DEEP_ROWS
+
+    x = features(100, torch.float32)
+    shift = x.mean(0).astype(np.float32).astype(np.float64)
+    rest, parts = x - shift, []
+    for _ in range(3):
+        bits = rest.astype(np.float32).view(np.int32) & -65536
+        parts.append(bits.view(np.float32).astype(np.float64))
+        rest = rest - parts[-1]
+    total: np.ndarray | float = 0.0
+    for i, j in ((0, 2), (2, 0), (1, 1), (0, 1), (1, 0), (0, 0)):
+        total = sums(runs(products(parts[i], parts[j]), DEEP_ROWS), total)
+    assert isinstance(total, np.ndarray)
+    found = error(total.sum(0), x, shift)
+    assert found <= 264 * U
+    assert found <= 1e-6
