@@ -12,8 +12,7 @@ namespace {
 
 void gram_dots(Address partial, Address matrices, Address firsts, mk::DType dtype,
                mk::cuda::GramSet set, bool based, bool wide, int64_t sets, int64_t n, int64_t rows,
-               int64_t width, int64_t chunk, int64_t chunks, int lanes, int device,
-               Address stream) {
+               int64_t width, int chunk, int64_t chunks, int lanes, int device, Address stream) {
   require(sets >= 1 && n >= 1 && rows >= 1 && width >= 1, "gram: needs inputs and a size");
   require(rows * chunks * lanes / 256 < kBlocks / sets, "gram: more rows than a grid has room for");
   const mk::cuda::GramDots args{at<double>(partial),

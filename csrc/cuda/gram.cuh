@@ -29,8 +29,9 @@ struct GramDots {
   bool based;
   bool wide;  // columns side by side, and every row at a multiple of 16 bytes
   std::int64_t sets, n, rows, width;
-  std::int64_t chunk, chunks;  // columns of a chunk, and chunks of a row
-  int lanes;                   // threads that share a chunk: a power of two up to 32
+  int chunk;  // columns of a chunk
+  std::int64_t chunks;
+  int lanes;  // threads that share a chunk: a power of two up to 32
 };
 
 struct GramSums {

@@ -144,6 +144,8 @@ HALVES = torch.arange(3 * 1030) % 515
 CALLS = {
     "weighted_sum": lambda: mk.weighted_sum([*X], [0.1, 0.2, 0.3], backend="cuda"),
     "weighted_rows": lambda: mk.weighted_rows([*X], ROW_WEIGHTS, backend="cuda"),
+    "merge_deltas": lambda: mk.merge_deltas(X[0], [*X[1:]], [0.5, 0.25], backend="cuda"),
+    "gram": lambda: mk.gram([*X, *X[:2]], base=X[1], backend="cuda"),
     "zip_weights": lambda: mk.zip_weights([*X[:, :, :1030]], cols=HALVES, backend="cuda"),
     "permute": lambda: mk.permute(X, {0: [2, 0, 1], 2: REVERSED}, backend="cuda"),
 }

@@ -18,7 +18,7 @@ _FEW = 4  # vectors of a set
 _CHUNK = 128  # elements per thread of a chunk, at least
 _CHUNKS = 1 << 14  # of a row at most: a block adds them up in little time
 _WARP = 32
-_TAKEN = 32  # bytes of a vector that a thread reads at a time
+_TAKEN = 16  # bytes of a vector that a thread reads at a time
 _SUMMED = _cuda.GRAM_SUMMED
 _SUMS = {"two": 3, "four": 10, "cross": 16}
 
