@@ -59,7 +59,8 @@ def tensor(op: str, x: Any, name: str, *, floating: bool = True) -> Tensor:
             kinds = "a torch.Tensor, a numpy array or a DLPack producer"
             raise ArgumentError.of(op, f"{name} is no tensor", type(x).__name__, kinds)
         x = torch.utils.dlpack.from_dlpack(x)
-    x = x.detach()
+    if x.requires_grad or type(x) is not Tensor:  # a model has thousands that are plain
+        x = x.detach()
     if x.layout != torch.strided or x.is_meta or x.is_quantized:
         kind = "meta" if x.is_meta else "quantized" if x.is_quantized else str(x.layout)
         raise ArgumentError.of(op, f"{name} holds no plain data", kind, "strided")

@@ -114,6 +114,10 @@ def _why_not_cuda(device: torch.device) -> str | None:
         return f"MERGEKERN_HOST_CUDA is set, which serves CPU tensors; got one on {device}"
     if device.type != "cuda":
         return f"serves CUDA tensors; got one on {device}"
+    return _too_old(device)
+
+
+def _too_old(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"serves GPUs of capability 8.0 on; got {major}.{minor}"
 
@@ -131,7 +135,7 @@ def _why_not_triton(device: torch.device) -> str | None:
             return None
         return f"TRITON_INTERPRET is set, which serves CPU tensors; got one on {device}"
     if device.type == "cuda":
-        return None
+        return _too_old(device)
     return f"serves CUDA tensors (CPU ones only under TRITON_INTERPRET=1); got one on {device}"
 
 
@@ -149,9 +153,11 @@ def why_not(
     device = torch.device(device)
     if backend not in BACKENDS:
         return f"{backend}: no such backend; expected auto or one of {', '.join(BACKENDS)}"
-    reason = _WHY_NOT[backend](device) if backend in _WHY_NOT else None
-    if reason is None and op not in KERNELS.get(backend, OPS):
+    reason = None
+    if op not in KERNELS.get(backend, OPS):
         reason = f"has no kernel for {op}; use backend='auto' or 'torch'"
+    elif backend in _WHY_NOT:
+        reason = _WHY_NOT[backend](device)
     if reason is None and dtype is not None and op != "permute" and dtype not in FLOATS:
         reason = f"{op} takes {', '.join(map(name_of, FLOATS))}; got {name_of(dtype)}"
     return None if reason is None else f"{backend}: {reason}"

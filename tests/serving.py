@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 import mergekern as mk
 from mergekern import Threshold, dispatch
 from mergekern.backends.torch import kth_magnitude as plain
+
+_Case = TypeVar("_Case")
 
 UNDER_TEST = ("torch", "cpu", "cuda", "triton")
 
@@ -19,11 +23,15 @@ def device_of(backend: str) -> str:
     return "cpu" if on_host.get(backend, True) else "cuda"
 
 
+def interpreted(backend: str) -> bool:
+    """Whether its kernels run under Triton's interpreter, at some 10 ms a program."""
+    return backend == "triton" and dispatch.interpreting()
+
+
 def affordable(backend: str, n: int) -> int:
-    """n elements, or so many that a backend under Triton's interpreter, at some 10 ms a program,
-    is done in a second: a few programs and part of one."""
-    interpreted = backend == "triton" and dispatch.interpreting()
-    return min(n, 9 * 1024 + 77) if interpreted else n
+    """n elements, or so many that an interpreted backend is done in a second: a few programs and
+    part of one."""
+    return min(n, 9 * 1024 + 77) if interpreted(backend) else n
 
 
 def affordable_shape(backend: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -32,6 +40,12 @@ def affordable_shape(backend: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     others = math.prod(shape) // shape[longest]
     cut = affordable(backend, math.prod(shape)) // others
     return (*shape[:longest], cut, *shape[longest + 1 :])
+
+
+def in_turn(backend: str, cases: Sequence[_Case], turn: int) -> Sequence[_Case]:
+    """All cases, or one of them for an interpreted backend: the next one with the next turn."""
+    at = turn % len(cases)
+    return cases[at : at + 1] if interpreted(backend) else cases
 
 
 def serving(op: str) -> list[str]:

@@ -18,7 +18,7 @@ import cases
 from accuracy import assert_bits_equal, assert_within
 from cases import CATALOGUE, CHUNK, Case, values
 from refusal import refused
-from serving import affordable
+from serving import affordable, in_turn
 
 OP = "gram"
 
@@ -199,13 +199,17 @@ ALONG = [
 ]
 
 
+ALONG_MODELS = (torch.float32, 3), (torch.bfloat16, 2), (torch.float16, 5)
+
+
 @pytest.mark.parametrize("based", [False, True], ids=["alone", "base"])
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize(("shape", "dim"), ALONG, ids=str)
 def test_along_a_dimension(
     shape: tuple[int, ...], dim: int, layout: str, based: bool, backend: str, device: str
 ) -> None:
-    for dtype, n in ((torch.float32, 3), (torch.bfloat16, 2), (torch.float16, 5)):
+    turn = ALONG.index((shape, dim)) + list(cases.LAYOUTS).index(layout)
+    for dtype, n in in_turn(backend, ALONG_MODELS, turn):
         base, *xs = Case(shape=shape, n=n + 1, dtype=dtype, layout=layout).tensors(device)
         origin = base if based else None
         got = mk.gram(xs, base=origin, dim=dim, backend=backend)

@@ -578,6 +578,16 @@ def test_a_mask_does_not_depend_on_length_or_shape(backend: str, device: str) ->
     assert torch.equal(got.bool().reshape(-1), long)
 
 
+@pytest.mark.parametrize("first", [1, 6, 7, 8, 1017, 2**35 + 3])
+def test_a_part_of_a_mask(first: int, backend: str, device: str) -> None:
+    """A part may begin anywhere in the eight draws of one Philox block."""
+    rule = Bernoulli(0.6, seed=5, name="w").from_index(first)
+    got = mask_of(rule, 700, backend, device)
+    for begin in (0, 650):
+        at = first + begin
+        assert torch.equal(got[begin : begin + 50], reference_mask(rule, at, at + 50))
+
+
 @pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 0.9, 0.999])
 def test_the_share_of_kept_elements(density: float, backend: str, device: str) -> None:
     """Within six standard deviations of the binomial (a chance of 2e-9, and it is fixed)."""

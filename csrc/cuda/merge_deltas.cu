@@ -60,17 +60,17 @@ __device__ inline void write_eight(const MergeTable& args, const A (&m)[kEight],
   }
 }
 
-// The models whose elements stay in registers: 128 bytes of them where the sum and the election
-// both need them, half of that where they are only on their way. More models are read and kept once
-// more for the election, mostly from the caches.
-template <class T, bool kElects>
-constexpr int kHeldOf = (kElects ? 16 : 8) / sizeof(T);
+// The models whose elements are in registers at a time, 64 bytes: more would leave room for one
+// block of threads on a multiprocessor, too few loads on their way. An election reads and keeps the
+// models a second time where there are more, from the first cache.
+template <class T>
+constexpr int kHeldOf = 8 / sizeof(T);
 
 // Eight elements of all models, from load to store.
 template <class T, bool kElects, bool kStepwise>
 class Merge {
   using A = acc_t<T>;
-  static constexpr int kHeld = kHeldOf<T, kElects>;
+  static constexpr int kHeld = kHeldOf<T>;
 
  public:
   __device__ Merge(const MergeTable& args, std::int64_t at) : args_(args), at_(at) {
@@ -170,9 +170,9 @@ class Merge {
   std::uint32_t kept_[kHeld];
 };
 
-// Without the 1 the compiler spills a few registers rather than take more than 128.
+// Two blocks on a multiprocessor: 128 registers a thread. float64 would spill some of them.
 template <class T, bool kElects, bool kStepwise>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 4 ? 2 : 1)
     merge_deltas_kernel(const MergeTable args, const Numbers<acc_t<T>> numbers) {
   const std::int64_t at = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) * kEight;
   if (at < args.deltas.numel) Merge<T, kElects, kStepwise>(args, at).run(numbers);

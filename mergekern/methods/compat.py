@@ -20,7 +20,7 @@ class Signature(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> Signature:
-        return cls(x.dtype, tuple(x.shape))
+        return cls(x.dtype, x.shape)
 
     def dtype_class(self) -> str:
         """Floating types merge with each other; any other type only with itself."""
@@ -56,15 +56,24 @@ def agree(models: Mapping[str, Mapping[str, Signature]]) -> dict[str, str]:
     return problems
 
 
+def _alike(x: Tensor | None, y: Tensor) -> bool:
+    return x is not None and x.dtype == y.dtype and x.shape == y.shape
+
+
 def require_fit(op: str, models: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Whether the tensors agree by name, and those that are not floating in every bit.
 
     Raises: ArgumentError with all that do not.
     """
+    first, *others = models.values()
+    equal = {key for key, x in first.items() if all(_alike(d.get(key), x) for d in others)}
     problems = agree(
-        {label: {k: Signature.of(t) for k, t in d.items()} for label, d in models.items()}
+        {
+            label: {key: Signature.of(x) for key, x in d.items() if key not in equal}
+            for label, d in models.items()
+        }
     )
-    for key, x in next(iter(models.values())).items():
+    for key, x in first.items():
         if key not in problems and x.dtype not in FLOATS:
             differing = [label for label, d in models.items() if not identical(d[key], x)]
             if differing:

@@ -19,6 +19,22 @@ __global__ void reversed_kernel(int* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = values[from] == more[from] ? values[from] : -1;
 }
 
+// out[i] = the sum of once, twice and three times all thread numbers, one sum after another by way
+// of the same shared memory.
+template <bool kBarrier>
+__global__ void sums_kernel(int* out) {
+  __shared__ int sums[8];
+  int total = 0;
+  for (int round = 0; round < 3; ++round) {
+    const int sum = __reduce_add_sync(~0u, int(threadIdx.x) * (round + 1));
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    for (int w = 0; w < 8; ++w) total += sums[w];
+    if (kBarrier) __syncthreads();
+  }
+  out[threadIdx.x] = total;
+}
+
 __global__ void uninitialised_kernel(int* out) {
   __shared__ int values[256];
   int* more = dynamic_shared<int>();
@@ -92,6 +108,8 @@ EXPORT reversed(int* out) { return report(reversed_kernel<true>, 3, 256, 1024, o
 EXPORT reversed_without_barrier(int* out) {
   return report(reversed_kernel<false>, 3, 256, 1024, out);
 }
+EXPORT sums(int* out) { return report(sums_kernel<true>, 1, 256, 0, out); }
+EXPORT sums_without_barrier(int* out) { return report(sums_kernel<false>, 1, 256, 0, out); }
 EXPORT uninitialised(int* out) { return report(uninitialised_kernel, 3, 1, 1024, out); }
 EXPORT arrival(int* out) { return report(arrival_kernel, 7, 64, 0, out); }
 EXPORT warps(int* out) { return report(warp_kernel, 1, 64, 0, out); }

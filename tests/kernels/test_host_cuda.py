@@ -57,6 +57,19 @@ def test_a_missing_barrier_shows(call: Call, order: str, monkeypatch: pytest.Mon
     assert (got != expected).sum() > 100
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_barrier_missing_before_shared_memory_is_used_again_shows(
+    call: Call, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGEKERN_HOST_CUDA_ORDER", order)
+    expected = np.full(256, 6 * sum(range(256)))
+    got, error = call("sums", 256)
+    assert error == ""
+    np.testing.assert_array_equal(got, expected)
+    got, _ = call("sums_without_barrier", 256)
+    assert (got != expected).any()
+
+
 def test_shared_memory_is_poisoned_before_each_block(call: Call) -> None:
     got, _ = call("uninitialised", 6)
     assert set(got.view(np.uint32)) == {0xA5A5A5A5}
@@ -144,7 +157,15 @@ HALVES = torch.arange(3 * 1030) % 515
 CALLS = {
     "weighted_sum": lambda: mk.weighted_sum([*X], [0.1, 0.2, 0.3], backend="cuda"),
     "weighted_rows": lambda: mk.weighted_rows([*X], ROW_WEIGHTS, backend="cuda"),
-    "merge_deltas": lambda: mk.merge_deltas(X[0], [*X[1:]], [0.5, 0.25], backend="cuda"),
+    "merge_deltas": lambda: mk.merge_deltas(
+        X[0],
+        [*X[1:]],
+        [1.0, 0.5],
+        keep=[mk.Bernoulli(0.5, model=i) for i in range(2)],
+        rescale="l1",
+        elect="sum",
+        backend="cuda",
+    ),
     "gram": lambda: mk.gram([*X, *X[:2]], base=X[1], backend="cuda"),
     "zip_weights": lambda: mk.zip_weights([*X[:, :, :1030]], cols=HALVES, backend="cuda"),
     "permute": lambda: mk.permute(X, {0: [2, 0, 1], 2: REVERSED}, backend="cuda"),

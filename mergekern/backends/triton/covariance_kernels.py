@@ -22,12 +22,12 @@ DEEP_ROWS = 64  # where it takes six
 PARTS = 3
 INFINITY = 0x7F800000  # its bits as float32; those of NaN are above
 COLUMNS = 64  # of a program that measures or packs
-READ_ROWS = 16  # that it reads at a time
-PACKED_ROWS = 32
-MERGED_ROWS = 8
+READ_ROWS = 32  # that it reads at a time
+PACKED_ROWS = 64
+MERGED_ROWS = 16
 
 # Fusion to FMA would skip roundings.
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 TENSOR_CORES = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
 
 _INFINITY = tl.constexpr(INFINITY)

@@ -137,9 +137,15 @@ void wait() {
   leap(threads[current].context, scheduler);
 }
 
-void release(int thread) {
-  threads[thread].state = State::ready;
-  queue.push_back(thread);
+// Whoever goes on, in `order`: a block behind the threads that wait, a warp before them, so that it
+// runs ahead of other warps as far as barriers let it.
+template <class Who>
+void release(bool ahead, Who who) {
+  const auto behind = ahead ? queue.begin() : queue.end();
+  std::vector<int> gone;
+  for (int i : order)
+    if (who(i)) threads[i].state = State::ready, gone.push_back(i);
+  queue.insert(behind, gone.begin(), gone.end());
 }
 
 void run_block() {
@@ -213,7 +219,7 @@ int meet_block(int vote, const char* file, int line) {
   if (++waiting == int(threads.size())) {
     waiting = 0;
     for (Thread& each : threads) each.learned = std::uint64_t(votes);
-    for (int i : order) release(i);
+    release(false, [](int) { return true; });
   }
   wait();
   return int(threads[current].learned);
@@ -243,8 +249,7 @@ std::uint64_t meet_warp(unsigned mask, std::uint64_t value, int argument, Learn 
   }
   for (int i = 0; i < kWarp; ++i)
     if (named(i)) threads[first + i].learned = learn(all, i);
-  for (int i : order)
-    if (i / kWarp * kWarp == first && named(i - first)) release(i);
+  release(true, [&](int i) { return i / kWarp * kWarp == first && named(i - first); });
   wait();
   return threads[current].learned;
 }
