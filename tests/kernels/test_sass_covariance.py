@@ -12,12 +12,13 @@ TILE_REGISTERS = 255
 
 
 def multiply(x: str, mixed: bool, deep: bool) -> Kernel:
+    from mergekern.backends.moments import SPLIT_WIDTH, TILE
     from mergekern.backends.triton import covariance_kernels as kernels
 
     sizes = ("n", "span", "padded_x", "padded_y", "panels_x", "panels_y")
     pointers = {"sums": "*fp64", "tiles": "*i32", "x": f"*{x}", "y": f"*{x}"}
     pointers |= {"deep_x": "*i32", "deep_y": "*i32"}
-    width = kernels.SPLIT_WIDTH if mixed or deep else kernels.TILE
+    width = SPLIT_WIDTH if mixed or deep else TILE
     return Kernel(
         module="covariance_kernels",
         name="multiply_kernel",
@@ -29,8 +30,8 @@ def multiply(x: str, mixed: bool, deep: bool) -> Kernel:
 
 
 def measure(x: str) -> Kernel:
+    from mergekern.backends.moments import MEASURED
     from mergekern.backends.triton import covariance_kernels as kernels
-    from mergekern.backends.triton.covariance import MEASURED
 
     pointers = {"x": f"*{x}", "offsets": "*i64", "firsts": "*fp64", "sums": "*fp64"}
     pointers |= {"squares": "*fp64", "keys": "*i32"}
