@@ -75,10 +75,18 @@ void measure(const mk::cuda::FeatureRows& rows, Address first, Address sums, Add
 
 void pack(const mk::cuda::FeatureRows& rows, Address to, Address deep, Address shift, Address scale,
           int64_t end, int64_t padded, int64_t panels, bool split, int device, Address stream) {
+  require(split || rows.dtype != mk::DType::f32, "covariance: float32 is packed in parts");
   require(rows.at + rows.width <= end && end <= padded, "covariance: more features than packed");
-  const mk::cuda::Packed packed{
-      at<void>(to), at<int>(deep), at<const float>(shift), at<const float>(scale), end, padded,
-      panels,       split};
+  const bool wide = to % 16 == 0 && rows.at % 8 == 0;
+  const mk::cuda::Packed packed{at<void>(to),
+                                at<int>(deep),
+                                at<const float>(shift),
+                                at<const float>(scale),
+                                end,
+                                padded,
+                                panels,
+                                split,
+                                wide};
   check(mk::cuda::covariance_pack(rows, packed, device, at<CUstream_st>(stream)), "covariance",
         device, sizes_of(rows));
 }

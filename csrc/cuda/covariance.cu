@@ -16,9 +16,9 @@ __device__ inline std::uint32_t magnitude(float x) { return __float_as_uint(x) &
 struct Square {
   std::int64_t column, block;
   __device__ explicit Square(std::int64_t features) {
-    const std::int64_t across = (features + kColumns - 1) / kColumns;
+    const unsigned across = unsigned((features + kColumns - 1) / kColumns);
     block = blockIdx.x / across;
-    column = (blockIdx.x - block * across) * kColumns;
+    column = blockIdx.x % across * std::int64_t(kColumns);
   }
 };
 unsigned squares_of(std::int64_t features, std::int64_t rows, int of_rows) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
       if (column + j < rows.width) to.first[rows.at + column + j] = first[j];
   double sums[kEight] = {}, powers[kEight] = {};
   std::uint32_t largest[kEight] = {};
-#pragma unroll 4
+#pragma unroll 2
   for (std::int64_t row = from + place.row; row < stop; row += kLanes) {
     float v[kEight];
     read<T>(rows, row, column, v);
@@ -112,16 +112,32 @@ __global__ void __launch_bounds__(kThreads)
 // A float32 whose lower 16 bits are cut off: exact in bfloat16, and x - upper(x) is exact.
 __device__ inline float upper(float x) { return __uint_as_float(__float_as_uint(x) & 0xffff0000u); }
 
-// Eight elements, as many as there are before `end`.
-template <class T>
-__device__ inline void write(T* p, const Pack<T, kEight>& x, std::int64_t count) {
-  if (count >= kEight && std::uintptr_t(p) % 16 == 0) {
-    x.write(p);
+// Eight elements of 16 bits, in the upper halves; as many as there are before `count`. wide: p is a
+// multiple of 16 bytes.
+__device__ inline void write(std::uint16_t* p, const std::uint32_t (&bits)[kEight],
+                             std::int64_t count, bool wide) {
+  if (wide && count >= kEight) {
+    std::uint32_t pairs[kEight / 2];
+#pragma unroll
+    for (int j = 0; j < kEight / 2; ++j)
+      pairs[j] = __byte_perm(bits[2 * j], bits[2 * j + 1], 0x7632);
+    // To the L2 cache, where it is read from next. (A plain store falls apart into four.)
+    __stcg(reinterpret_cast<uint4*>(p), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
     return;
   }
 #pragma unroll
   for (int j = 0; j < kEight; ++j)
-    if (j < count) p[j] = x.v[j];
+    if (j < count) p[j] = std::uint16_t(bits[j] >> 16);
+}
+__device__ inline Pack<float, kEight> read_eight(const float* p, std::int64_t count, bool wide) {
+  Pack<float, kEight> x;
+  if (wide && count >= kEight) {
+    x.read(global(p));
+  } else {
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) x.v[j] = j < count ? p[j] : 0;
+  }
+  return x;
 }
 
 // Values of a square by way of shared memory, so that they are read along rows or features, and
@@ -130,6 +146,7 @@ constexpr int kPadded = kColumns + 4;
 
 template <class T, bool kSplit>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const FeatureRows rows, const Packed to) {
+  constexpr int kOf = kSplit ? kParts : 1;
   float* shared = dynamic_shared<float>();
   const Place in(rows.stride != 1), out(false);
   const Square square(to.end - rows.at);
@@ -140,32 +157,38 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const FeatureRows rows, 
   for (int j = 0; j < kEight; ++j) shared[in.row * kPadded + in.column + j] = v[j];
   __syncthreads();
 
-  using Out = std::conditional_t<kSplit, bf16, T>;
   const std::int64_t row = from + out.row, column = begin + out.column, at = rows.at + column;
-  Pack<Out, kEight> parts[kSplit ? kParts : 1];
+  Pack<float, kEight> scale, shift;  // 0 where there is no feature
+  if (kSplit) {
+    scale = read_eight(to.scale + at, rows.width - column, to.wide);
+    shift = read_eight(to.shift + at, rows.width - column, to.wide);
+  }
+  std::uint32_t bits[kOf][kEight];  // in the upper halves
   const std::int64_t panel = (rows.at + begin) / kPanel;
   bool more = false, more_next = false;  // of that panel, and of the one behind it
 #pragma unroll
   for (int j = 0; j < kEight; ++j) {
     float x = shared[out.row * kPadded + out.column + j];
-    if (kSplit) {
-      const bool there = row < rows.n && column + j < rows.width;
-      x = there ? add(mul(x, to.scale[at + j]), -to.shift[at + j]) : 0;
-    }
+    if constexpr (kSplit) {
+      x = row < rows.n ? add(mul(x, scale.v[j]), -shift.v[j]) : 0;
 #pragma unroll
-    for (int part = 0; part < (kSplit ? kParts : 1); ++part) {
-      const float high = kSplit ? upper(x) : x;
-      store(high, &parts[part].v[j]);
-      x = add(x, -high);
-      const bool next = (at + j) / kPanel > panel;
-      if (part == 0) more |= x != 0 && !next, more_next |= x != 0 && next;
+      for (int part = 0; part < kParts; ++part) {
+        bits[part][j] = __float_as_uint(upper(x));
+        x = add(x, -upper(x));
+        const bool next = (at + j) / kPanel > panel;
+        if (part == 0) more |= x != 0 && !next, more_next |= x != 0 && next;
+      }
+    } else {
+      T same;
+      store(x, &same);
+      bits[0][j] = std::uint32_t(same.bits) << 16;
     }
   }
   if (row < rows.n) {
 #pragma unroll
-    for (int part = 0; part < (kSplit ? kParts : 1); ++part)
-      write(static_cast<Out*>(to.to) + (part * rows.n + row) * to.padded + at, parts[part],
-            to.end - at);
+    for (int part = 0; part < kOf; ++part)
+      write(static_cast<std::uint16_t*>(to.to) + (part * rows.n + row) * to.padded + at, bits[part],
+            to.end - at, to.wide);
   }
   if (!kSplit) return;
   int* deep = to.deep + from / kShallowRows * to.panels + panel;
@@ -232,8 +255,9 @@ cudaError_t covariance_pack(const FeatureRows& rows, const Packed& to, int devic
   const unsigned grid = squares_of(to.end - rows.at, rows.n, kLanes);
   with_narrow_type(rows.dtype, [&](auto* x) {
     using T = std::remove_pointer_t<decltype(x)>;
-    launch(to.split ? pack_kernel<T, true> : pack_kernel<T, false>, grid, kThreads,
-           kLanes * kPadded * sizeof(float), stream, rows, to);
+    auto kernel = pack_kernel<T, true>;
+    if constexpr (sizeof(T) == 2) kernel = to.split ? kernel : pack_kernel<T, false>;
+    launch(kernel, grid, kThreads, kLanes * kPadded * sizeof(float), stream, rows, to);
   });
   return cudaGetLastError();
 }

@@ -41,6 +41,7 @@ struct Packed {
   const float* scale;
   std::int64_t end, padded, panels;  // zeros up to column `end`
   bool split;
+  bool wide;  // the first feature's place is a multiple of eight
 };
 
 // sums[s, t] = X^T Y of rows [s span, (s + 1) span), of panel tiles[0, t] of x and of `width`

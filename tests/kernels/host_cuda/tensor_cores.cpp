@@ -79,11 +79,14 @@ float aligned_sum(const double (&x)[17]) {
   double largest = 0, plain = 0;
   for (double each : x) largest = std::max(largest, std::fabs(each)), plain += each;
   if (plain - plain != 0) return float(plain);
-  int exponent;
-  std::frexp(largest, &exponent);
+  if (largest == 0) return 0;
+  // The factor that leaves 26 bits of the largest before the point: its exponent is far from the
+  // ends of the range.
+  const std::uint64_t exponent = mk::bit_cast<std::uint64_t>(largest) >> 52;
+  const double factor = mk::bit_cast<double>((2 * 1023 + 25 - exponent) << 52);
   std::int64_t sum = 0;
-  for (double each : x) sum += std::int64_t(std::ldexp(each, 26 - exponent));
-  return __double2float_rz(std::ldexp(double(sum), exponent - 26));
+  for (double each : x) sum += std::int64_t(each * factor);
+  return __double2float_rz(double(sum) / factor);
 }
 
 }  // namespace
@@ -107,15 +110,18 @@ template <class T>
 std::uint64_t multiply(const Brought* all, int of) {
   using Lane = Fragments<T>;
   Lane& mine = of_lane<Lane>(all, of);
-  for (int e = 0; e < 4; ++e) {
-    const int row = of / 4 + 8 * (e / 2), column = 2 * (of % 4) + e % 2;
-    double terms[17];
+  double a[2][16], b[2][16];  // its two rows and its two columns
+  for (int side = 0; side < 2; ++side)
     for (int k = 0; k < 16; ++k) {
       const int t = k % 8 / 2, half = k % 2, upper = k / 8;
-      const Lane& of_a = of_lane<Lane>(all, row % 8 * 4 + t);
-      const Lane& of_b = of_lane<Lane>(all, column * 4 + t);
-      terms[k] = element<T>(of_a.a[row / 8 + 2 * upper], half) * element<T>(of_b.b[upper], half);
+      const Lane &of_a = of_lane<Lane>(all, of / 4 * 4 + t),
+                 &of_b = of_lane<Lane>(all, (of % 4 * 2 + side) * 4 + t);
+      a[side][k] = element<T>(of_a.a[side + 2 * upper], half);
+      b[side][k] = element<T>(of_b.b[upper], half);
     }
+  for (int e = 0; e < 4; ++e) {
+    double terms[17];
+    for (int k = 0; k < 16; ++k) terms[k] = a[e / 2][k] * b[e % 2][k];
     terms[16] = mine.c[e];
     mine.sum[e] = aligned_sum(terms);
   }
