@@ -14,6 +14,7 @@ import torch
 
 import mergekern as mk
 from mergekern import dispatch
+from mergekern.backends import moments
 from mergekern.check import name_of
 
 from accuracy import assert_bytes_equal
@@ -226,3 +227,13 @@ def test_results_do_not_depend_on_the_order(op: str, monkeypatch: pytest.MonkeyP
 
 def test_every_kernel_is_called_in_other_orders() -> None:
     assert set(CALLS) == set(dispatch.KERNELS["cuda"])
+
+
+def test_constants_are_those_of_the_scheme() -> None:
+    reason = dispatch.why_not("cuda", "covariance", "cpu")
+    if reason:
+        unavailable("cuda", reason)
+    compiled = dispatch.compiled("_cuda")
+    for name in ("TILE", "SPLIT_WIDTH", "SHALLOW_ROWS", "PARTS", "MEASURED"):
+        assert getattr(compiled, name) == getattr(moments, name)
+    assert moments.SHALLOW_ROWS % compiled.DEEP_ROWS == 0
