@@ -42,7 +42,15 @@ ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 # Backends that do not serve every op yet.
 KERNELS = {
-    "cuda": ("weighted_sum", "weighted_rows", "merge_deltas", "permute", "zip_weights"),
+    "cuda": (
+        "weighted_sum",
+        "weighted_rows",
+        "merge_deltas",
+        "gram",
+        "covariance",
+        "permute",
+        "zip_weights",
+    ),
     "triton": tuple(op for op in OPS if op != "zip_match"),
 }
 

@@ -70,7 +70,7 @@ def bound(x: Tensor, y: Tensor | None = None, backend: str = "cpu") -> Tensor:
     unit = 2.0**-53 if backend == "torch" or x.dtype == torch.float64 else 2.0**-24
     spread = [variance(v).sqrt() for v in (x, y)]
     largest = [torch.from_numpy(np.abs(wide(v)).max(0).astype(np.float64)) for v in (x, y)]
-    steps = 2**13 if backend == "triton" and x.dtype.itemsize == 2 else 264
+    steps = 2**13 if backend in ("cuda", "triton") and x.dtype.itemsize == 2 else 264
     relative = steps * unit * torch.outer(*spread)
     return relative + (2 * n + 128) * 2.0**-53 * torch.outer(*largest) + n * 2.0**-1074
 

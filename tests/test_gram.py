@@ -256,6 +256,15 @@ def test_many_columns(backend: str, device: str) -> None:
     assert not got[:, 1].any()
 
 
+def test_long_vectors_side_by_side(backend: str, device: str) -> None:
+    """More chunks of a vector than a warp adds up."""
+    xs = Case(shape=(affordable(backend, 70_000), 2), n=2).tensors(device)
+    got = mk.gram(xs, dim=0, backend=backend)
+    for r in range(2):
+        pair = [x[:, r] for x in xs]
+        assert_within(got[r], oracle(pair, None), bound(pair, None, sums=2))
+
+
 @pytest.mark.parametrize(("shape", "dim"), [((0, 4), 0), ((0, 4), 1), ((3, 0, 2), 1), ((0,), 0)])
 def test_along_a_dimension_without_elements(
     shape: tuple[int, ...], dim: int, backend: str, device: str

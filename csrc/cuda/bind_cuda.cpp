@@ -1,14 +1,12 @@
-// Module mergekern._cuda: the only file of it that includes pybind11. Compiled by the host
-// compiler; imports without a driver, and why_not() then says so.
+// Module mergekern._cuda; bind_moments.cpp holds a part of it. Compiled by the host compiler;
+// imports without a driver, and why_not() then says so.
 //
 // Every function takes plain addresses, sizes and enums by keyword, releases the GIL, enqueues on
 // the caller's stream and does not wait.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "bind_common.h"
 #include "merge_deltas.cuh"
 #include "permute.cuh"
 #include "weighted_rows.cuh"
@@ -18,26 +16,10 @@
 namespace py = pybind11;
 using namespace pybind11::literals;
 using std::int64_t;
-using Address = std::uintptr_t;
+
+void bind_moments(py::module_& m);  // bind_moments.cpp
 
 namespace {
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void require(bool ok, const char* what) {
-  if (!ok) throw std::invalid_argument(what);
-}
-
-// The one error of a launch: op, device and sizes, and what CUDA says.
-void check(cudaError_t error, const char* op, int device, const std::string& sizes) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(op) + ": CUDA failed on device " + std::to_string(device) +
-                           " with " + sizes + "; got " + cudaGetErrorName(error) + " (" +
-                           cudaGetErrorString(error) + ")");
-}
 
 std::string why_not() {
   int count = 0;
@@ -140,7 +122,7 @@ void count_kept(Address counts, int64_t first, int64_t last, Address base, Addre
 
 void permute(Address moves, Address owners, int64_t tiles, int64_t shared, int unit,
              mk::cuda::Moving moving, int device, Address stream) {
-  require(tiles >= 0 && tiles < (int64_t(1) << 31), "permute: needs a number of tiles");
+  require(tiles >= 0 && tiles < kBlocks, "permute: needs a number of tiles");
   const mk::cuda::Permute args{
       at<const mk::cuda::Move>(moves), at<const int>(owners), tiles, shared, unit, moving};
   check(mk::cuda::permute(args, device, at<CUstream_st>(stream)), "permute", device,
@@ -149,7 +131,7 @@ void permute(Address moves, Address owners, int64_t tiles, int64_t shared, int u
 
 void zip_weights(Address zips, Address owners, int64_t tiles, int64_t shared, mk::DType dtype,
                  mk::cuda::Zipping zipping, int device, Address stream) {
-  require(tiles >= 0 && tiles < (int64_t(1) << 31), "zip_weights: needs a number of tiles");
+  require(tiles >= 0 && tiles < kBlocks, "zip_weights: needs a number of tiles");
   const mk::cuda::ZipWeights args{
       at<const mk::cuda::Zip>(zips), at<const int>(owners), tiles, shared, dtype, zipping};
   check(mk::cuda::zip_weights(args, device, at<CUstream_st>(stream)), "zip_weights", device,
@@ -216,4 +198,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.attr("ZIP_TILE") = mk::cuda::kZipTile;
   m.def("zip_weights", &zip_weights, no_gil, kw, "zips"_a, "owners"_a, "tiles"_a, "shared"_a,
         "dtype"_a, "zipping"_a, "device"_a, "stream"_a);
+
+  bind_moments(m);
 }

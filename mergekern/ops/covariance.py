@@ -36,11 +36,11 @@ def covariance(
     without y. It is the biased covariance (1/n), as ZipIt's.
     Result: |error| <= (264 u s_i s_j + (2 n + 128) 2**-53 a_i a_j) for n rows, where s is a
     feature's standard deviation, a its largest magnitude and u = 2**-24, for float64 inputs and the
-    backend torch 2**-53. The backend triton has 2**13 in the place of 264 for 16-bit inputs, a
-    bound on what tensor cores cut off, of which emulated ones take up to 1e-5 s_i s_j. Rows are
-    centred before they are multiplied, in float32 (float64 for float64 inputs), but for 16-bit
-    features of the backend triton with |mean| <= 4 s; sums of 256 products (triton: 64, or 512 of
-    16-bit inputs) are promoted to float64, in which chunks
+    backend torch 2**-53. The backends cuda and triton have 2**13 in the place of 264 for 16-bit
+    inputs, a bound on what tensor cores cut off, of which emulated ones take up to 1e-5 s_i s_j.
+    Rows are centred before they are multiplied, in float32 (float64 for float64 inputs), but for
+    16-bit features of these backends with |mean| <= 4 s; sums of 256 products (cuda: 32, triton:
+    64, both 512 of 16-bit inputs) are promoted to float64, in which chunks
     merge by Chan's formula. A large mean costs nothing: mean / s = 100 is as exact as 0. A feature
     that is constant has the variance 0 exactly. Means are within (2 n + 4) 2**-53 a. The backend
     `cpu` gives the same bits for any number of threads and any layout. float64 inputs whose squares

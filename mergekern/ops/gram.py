@@ -27,7 +27,8 @@ def gram(
     Shapes: all of one shape, any strides. The result is float64, exactly symmetric in its last two
     axes: [N, N] for dim=None, where tensors count as flat vectors; else [..., N, N], where ... are
     the axes other than `dim`. A scalar is one vector of one element along dim 0 or -1.
-    Result: deltas, products and sums in float64, deterministic for each backend.
+    Result: deltas, products and sums in float64 (cuda: a product joins its sum in one rounding),
+    deterministic for each backend.
     |error| <= (L + 2) 2**-53 <|x_i - base|, |x_j - base|> for vectors of L elements, between
     backends twice that. The backend `cpu` adds up whole tensors in blocks, which makes its bound
     (min(L, 2**18) / 512 + L / 2**18 + 66) 2**-53, and its bits depend on the two tensors alone: not

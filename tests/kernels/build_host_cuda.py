@@ -65,7 +65,7 @@ def build(sources: Sequence[Path], target: Path) -> None:
     ]
     changed = max(path.stat().st_mtime for path in [*headers, Path(__file__)])
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        every = [*sources, HERE / "host_cuda" / "block.cpp"]
+        every = [*sources, *sorted((HERE / "host_cuda").glob("*.cpp"))]
         objects = list(pool.map(lambda s: compiled(s, target.parent, changed), every))
     run(["g++", "-shared", *objects, "-o", target])
 

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "common.cuh"
+#include "tensor_cores.cuh"
 
 namespace {
 
@@ -88,6 +89,48 @@ __global__ void bits_kernel(int* out, const double* x, int n) {
   for (int i = 0; i < n; ++i) out[i] = __float_as_int(__double2float_rz(x[i]));
 }
 
+// out[i] = in[4 (n - 1 - i)] by way of copies of 16 bytes; right only with the wait and the
+// barrier.
+template <bool kWait, bool kBarrier>
+__global__ void copied_kernel(int* out, const int* in) {
+  int* shared = dynamic_shared<int>();
+  const int i = int(threadIdx.x), from = 4 * int(blockDim.x - 1 - threadIdx.x);
+  copy_async(shared + 4 * i, in + 4 * i, true);
+  copy_commit();
+  copy_async(shared + 4 * (int(blockDim.x) + i), in, false);
+  copy_commit();
+  copy_wait<kWait ? 1 : 2>();
+  if (kBarrier) __syncthreads();
+  out[i] = shared[from];
+  copy_wait<0>();
+  if (kBarrier) __syncthreads();
+  out[blockDim.x + i] = shared[4 * int(blockDim.x) + from];
+}
+
+__global__ void forgotten_kernel(int*, const int* in) {
+  copy_async(dynamic_shared<int>(), in, true);
+  copy_commit();
+}
+
+// c += x^T y for x of 16 x 16 and y of 16 x 8 elements, row by row.
+template <class T>
+__global__ void products_kernel(float* c, const std::uint16_t* x, const std::uint16_t* y) {
+  std::uint16_t* shared = dynamic_shared<std::uint16_t>();
+  const int lane = int(threadIdx.x);
+  copy_async(shared + lane * 8, x + lane * 8, true);
+  copy_async(shared + 256 + lane * 8, y + lane * 8, lane < 16);
+  copy_commit();
+  copy_wait<0>();
+  __syncwarp();
+  std::uint32_t a[4], b[4];
+  load_transposed(a, shared + (lane / 16 * 8 + lane % 8) * 16 + lane / 8 % 2 * 8);
+  load_transposed(b, shared + 256 + lane % 16 * 8);
+  float* of = c + lane / 4 * 8 + lane % 4 * 2;
+  float sums[4] = {of[0], of[1], of[64], of[65]};
+  multiply_add<T>(sums, a, b[0], b[1]);
+  of[0] = sums[0], of[1] = sums[1], of[64] = sums[2], of[65] = sums[3];
+}
+
 template <class... P, class... A>
 const char* report(void (*kernel)(P...), int blocks, int threads, int shared, A... args) {
   static thread_local std::string said;  // not in .bss, which is shared memory
@@ -119,4 +162,20 @@ EXPORT too_far(int* out) { return report(too_far_kernel, 1, 32, 31 * 4, out); }
 EXPORT missing_lane(int* out) { return report(missing_lane_kernel, 1, 32, 0, out); }
 EXPORT double2float_rz(int* out, const double* x, int n) {
   return report(bits_kernel, 1, 1, 0, out, x, n);
+}
+EXPORT copied(int* out, const int* in) {
+  return report(copied_kernel<true, true>, 1, 128, 4096, out, in);
+}
+EXPORT copied_without_wait(int* out, const int* in) {
+  return report(copied_kernel<false, true>, 1, 128, 4096, out, in);
+}
+EXPORT copied_without_barrier(int* out, const int* in) {
+  return report(copied_kernel<true, false>, 1, 128, 4096, out, in);
+}
+EXPORT forgotten(int* out, const int* in) { return report(forgotten_kernel, 2, 3, 16, out, in); }
+EXPORT products_bfloat16(float* c, const std::uint16_t* x, const std::uint16_t* y) {
+  return report(products_kernel<mk::bf16>, 1, 32, 1024, c, x, y);
+}
+EXPORT products_float16(float* c, const std::uint16_t* x, const std::uint16_t* y) {
+  return report(products_kernel<mk::f16>, 1, 32, 1024, c, x, y);
 }

@@ -14,10 +14,12 @@ import torch
 
 import mergekern as mk
 from mergekern import dispatch
+from mergekern.backends import moments
+from mergekern.check import name_of
 
 from accuracy import assert_bytes_equal
 from cases import values
-from kernels import build_host_cuda
+from kernels import build_host_cuda, tensor_cores
 from kernels.sass import unavailable
 
 ORDERS = ("0", "-1", "7", "12345")
@@ -150,6 +152,43 @@ def test_rounding_to_zero(call: Call) -> None:
     np.testing.assert_array_equal(got, expected.view(np.int32))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_copies_arrive_with_their_wait_and_a_barrier(
+    call: Call, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGEKERN_HOST_CUDA_ORDER", order)
+    given = np.arange(512, dtype=np.int32)
+    expected = np.concatenate([given[::4][::-1], np.zeros(128, np.int32)])
+    source = ctypes.c_void_p(given.ctypes.data)
+    got, error = call("copied", 256, source)
+    assert error == ""
+    np.testing.assert_array_equal(got, expected)
+    got, _ = call("copied_without_wait", 256, source)
+    assert (got[:128].view(np.uint32) == 0xA5A5A5A5).sum() > 30
+    got, _ = call("copied_without_barrier", 256, source)
+    assert (got != expected).sum() > 100
+    _, error = call("forgotten", 1, source)
+    assert "ended before its copies; got 3 on their way" in error
+
+
+@pytest.mark.parametrize("kind", ["normal", "tiny", "zeros"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_products_on_tensor_cores(library: ctypes.CDLL, dtype: torch.dtype, kind: str) -> None:
+    """Every lane's elements, and the rounding of tensor_cores.py, bit for bit."""
+    g = torch.Generator().manual_seed(0)
+    scale = {"normal": 1.0, "tiny": 2.0**-20, "zeros": 0.0}[kind]
+    x, y = (torch.randn(16, k, generator=g).mul(scale).to(dtype) for k in (16, 8))
+    x[3] *= 1000  # large products cut off small ones
+    c = torch.randn(16, 8, generator=g).mul(scale**2).numpy()
+    p = (x.double()[:, :, None] * y.double()[:, None, :]).reshape(16, -1).numpy()
+    expected = tensor_cores.sums(p, c.reshape(-1).astype(np.float64)).astype(np.float32)
+    function = getattr(library, f"products_{name_of(dtype)}")
+    function.restype = ctypes.c_char_p
+    operands = [ctypes.c_void_p(v.data_ptr()) for v in (x, y)]
+    assert function(ctypes.c_void_p(c.ctypes.data), *operands) == b""
+    np.testing.assert_array_equal(c.reshape(-1), expected)
+
+
 X = values((3, 70, 1031), torch.bfloat16)
 ROW_WEIGHTS = values((70, 3), torch.float64)
 REVERSED = torch.arange(1031).flip(0)
@@ -166,6 +205,8 @@ CALLS = {
         elect="sum",
         backend="cuda",
     ),
+    "gram": lambda: mk.gram([*X, *X[:2]], base=X[1], backend="cuda"),
+    "covariance": lambda: mk.covariance(X.flatten()[:60_000].view(300, 200), backend="cuda"),
     "zip_weights": lambda: mk.zip_weights([*X[:, :, :1030]], cols=HALVES, backend="cuda"),
     "permute": lambda: mk.permute(X, {0: [2, 0, 1], 2: REVERSED}, backend="cuda"),
 }
@@ -186,3 +227,13 @@ def test_results_do_not_depend_on_the_order(op: str, monkeypatch: pytest.MonkeyP
 
 def test_every_kernel_is_called_in_other_orders() -> None:
     assert set(CALLS) == set(dispatch.KERNELS["cuda"])
+
+
+def test_constants_are_those_of_the_scheme() -> None:
+    reason = dispatch.why_not("cuda", "covariance", "cpu")
+    if reason:
+        unavailable("cuda", reason)
+    compiled = dispatch.compiled("_cuda")
+    for name in ("TILE", "SPLIT_WIDTH", "SHALLOW_ROWS", "PARTS", "MEASURED"):
+        assert getattr(compiled, name) == getattr(moments, name)
+    assert moments.SHALLOW_ROWS % compiled.DEEP_ROWS == 0

@@ -9,20 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from mergekern import dispatch
+from mergekern.backends import moments
 
-from kernels.sass import unavailable
 from kernels.tensor_cores import sums
 
 ROWS = 1 << 17
 U = 2.0**-24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _triton() -> None:
-    reason = dispatch.why_not("triton", "covariance", "cpu")
-    if reason and dispatch.interpreting():
-        unavailable("triton", reason)
 
 
 def features(mean: float, dtype: torch.dtype) -> np.ndarray:
@@ -59,19 +51,16 @@ def test_a_single_accumulator_drifts() -> None:
 @pytest.mark.parametrize("mean", [0.0, 1.0, 4.0])
 def test_promoted_sums_do_not(mean: float) -> None:
     """At the mean up to which it is left in, and below; the bound is the docstring's."""
-    from mergekern.backends.triton import covariance, covariance_kernels
-
-    assert mean <= covariance.SMALL_MEAN
+    assert mean <= moments.SMALL_MEAN
     x = features(mean, torch.bfloat16)
-    found = error(sums(runs(products(x, x), covariance_kernels.SHALLOW_ROWS)).sum(0), x)
+    found = error(sums(runs(products(x, x), moments.SHALLOW_ROWS)).sum(0), x)
     assert found <= 1e-5
     assert found <= 2**13 * U
 
 
-def test_parts_of_float32() -> None:
-    """Six products of parts, the small ones first, as the kernel takes them."""
-    from mergekern.backends.triton.covariance_kernels import DEEP_ROWS
-
+@pytest.mark.parametrize("rows", [32, 64], ids=["CUDA C++", "Triton"])
+def test_parts_of_float32(rows: int) -> None:
+    """Six products of parts, the small ones first, as the kernels take them."""
     x = features(100, torch.float32)
     shift = x.mean(0).astype(np.float32).astype(np.float64)
     rest, parts = x - shift, []
@@ -81,7 +70,7 @@ def test_parts_of_float32() -> None:
         rest = rest - parts[-1]
     total: np.ndarray | float = 0.0
     for i, j in ((0, 2), (2, 0), (1, 1), (0, 1), (1, 0), (0, 0)):
-        total = sums(runs(products(parts[i], parts[j]), DEEP_ROWS), total)
+        total = sums(runs(products(parts[i], parts[j]), rows), total)
     assert isinstance(total, np.ndarray)
     found = error(total.sum(0), x, shift)
     assert found <= 264 * U

@@ -1,10 +1,10 @@
-"""covariance in Triton as machine code."""
+"""covariance as machine code."""
 
 from __future__ import annotations
 
 import pytest
 
-from kernels.sass import Kernel, Sass, assert_lean, compile_triton, nvidia_tools
+from kernels.sass import Kernel, Sass, assert_lean, compile_cuda, compile_triton, nvidia_tools
 
 # Two sums of 128 x 128 floats and one of a run take 192 registers of each of 256 threads; one
 # program fills a multiprocessor, so all 255 that a thread may have are free to use.
@@ -12,12 +12,13 @@ TILE_REGISTERS = 255
 
 
 def multiply(x: str, mixed: bool, deep: bool) -> Kernel:
+    from mergekern.backends.moments import SPLIT_WIDTH, TILE
     from mergekern.backends.triton import covariance_kernels as kernels
 
     sizes = ("n", "span", "padded_x", "padded_y", "panels_x", "panels_y")
     pointers = {"sums": "*fp64", "tiles": "*i32", "x": f"*{x}", "y": f"*{x}"}
     pointers |= {"deep_x": "*i32", "deep_y": "*i32"}
-    width = kernels.SPLIT_WIDTH if mixed or deep else kernels.TILE
+    width = SPLIT_WIDTH if mixed or deep else TILE
     return Kernel(
         module="covariance_kernels",
         name="multiply_kernel",
@@ -29,8 +30,8 @@ def multiply(x: str, mixed: bool, deep: bool) -> Kernel:
 
 
 def measure(x: str) -> Kernel:
+    from mergekern.backends.moments import MEASURED
     from mergekern.backends.triton import covariance_kernels as kernels
-    from mergekern.backends.triton.covariance import MEASURED
 
     pointers = {"x": f"*{x}", "offsets": "*i64", "firsts": "*fp64", "sums": "*fp64"}
     pointers |= {"squares": "*fp64", "keys": "*i32"}
@@ -151,3 +152,38 @@ def test_the_rest_is_lean(compiled: dict[str, Sass], case: str) -> None:
 def test_merges_are_wide(compiled: dict[str, Sass]) -> None:
     for case in ("merge", "merge split"):
         assert compiled[case].ops["LDG.E.128"] > 0, compiled[case]
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_cuda_products_are_formed_on_tensor_cores(arch: str) -> None:
+    kernels = compile_cuda("covariance_multiply.cu", arch=arch)
+    assert len(kernels) == 4
+    for name, sass in kernels.items():
+        half, deep, narrow = "3f16" in name, "Lb1E" in name, "Li64E" in name
+        assert_lean(sass, 224 if narrow else TILE_REGISTERS)
+        # A stage of 32 rows: two steps of 16, fragments of 16 x 8 products, six of parts.
+        fragments = 2 * (8 if narrow else 16)
+        opcode = "HMMA.16816.F32" + ("" if half else ".BF16")
+        assert sass.ops[opcode] == sass.count("HMMA") == fragments * (6 if deep else 1), sass
+        assert sass.count("LDSM") == sass.ops["LDSM.16.MT88.4"], sass
+        assert sass.count("LDSM") == 2 * ((4 if narrow else 6) * (3 if deep else 1)), sass
+        assert sass.ops["LDGSTS.E.BYPASS.128"] + sass.ops["LDGSTS.E.BYPASS.128.ZFILL"] > 0, sass
+        assert all("128" in op for op in sass.ops if op.startswith("LDGSTS")), sass
+        assert sass.ops["STG.E.128"] == sass.count("STG") == fragments, sass
+        # The promotion: seven additions for each of the sums of a thread, none contracted.
+        assert sass.count("FADD") == 7 * 2 * fragments, sass
+        assert sass.count("FFMA", "FMUL") == 0, sass
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_cuda_rest_is_lean(arch: str) -> None:
+    kernels = compile_cuda("covariance.cu", arch=arch)
+    assert len(kernels) == 3 + 5 + 1  # measure, pack with and, of 16 bits, without parts, merge
+    for name, sass in kernels.items():
+        assert_lean(sass, 128 if "measure" in name else 64)  # 16 sums in double
+        assert sass.ops["LDG.E.128"] > 0, (name, sass)
+        assert sass.count("FFMA") == 0, (name, sass)
+        if "measure" not in name:
+            assert sass.count("DFMA") == 0, (name, sass)
+        if "pack" in name:
+            assert sass.ops["STG.E.128.STRONG.GPU"] == (3 if "Lb1E" in name else 1), (name, sass)

@@ -1,10 +1,12 @@
-"""gram in Triton as machine code."""
+"""gram as machine code."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from kernels.sass import Kernel, Sass, assert_lean, compile_cases
+from kernels.sass import Kernel, Sass, assert_lean, compile_cases, compile_cuda
 
 TYPES = ("bf16", "fp16", "fp32", "fp64")
 CASES = [(x, based) for x in TYPES for based in (False, True)]
@@ -73,3 +75,25 @@ def test_total() -> None:
     for sass in compile_cases([(rows,) for rows in (1, 8, 512)], total).values():
         assert_lean(sass)
         assert sass.count("DMUL", "DFMA") == 0, sass
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_cuda(arch: str) -> None:
+    kernels = compile_cuda("gram.cu", arch=arch)
+    # Types, two or four vectors or four and four, wide or not, with a base or not; two of sums.
+    assert len(kernels) == 4 * 3 * 2 * 2 + 2
+    for name, sass in kernels.items():
+        if "sums_kernel" in name:
+            assert_lean(sass, 40)
+            assert sass.ops["LDG.E.64"] >= 8, (name, sass)  # read ahead
+            continue
+        n, cross, wide, based = re.findall(r"L[ib](\d)E", name)
+        # Of two vectors, four blocks run on a multiprocessor, three with a base.
+        pairs = {("2", "0"): 64, ("2", "1"): 80, ("4", "0"): 112, ("4", "1"): 152}
+        assert_lean(sass, 208 if cross == "1" else pairs[n, based])
+        if wide == "1":
+            vectors = int(n) * (1 + int(cross)) + int(based)
+            assert sass.ops["LDG.E.128"] == vectors, (name, sass)
+        sums = 16 if cross == "1" else 3 if n == "2" else 10
+        assert sass.count("DMUL") == 0, (name, sass)
+        assert sass.count("DFMA") % sums == 0, (name, sass)

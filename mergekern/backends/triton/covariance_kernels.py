@@ -5,22 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-import torch
 import triton
 import triton.language as tl
 
+from ..moments import INFINITY, SHALLOW_ROWS, TILE
 from .common import narrow, widen
 
-TILE = 128  # features of a panel
-SPLIT_WIDTH = 64  # of y that a program takes where values have parts, whose loads need registers
-SHALLOW_ROWS = 512  # of a sum on tensor cores, where one product of parts is enough
-DEEP_ROWS = 64  # where it takes six
-PARTS = 3
-INFINITY = 0x7F800000  # its bits as float32; those of NaN are above
+DEEP_ROWS = 64  # of a sum on tensor cores, where it takes six products of parts
 COLUMNS = 64  # of a program that measures or packs
 READ_ROWS = 32  # that it reads at a time
 PACKED_ROWS = 64
@@ -38,19 +29,6 @@ _COLUMNS = tl.constexpr(COLUMNS)
 _READ_ROWS = tl.constexpr(READ_ROWS)
 _PACKED_ROWS = tl.constexpr(PACKED_ROWS)
 _MERGED_ROWS = tl.constexpr(MERGED_ROWS)
-
-
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    first: torch.Tensor,
-    *args: Any,
-    options: Mapping[str, Any] = LAUNCH,
-    **constants: Any,
-) -> None:
-    # Triton launches on the current device and stream; its interpreter is numpy, which warns.
-    with torch.cuda.device_of(first), np.errstate(all="ignore"):
-        kernel[grid](first, *args, **constants, **options)
 
 
 @triton.jit

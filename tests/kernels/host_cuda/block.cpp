@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "tensor_cores.h"
+
 // Static __shared__ variables: the build renames .bss of kernel files. (GCC ignores a section that
 // is named on variables of templates.)
 extern "C" __attribute__((weak, visibility("hidden"))) char __start_mk_shared[];
@@ -281,6 +283,9 @@ void run(dim3 blocks, dim3 size, std::size_t shared, const std::function<void()>
       threads[i].index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
     run_block();
     const auto written = [](char c) { return c != char(kPoison); };
+    const int copies = forget_copies();
+    if (failure.empty() && copies > 0)
+      failure = "a kernel ended before its copies; got " + std::to_string(copies) + " on their way";
     if (failure.empty() && std::any_of(bytes + shared, bytes + shared + kPast, written))
       failure = "a kernel wrote past its dynamic shared memory; got a launch with " +
                 std::to_string(shared) + " bytes of it";

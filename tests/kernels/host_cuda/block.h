@@ -4,7 +4,7 @@
 // MERGEKERN_HOST_CUDA_ORDER (0 by default) chooses the order of blocks and of threads: results may
 // not depend on it. Shared memory holds 0xA5 before each block. Errors: threads that wait for some
 // that never come or have ended, a block that waits in two places, dynamic shared memory that is
-// written past its end.
+// written past its end, copies that nobody waited for.
 #pragma once
 
 #include <cstddef>
