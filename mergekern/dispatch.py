@@ -42,7 +42,15 @@ ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 # Backends that do not serve every op yet.
 KERNELS = {
-    "cuda": ("weighted_sum", "weighted_rows", "merge_deltas", "permute", "zip_weights"),
+    "cuda": (
+        "weighted_sum",
+        "weighted_rows",
+        "merge_deltas",
+        "kth_magnitude",
+        "variance_mask",
+        "permute",
+        "zip_weights",
+    ),
     "triton": (
         "weighted_sum",
         "weighted_rows",

@@ -1,14 +1,11 @@
-// Module mergekern._cuda: the only file of it that includes pybind11. Compiled by the host
-// compiler; imports without a driver, and why_not() then says so.
+// Module mergekern._cuda; bind_selection.cpp has the functions of the selecting ops. Compiled by
+// the host compiler; imports without a driver, and why_not() then says so.
 //
 // Every function takes plain addresses, sizes and enums by keyword, releases the GIL, enqueues on
 // the caller's stream and does not wait.
-#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "bind_common.cuh"
 #include "merge_deltas.cuh"
 #include "permute.cuh"
 #include "weighted_rows.cuh"
@@ -17,27 +14,13 @@
 
 namespace py = pybind11;
 using namespace pybind11::literals;
+using mk::cuda::Address;
+using mk::cuda::at;
+using mk::cuda::check;
+using mk::cuda::require;
 using std::int64_t;
-using Address = std::uintptr_t;
 
 namespace {
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void require(bool ok, const char* what) {
-  if (!ok) throw std::invalid_argument(what);
-}
-
-// The one error of a launch: op, device and sizes, and what CUDA says.
-void check(cudaError_t error, const char* op, int device, const std::string& sizes) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(op) + ": CUDA failed on device " + std::to_string(device) +
-                           " with " + sizes + "; got " + cudaGetErrorName(error) + " (" +
-                           cudaGetErrorString(error) + ")");
-}
 
 std::string why_not() {
   int count = 0;
@@ -158,6 +141,8 @@ void zip_weights(Address zips, Address owners, int64_t tiles, int64_t shared, mk
 
 }  // namespace
 
+void bind_selection(py::module_& m);
+
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   const py::kw_only kw;
@@ -216,4 +201,5 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.attr("ZIP_TILE") = mk::cuda::kZipTile;
   m.def("zip_weights", &zip_weights, no_gil, kw, "zips"_a, "owners"_a, "tiles"_a, "shared"_a,
         "dtype"_a, "zipping"_a, "device"_a, "stream"_a);
+  bind_selection(m);
 }

@@ -113,4 +113,21 @@ __device__ inline void difference(const Eight<T>& x, const Eight<T>& base, bool 
   }
 }
 
+constexpr int kWarps = kThreads / 32;
+
+// The sum over a block of threads, in one fixed order; thread 0 has it.
+template <class V>
+__device__ inline V block_sum(V v) {
+  V* shared = dynamic_shared<V>();
+#pragma unroll
+  for (int by = 16; by > 0; by /= 2) v += __shfl_xor_sync(~0u, v, by);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) v += shared[w];
+  __syncthreads();
+  return v;
+}
+
 }  // namespace mk::cuda

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...keep import MagPrune
-from .. import tables
-from .keys import BLOCK, LAUNCH, Source, magnitude_keys
+from .. import selection, tables
+from .keys import BLOCK, LAUNCH
+from .kth_magnitude import Source
 from .masks import draws, pack
 
 # Elements at a time, or eight units if these are more: their keys and bins stay in the L2 cache.
@@ -146,8 +147,8 @@ def rank_mask(
     sums = []
     for begin in range(0, x.numel(), step):
         part = slice(begin, begin + step)
-        source = Source.of([x[part]], None if base is None else base[part])
-        keys = magnitude_keys(source).view(-1, length, inner)
+        source = Source([x[part]], None if base is None else base[part])
+        keys = selection.all_keys(source).view(-1, length, inner)
         sums.append(_mask(bits[begin // 8 :], keys, limits, rule.key, first + begin))
     everything, kept = torch.cat(sums).sum(0).tolist()
     return everything, kept
