@@ -47,6 +47,7 @@ KERNELS = {
         "weighted_rows",
         "merge_deltas",
         "kth_magnitude",
+        "rank_mask",
         "variance_mask",
         "permute",
         "zip_weights",

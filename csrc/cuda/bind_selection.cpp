@@ -1,9 +1,10 @@
-// Functions of kth_magnitude and variance_mask in module mergekern._cuda; bind_cuda.cpp calls
+// Functions of the selecting ops in module mergekern._cuda; bind_cuda.cpp calls
 // bind_selection.
 #include <pybind11/pybind11.h>
 
 #include "bind_common.cuh"
 #include "kth_magnitude.cuh"
+#include "rank_mask.cuh"
 #include "variance_mask.cuh"
 
 namespace py = pybind11;
@@ -100,6 +101,26 @@ void variance_mask(const mk::cuda::KeyTable& source, uint64_t threshold, int64_t
         sizes_of(source));
 }
 
+mk::cuda::RowBins bins_of(Address keys, bool wide, int64_t numel, int64_t length, int64_t inner,
+                          Address rows, int64_t half) {
+  require(numel >= 1 && length >= 1 && inner >= 1 && numel < int64_t(1) << 39,
+          "RowBins: needs elements");
+  return {at<const void>(keys), wide, numel, length, inner, at<const int64_t>(rows), half};
+}
+
+void count_bins(const mk::cuda::RowBins& bins, Address counts, int device, Address stream) {
+  check(mk::cuda::count_bins(bins, at<int>(counts), device, at<CUstream_st>(stream)), "rank_mask",
+        device, std::to_string(bins.numel) + " elements");
+}
+
+void rank_mask(const mk::cuda::RowBins& row_bins, Address ends, Address limits, uint64_t k0,
+               uint64_t k1, int64_t first, Address bits, Address sums, int device, Address stream) {
+  const mk::cuda::RankMask args{row_bins, at<const int>(ends), at<const int>(limits), k0, k1,
+                                first,    at<uint8_t>(bits),   at<double>(sums)};
+  check(mk::cuda::rank_mask(args, device, at<CUstream_st>(stream)), "rank_mask", device,
+        std::to_string(row_bins.numel) + " elements");
+}
+
 }  // namespace
 
 void bind_selection(py::module_& m) {
@@ -136,6 +157,13 @@ void bind_selection(py::module_& m) {
         "before"_a, "index"_a, "device"_a, "stream"_a);
   m.def("digit_histogram", &digit_histogram, no_gil, kw, "source"_a, "prefix"_a, "shift"_a,
         "over"_a, "counts"_a, "device"_a, "stream"_a);
+  py::class_<mk::cuda::RowBins>(m, "RowBins")
+      .def(py::init(&bins_of), kw, "keys"_a, "wide"_a, "numel"_a, "length"_a, "inner"_a, "rows"_a,
+           "half"_a);
+  m.attr("RANK_TILE") = mk::cuda::kRankTile;
+  m.def("count_bins", &count_bins, no_gil, kw, "bins"_a, "counts"_a, "device"_a, "stream"_a);
+  m.def("rank_mask", &rank_mask, no_gil, kw, "bins"_a, "ends"_a, "limits"_a, "k0"_a, "k1"_a,
+        "first"_a, "bits"_a, "sums"_a, "device"_a, "stream"_a);
   m.def("variance_mask", &variance_mask, no_gil, kw, "source"_a, "threshold"_a, "cut"_a, "bits"_a,
         "squares"_a, "device"_a, "stream"_a);
 }

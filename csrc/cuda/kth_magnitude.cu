@@ -3,7 +3,7 @@
 namespace mk::cuda {
 namespace {
 
-constexpr int kFinders = 1024;  // threads that look through one chunk: few blocks do
+constexpr int kFinders = 512;  // threads that look through one chunk: few blocks do
 
 // Eights of several vectors, side by side: they share the base.
 template <class T, Kind kKind>
@@ -35,10 +35,15 @@ __global__ void __launch_bounds__(kThreads)
   for (int j = 0; j < kEight; ++j) out[vector * runs * kSampleRun + i + j] = keys[j];
 }
 
+// Of 16-bit differences five blocks run on a multiprocessor, with 40 KB on their way; others have
+// more of them in each thread, and take the registers that they need.
+template <class T, Kind kKind>
+constexpr int kBlocks = sizeof(T) == 2 && kKind != Kind::variance ? 5 : 1;
+
 // A warp takes a chunk, so nothing waits for other warps; brackets of a chunk lie side by side, and
 // what they share of it comes from memory once.
 template <class T, Kind kKind>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kKind>)
     count_kernel(const KeyTable args, const Brackets brackets) {
   using K = key_t<T>;
   const unsigned warp = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
