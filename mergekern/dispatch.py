@@ -40,19 +40,9 @@ BACKENDS = ("reference", "torch", "cpu", "cuda", "triton")
 # under bench/results; on a CPU, `bench/` shows `cpu` ahead of `torch` for every op.
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
-# Backends that do not serve every op yet.
-KERNELS = {
-    "cuda": (
-        "weighted_sum",
-        "weighted_rows",
-        "merge_deltas",
-        "gram",
-        "covariance",
-        "permute",
-        "zip_weights",
-    ),
-    "triton": tuple(op for op in OPS if op != "zip_match"),
-}
+# Kernels for GPUs: zip_match is one search, which runs on the host.
+_ON_GPU = tuple(op for op in OPS if op != "zip_match")
+KERNELS = {"cuda": _ON_GPU, "triton": _ON_GPU}  # the others serve every op
 
 
 _REMEDIES = {

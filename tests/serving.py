@@ -6,11 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
-from torch import Tensor
-
-import mergekern as mk
-from mergekern import Threshold, dispatch
-from mergekern.backends.torch import kth_magnitude as plain
+from mergekern import dispatch
 
 _Case = TypeVar("_Case")
 
@@ -51,14 +47,6 @@ def in_turn(backend: str, cases: Sequence[_Case], turn: int) -> Sequence[_Case]:
 def serving(op: str) -> list[str]:
     """The backends that have a kernel for `op`."""
     return [b for b in UNDER_TEST if op in dispatch.KERNELS.get(b, dispatch.OPS)]
-
-
-def threshold(x: Tensor, k: int, backend: str, base: Tensor | None = None) -> Threshold:
-    """kth_magnitude by `backend`; by torch, past the dispatch, where it has no kernel for it."""
-    if backend in serving("kth_magnitude"):
-        return mk.kth_magnitude(x, k, base=base, backend=backend)
-    ((found,),) = plain.kth_magnitude([x], base, [[k]])
-    return Threshold(*found)
 
 
 class Calls(list[tuple[str, str]]):

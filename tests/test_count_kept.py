@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import mergekern as mk
 from mergekern import Band, Bernoulli, Mask, Threshold, reference
 from mergekern.keep import NOTHING, Keep
 from mergekern.ops.merge_deltas import Counts, count_kept
 
 from cases import CATALOGUE, CHUNK, Case, values
 from refusal import refused
-from serving import affordable, threshold
+from serving import affordable
 
 OP = "merge_deltas"  # of which it is a part
 NAN, INF = math.nan, math.inf
@@ -39,7 +40,7 @@ def rules(xs: list[Tensor], base: Tensor | None, backend: str) -> list[Keep]:
     found: list[Keep] = []
     for i, x in enumerate(xs):
         ranks = max(1, n // 2), max(1, n // 5)
-        low, high = (threshold(x, k, backend, base) for k in ranks)
+        low, high = (mk.kth_magnitude(x, k, base=base, backend=backend) for k in ranks)
         bits = np.packbits(np.random.default_rng(i).random(n) < 0.6)
         mask = Mask(torch.from_numpy(bits).to(x.device))
         kinds = [low, Bernoulli(0.4, 5, "layer.weight", i), None, Band(low, high), mask, NOTHING]
@@ -81,7 +82,9 @@ def test_many_models_over_chunks(n: int, backend: str, device: str) -> None:
     base = values((total,), torch.bfloat16).to(device)
     xs = [values((total,), torch.bfloat16, seed=1 + i).to(device) for i in range(n)]
     ranks = [total // (2 + i) for i in range(n)]
-    keep = [threshold(x, k, backend, base) for x, k in zip(xs, ranks, strict=True)]
+    keep = [
+        mk.kth_magnitude(x, k, base=base, backend=backend) for x, k in zip(xs, ranks, strict=True)
+    ]
     assert count_kept(base, xs, keep, backend=backend).kept == ranks
     d = torch.stack([x.float() - base.float() for x in xs]).cpu()
     index = torch.arange(total)

@@ -1,4 +1,4 @@
-"""kth_magnitude: every path of the C++ and Triton backends is reached, and exact."""
+"""kth_magnitude: every path of the C++ backend and of those of GPUs is reached, and exact."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mergekern as mk
 from mergekern import digits, dispatch
+from mergekern.backends import selection as driver
 from mergekern.check import name_of
 from mergekern.ops.kth_magnitude import kth_magnitudes
 
@@ -186,41 +187,37 @@ def test_property_16_bit_patterns(
             assert_exact(mk.kth_magnitude(y, k, backend="cpu"), y, k)
 
 
-# ---- each branch of the Triton backend -------------------------------------------------------
+# ---- each branch of the backends of GPUs -----------------------------------------------------
 
 
-@pytest.fixture
-def on_triton(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The driver of the Triton backend, made to take no tensor for small, with what it missed."""
-    reason = dispatch.why_not("triton", OP, device_of("triton"))
-    if reason and "triton" in REQUIRED:
+@pytest.fixture(params=["cuda", "triton"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend whose driver is made to take no tensor for small."""
+    backend: str = request.param
+    reason = dispatch.why_not(backend, OP, device_of(backend))
+    if reason and backend in REQUIRED:
         pytest.fail(f"MERGEKERN_REQUIRE: {reason}")
     if reason:
         pytest.skip(reason)
-    import mergekern.backends.triton.kth_magnitude
-
-    driver = mergekern.backends.triton.kth_magnitude
     monkeypatch.setattr(driver, "_SMALL", 0)
-    return driver
+    return backend
 
 
 @pytest.fixture
-def missed(on_triton: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def missed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The ranks that a bracket did not hold."""
     ranks: list[int] = []
-    by_digits = on_triton._by_digits
+    by_digits = driver._by_digits
 
     def spy(source: Any, k: int) -> Any:
         ranks.append(k)
         return by_digits(source, k)
 
-    monkeypatch.setattr(on_triton, "_by_digits", spy)
+    monkeypatch.setattr(driver, "_by_digits", spy)
     return ranks
 
 
-def pretend_sample_on_triton(
-    driver: Any, patch: pytest.MonkeyPatch, low: float, high: float
-) -> None:
+def pretend_sample_on_gpu(patch: pytest.MonkeyPatch, low: float, high: float) -> None:
     """The sample finds half of its keys at `low` and half at `high`."""
 
     def sample(source: Any) -> Tensor:
@@ -231,62 +228,62 @@ def pretend_sample_on_triton(
     patch.setattr(driver, "_sample", sample)
 
 
-def assert_exact_on_triton(x: Tensor, *ranks: int, base: Tensor | None = None) -> None:
-    brute, device = Brute(x, base), device_of("triton")
+def assert_exact_on_gpu(gpu: str, x: Tensor, *ranks: int, base: Tensor | None = None) -> None:
+    brute, device = Brute(x, base), device_of(gpu)
     origin = None if base is None else base.to(device)
-    (found,) = kth_magnitudes([x.to(device)], [list(ranks)], base=origin, backend="triton")
+    (found,) = kth_magnitudes([x.to(device)], [list(ranks)], base=origin, backend=gpu)
     for got, k in zip(found, ranks, strict=True):
         brute.check(got, k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 @pytest.mark.parametrize("where", BRACKETS)
-def test_triton_bracket(
+def test_gpu_bracket(
     where: str,
     dtype: torch.dtype,
-    on_triton: Any,
+    gpu: str,
     missed: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also with every value 3 times, so that the last kept one lies in any of the chunks."""
     low, high, taken = BRACKETS[where]
-    pretend_sample_on_triton(on_triton, monkeypatch, low, high)
+    pretend_sample_on_gpu(monkeypatch, low, high)
     x = shuffled(N).to(dtype)
-    assert_exact_on_triton(x, K)
+    assert_exact_on_gpu(gpu, x, K)
     assert missed == ([K] if "missed" in taken else [])
     if dtype == torch.float32:
         ties = torch.cat([x.roll(777 * i) for i in range(3)])
-        assert_exact_on_triton(ties, 3 * K - 2, 3 * K)
+        assert_exact_on_gpu(gpu, ties, 3 * K - 2, 3 * K)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 @pytest.mark.parametrize("what", HARD)
-def test_triton_hard_data(what: str, dtype: torch.dtype, on_triton: Any) -> None:
+def test_gpu_hard_data(what: str, dtype: torch.dtype, gpu: str) -> None:
     x = torch.from_numpy(HARD[what].copy()).to(dtype)
-    assert_exact_on_triton(x, 1, 600, x.numel() // 5)
+    assert_exact_on_gpu(gpu, x, 1, 600, x.numel() // 5)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=name_of)
-def test_triton_sample_serves_ordinary_data(dtype: torch.dtype, missed: list[int]) -> None:
+def test_gpu_sample_serves_ordinary_data(dtype: torch.dtype, gpu: str, missed: list[int]) -> None:
     n = CHUNK // 2
     x, base = (values((n,), dtype, seed=i) for i in range(2))
-    assert_exact_on_triton(x, n // 5, n // 2, n - 1000)
-    assert_exact_on_triton(x, n // 5, base=base)
+    assert_exact_on_gpu(gpu, x, n // 5, n // 2, n - 1000)
+    assert_exact_on_gpu(gpu, x, n // 5, base=base)
     assert not missed
 
 
-def test_triton_one_key_that_many_share(
-    on_triton: Any, missed: list[int], monkeypatch: pytest.MonkeyPatch
+def test_gpu_one_key_that_many_share(
+    gpu: str, missed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend_sample_on_triton(on_triton, monkeypatch, 2.0, 2.0)
+    pretend_sample_on_gpu(monkeypatch, 2.0, 2.0)
     x = torch.where(torch.arange(N) % 2 == 0, 2.0, -1.0)
-    assert_exact_on_triton(x, 1, N // 2, N // 2 + 1, N - 1)
+    assert_exact_on_gpu(gpu, x, 1, N // 2, N // 2 + 1, N - 1)
     assert missed == [N // 2 + 1, N - 1]
 
 
-def test_triton_chunks_that_keep_more_than_their_room(missed: list[int]) -> None:
+def test_gpu_chunks_that_keep_more_than_their_room(gpu: str, missed: list[int]) -> None:
     """Sorted, so that all that lies inside the bracket lies in one chunk."""
     n = 1 << 17
     x = torch.arange(n).float()
-    assert_exact_on_triton(x, n // 5, n // 2)
+    assert_exact_on_gpu(gpu, x, n // 5, n // 2)
     assert len(missed) == 2

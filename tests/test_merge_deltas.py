@@ -22,7 +22,7 @@ import elementwise
 from accuracy import assert_backend_bits, assert_bits_equal, assert_within, half_ulp
 from cases import CATALOGUE, CHUNK, Case, values
 from refusal import refused
-from serving import affordable, threshold
+from serving import affordable
 
 OP = "merge_deltas"
 NAN, INF = math.nan, math.inf
@@ -385,7 +385,7 @@ def test_a_threshold_keeps_exactly_k_the_lowest_index_first(
     order = torch.sort(delta.abs(), descending=True, stable=True).indices
     present = int((delta != 0).sum())
     for k in (1, 100, 700, 1031):
-        kth = threshold(x, k, backend, base)
+        kth = mk.kth_magnitude(x, k, base=base, backend=backend)
         got = mk.merge_deltas(
             base, [x], [1.0], keep=[kth], out_dtype=torch.float64, backend=backend
         )
@@ -401,7 +401,7 @@ def test_the_worked_example_of_ties(backend: str, device: str) -> None:
     base = torch.tensor([1.0, 1.0, 1.0, 1.0], device=device)
     tasks = ([4.0, -1.0, 0.5, -3.0], [-2.0, 0.1, 5.0, -1.0], [2.0, 3.0, -1.0, 0.0])
     xs = [base + torch.tensor(t, device=device) for t in tasks]
-    keep = [threshold(x, 2, backend, base) for x in xs]
+    keep = [mk.kth_magnitude(x, 2, base=base, backend=backend) for x in xs]
     got = mk.merge_deltas(
         base, xs, [1, 1, 1], keep=keep, elect="sum", normalize=True, backend=backend
     )
@@ -479,7 +479,7 @@ def test_equal_models_give_the_base_back(backend: str, device: str) -> None:
 
 def test_l1_keeps_the_sum_of_magnitudes(backend: str, device: str) -> None:
     x = torch.tensor([8.0, -4.0, 2.0, 2.0], device=device)
-    keep = [threshold(x, 2, backend)]
+    keep = [mk.kth_magnitude(x, 2, backend=backend)]
     got = mk.merge_deltas(None, [x], [1.0], keep=keep, rescale="l1", backend=backend)
     factor = float(np.float32(16 / 12))
     assert_bits_equal(got, torch.tensor([8.0, -4.0, 0.0, 0.0]) * factor)
@@ -488,7 +488,7 @@ def test_l1_keeps_the_sum_of_magnitudes(backend: str, device: str) -> None:
 @pytest.mark.parametrize("scale", [1e-8, 0.0], ids=["tiny norm", "zero norm"])
 def test_l1_of_almost_nothing_does_not_rescale(scale: float, backend: str, device: str) -> None:
     x = torch.tensor([2.0, 1.0], device=device) * scale
-    keep = [threshold(x, 1, backend)]
+    keep = [mk.kth_magnitude(x, 1, backend=backend)]
     got = mk.merge_deltas(None, [x], [1.0], keep=keep, rescale="l1", backend=backend)
     assert_bits_equal(got, torch.tensor([2.0, 0.0]) * scale)
 
@@ -512,7 +512,7 @@ def test_density_divides_by_the_probability_that_is_used(backend: str, device: s
 def test_l1_norms_across_chunks(backend: str, device: str) -> None:
     """An l1 factor of a long tensor, exact because the values are."""
     x = values((2 * CHUNK + 17,), torch.float32, "ties").to(device)
-    kth = threshold(x, x.numel() // 5, backend)
+    kth = mk.kth_magnitude(x, x.numel() // 5, backend=backend)
     got = mk.merge_deltas(None, [x], [1.0], keep=[kth], rescale="l1", backend=backend)
     size = x.cpu().double().abs()
     index = torch.arange(x.numel())

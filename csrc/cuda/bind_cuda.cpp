@@ -1,9 +1,8 @@
-// Module mergekern._cuda; bind_moments.cpp holds a part of it. Compiled by the host compiler;
-// imports without a driver, and why_not() then says so.
+// Module mergekern._cuda; bind_moments.cpp and bind_selection.cpp hold parts of it. Compiled by the
+// host compiler; imports without a driver, and why_not() then says so.
 //
 // Every function takes plain addresses, sizes and enums by keyword, releases the GIL, enqueues on
 // the caller's stream and does not wait.
-#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
 #include "bind_common.h"
@@ -17,7 +16,8 @@ namespace py = pybind11;
 using namespace pybind11::literals;
 using std::int64_t;
 
-void bind_moments(py::module_& m);  // bind_moments.cpp
+void bind_moments(py::module_& m);    // bind_moments.cpp
+void bind_selection(py::module_& m);  // bind_selection.cpp
 
 namespace {
 
@@ -200,4 +200,5 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         "dtype"_a, "zipping"_a, "device"_a, "stream"_a);
 
   bind_moments(m);
+  bind_selection(m);
 }

@@ -31,4 +31,28 @@ __device__ inline V block_sum(V v) {
   return v;
 }
 
+// The sum over the lanes up to and with this one.
+template <class V>
+__device__ inline V scan_warp(V v) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int by = 1; by < 32; by *= 2) {
+    const V before = __shfl_up_sync(~0u, v, by);
+    if (lane >= by) v += before;
+  }
+  return v;
+}
+
+// The sum over the threads of a block up to and with this one; `totals` has room for its warps.
+template <class V>
+__device__ inline V scan_block(V v, V* totals) {
+  const int warp = threadIdx.x / 32;
+  v = scan_warp(v);
+  __syncthreads();  // who reads the totals of the scan before
+  if (threadIdx.x % 32 == 31) totals[warp] = v;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) v += totals[w];
+  return v;
+}
+
 }  // namespace mk::cuda

@@ -45,10 +45,11 @@ __device__ inline acc_t<T> step(acc_t<T> x) {
   return load(narrow);
 }
 
-// Which of the eight draws of a Philox block are below `limit`, the first in the highest bit.
-__device__ inline std::uint32_t drawn_eight(const DeltaRule& rule, std::uint64_t counter) {
+// A Philox block: the eight draws of 16 bits, the first in the low half of the first word.
+__device__ inline void draw_eight(std::uint64_t key0, std::uint64_t key1, std::uint64_t counter,
+                                  std::uint32_t (&words)[4]) {
   std::uint32_t c0 = std::uint32_t(counter), c1 = std::uint32_t(counter >> 32), c2 = 0, c3 = 0;
-  std::uint32_t k0 = std::uint32_t(rule.k0), k1 = std::uint32_t(rule.k1);
+  std::uint32_t k0 = std::uint32_t(key0), k1 = std::uint32_t(key1);
 #pragma unroll
   for (int round = 0; round < 10; ++round, k0 += 0x9e3779b9u, k1 += 0xbb67ae85u) {
     const std::uint64_t p0 = std::uint64_t(0xd2511f53u) * c0;
@@ -58,7 +59,13 @@ __device__ inline std::uint32_t drawn_eight(const DeltaRule& rule, std::uint64_t
     c2 = std::uint32_t(p0 >> 32) ^ c3 ^ k1;
     c3 = std::uint32_t(p0);
   }
-  const std::uint32_t words[4] = {c0, c1, c2, c3};
+  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+// Which of the eight draws of a Philox block are below `limit`, the first in the highest bit.
+__device__ inline std::uint32_t drawn_eight(const DeltaRule& rule, std::uint64_t counter) {
+  std::uint32_t words[4];
+  draw_eight(rule.k0, rule.k1, counter, words);
   const std::uint32_t limit = std::uint32_t(rule.limit);
   std::uint32_t kept = 0;
 #pragma unroll

@@ -6,7 +6,15 @@ import dataclasses
 
 import pytest
 
-from kernels.sass import REGISTERS, Kernel, Sass, assert_lean, compile_cases, compile_triton
+from kernels.sass import (
+    REGISTERS,
+    Kernel,
+    Sass,
+    assert_lean,
+    compile_cases,
+    compile_cuda,
+    compile_triton,
+)
 
 # name: (type of x, base, rounded, variance)
 SOURCES = {
@@ -132,3 +140,29 @@ def test_squares_of_a_variance_are_rounded() -> None:
     rounded, contracted = compile_triton([plain, fused])
     # Divisions are made of FMA in both; one for each of the eight elements of a thread is a square.
     assert contracted.count("FFMA") - rounded.count("FFMA") >= 8, (rounded, contracted)
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_cuda(arch: str) -> None:
+    kernels = compile_cuda("kth_magnitude.cu", arch=arch)
+    assert len(kernels) == 5 * 4 * 3  # kernels, types, exact and rounded differences, variances
+    for name, sass in kernels.items():
+        varies = "LNS0_4KindE2E" in name
+        lean = 48 if "count_kernel" in name and ("4bf16" in name or "3f16" in name) else 72
+        assert_lean(sass, 104 if varies else lean)
+        if "sample_kernel" not in name:  # whose runs lie anywhere
+            assert sass.ops["LDG.E.128"] > 0, (name, sass)
+        if "histogram_kernel" in name:  # nothing waits for results of atomics, or for their order
+            assert sass.count("RED", "REDG") > 0, (name, sass)
+        assert sass.count("ATOM", "ATOMG", "MEMBAR") == 0, (name, sass)
+        if not varies:  # differences alone; a position takes products of integers
+            assert sass.count("FMUL", "FFMA", "DMUL", "DFMA") == 0, (name, sass)
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_cuda_descent(arch: str) -> None:
+    kernels = compile_cuda("kth_descent.cu", arch=arch)
+    assert len(kernels) == 2 * 2  # bytes and ties, keys of 32 and 64 bits
+    for name, sass in kernels.items():
+        assert_lean(sass, 48)
+        assert sass.count("ATOM", "ATOMG", "MEMBAR") == 0, (name, sass)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.sass import REGISTERS, Kernel, Sass, assert_lean, compile_cases
+from kernels.sass import REGISTERS, Kernel, Sass, assert_lean, compile_cases, compile_cuda
 
 CASES = [(name, key) for name in ("bin", "rank_mask") for key in ("i32", "i64")]
 
@@ -43,3 +43,14 @@ def test_triton(kernels: dict[tuple[str, str], Sass], case: tuple[str, str]) -> 
     if case[0] == "bin":  # nothing waits for results of atomics, or for their order
         assert sass.count("RED", "REDG") > 0, sass
         assert sass.count("ATOM", "ATOMG", "MEMBAR") == 0, sass
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_cuda(arch: str) -> None:
+    kernels = compile_cuda("rank_mask.cu", arch=arch)
+    assert len(kernels) == 2 * 2  # bins and masks, keys of 32 and 64 bits
+    for name, sass in kernels.items():
+        counts = "bin_kernel" in name
+        assert_lean(sass, 32 if counts else 96)
+        assert (sass.count("RED", "REDG") > 0) == counts, (name, sass)
+        assert sass.count("ATOM", "ATOMG", "DFMA") == 0, (name, sass)

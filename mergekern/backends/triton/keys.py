@@ -9,17 +9,10 @@ infinity. Importing this imports triton.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...check import accumulator
-from .. import tables
-from .common import DTYPES, divide, narrow, pointer, widen
+from .common import divide, narrow, pointer, widen
 
 # A thread takes eight neighbours: one 16-byte load of a 16-bit tensor. More would cost registers
 # that the loads of other programs need.
@@ -112,85 +105,3 @@ def keys_kernel(
     mask = offsets < numel
     key = keys_of(addresses, base, n, vector, offsets, mask, IN, WIDE, BASE, ROUNDED, VARIANCE)
     tl.store(out + vector * numel + offsets, key, mask=mask)
-
-
-class Source(NamedTuple):
-    """What is ranked: |x - base| of each x, or the variance of all of them as one vector."""
-
-    xs: list[Tensor]  # flat
-    base: Tensor | None
-    variance: bool
-    addresses: Tensor
-    constants: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        xs: list[Tensor],
-        base: Tensor | None,
-        *,
-        rounded: bool = False,
-        variance: bool = False,
-    ) -> Source:
-        xs = [x.reshape(-1).contiguous() for x in xs]
-        base = None if base is None else base.reshape(-1).contiguous()
-        constants = {
-            "IN": DTYPES[xs[0].dtype],
-            "WIDE": tables.aligned([*xs] if base is None else [*xs, base]),
-            "BASE": base is not None,
-            "ROUNDED": rounded,
-            "VARIANCE": variance,
-            "BLOCK": BLOCK,
-            **LAUNCH,
-        }
-        addresses = tables.upload([x.data_ptr() for x in xs], torch.int64, xs[0].device)
-        return cls(xs, base, variance, addresses, constants)
-
-    def only(self, i: int) -> Source:
-        """One of the vectors."""
-        if self.vectors == 1:
-            return self
-        return self._replace(xs=self.xs[i : i + 1], addresses=self.addresses[i : i + 1])
-
-    @property
-    def numel(self) -> int:
-        return self.xs[0].numel()
-
-    @property
-    def device(self) -> torch.device:
-        return self.xs[0].device
-
-    @property
-    def vectors(self) -> int:
-        return 1 if self.variance else len(self.xs)
-
-    @property
-    def acc(self) -> torch.dtype:
-        return accumulator(self.xs[0].dtype)
-
-    @property
-    def key_dtype(self) -> torch.dtype:
-        return torch.int64 if self.acc == torch.float64 else torch.int32
-
-    def launch(self, kernel: Any, programs: int, **arguments: Any) -> None:
-        """A kernel that takes keys, on the current stream of the device; its interpreter is numpy,
-        which warns."""
-        base = self.xs[0] if self.base is None else self.base
-        with torch.cuda.device_of(self.xs[0]), np.errstate(all="ignore"):
-            kernel[(programs,)](
-                addresses=self.addresses,
-                base=base,
-                n=len(self.xs),
-                numel=self.numel,
-                **arguments,
-                **self.constants,
-            )
-
-
-def magnitude_keys(source: Source) -> Tensor:
-    """All keys, a row per vector."""
-    shape = source.vectors, source.numel
-    keys = torch.empty(shape, dtype=source.key_dtype, device=source.device)
-    programs = source.vectors * triton.cdiv(source.numel, BLOCK)
-    source.launch(keys_kernel, programs, out=keys, vectors=source.vectors)
-    return keys

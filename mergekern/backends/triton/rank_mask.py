@@ -1,16 +1,9 @@
-"""rank_mask in Triton: bins of each row settle most draws; importing this imports triton.
-
-A draw needs the rank of its element only where a limit lies between the limits of the first and
-the last rank of its bin. With about one bin for every element these are a handful in a row; each
-is ranked against its whole row.
-"""
+"""rank_mask in Triton; importing this imports triton."""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 # Triton kernels have no Python types.
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import torch
@@ -19,12 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...keep import MagPrune
-from .. import tables
-from .keys import BLOCK, LAUNCH, Source, magnitude_keys
+from .. import row_ranks
+from .keys import BLOCK, LAUNCH
+from .kth_magnitude import Source
 from .masks import draws, pack
-
-# Elements at a time, or eight units if these are more: their keys and bins stay in the L2 cache.
-_PIECE = 1 << 22
 
 
 @triton.jit
@@ -134,66 +125,37 @@ def rank_mask_kernel(
 def rank_mask(
     bits: Tensor, x: Tensor, base: Tensor | None, rule: MagPrune, first: int
 ) -> tuple[float, float]:
-    units, length, inner = (
-        (x.shape[0], x.shape[1], math.prod(x.shape[2:])) if x.ndim > 1 else (1, x.numel(), 1)
-    )
-    unit = length * inner
-    if not units * unit:
-        return 0.0, 0.0
-    x, base = x.contiguous().view(-1), None if base is None else base.contiguous().view(-1)
-    limits = tables.upload(rule.limits(length).tolist(), torch.int32, x.device)
-    step = max(8, _PIECE // unit // 8 * 8) * unit  # whole bytes of the mask
-    sums = []
-    for begin in range(0, x.numel(), step):
-        part = slice(begin, begin + step)
-        source = Source.of([x[part]], None if base is None else base[part])
-        keys = magnitude_keys(source).view(-1, length, inner)
-        sums.append(_mask(bits[begin // 8 :], keys, limits, rule.key, first + begin))
-    everything, kept = torch.cat(sums).sum(0).tolist()
-    return everything, kept
+    return row_ranks.rank_mask(bits, x, base, rule, first, Source, _mask)
 
 
-def _mask(bits: Tensor, keys: Tensor, limits: Tensor, key: tuple[int, int], first: int) -> Tensor:
+def _mask(
+    bits: Tensor, binned: row_ranks.Binned, limits: Tensor, key: tuple[int, int], first: int
+) -> Tensor:
     """The mask of whole units, and the sums of each block."""
+    keys = binned.keys
     _, length, inner = keys.shape
-    rows, half = _rows(keys)
     programs = triton.cdiv(keys.numel(), BLOCK)
-    counts = torch.zeros(len(rows), 2 * half, dtype=torch.int32, device=keys.device)
     sums = torch.empty(programs, 2, dtype=torch.float64, device=keys.device)
     shared = {
         "keys": keys,
-        "rows": rows,
+        "rows": binned.rows,
         "numel": keys.numel(),
         "length": length,
         "inner": inner,
         "LONG": keys.numel() > (1 << 31) - BLOCK,
-        "HALF": half,
+        "HALF": binned.half,
         "BLOCK": BLOCK,
         **LAUNCH,
     }
     with torch.cuda.device_of(keys), np.errstate(all="ignore"):
-        bin_kernel[(programs,)](counts=counts, **shared)
+        bin_kernel[(programs,)](counts=binned.counts, **shared)
         rank_mask_kernel[(programs,)](
             bits=bits,
             sums=sums,
-            ends=counts.cumsum(1, dtype=torch.int32),
+            ends=binned.ends(),
             limits=limits,
             seed=key[0] | key[1] << 32,
             first=first,
             **shared,
         )
     return sums
-
-
-def _rows(keys: Tensor) -> tuple[Tensor, int]:
-    """What `bin_of` takes of each row, and HALF: together about a bin for every element."""
-    width = min(15, max(1, (keys.shape[1] - 1).bit_length() - 1))  # bits of a number below HALF
-    octaves = 8 << (52 if keys.dtype == torch.int64 else 23)
-    least, most = (v.reshape(-1).long() for v in keys.aminmax(dim=1))
-    floor = torch.maximum(least, most - octaves)
-
-    def shift(span: Tensor) -> Tensor:
-        return (torch.frexp(span.double()).exponent.long() - width).clamp(min=0)
-
-    columns = [least, floor, most, shift(floor - least), shift(most - floor)]
-    return torch.stack(columns, 1), 1 << width

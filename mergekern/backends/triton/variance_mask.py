@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ... import digits
 from ...keep import Threshold
-from . import kth_magnitude
+from .. import selection
 from .common import pointer
-from .keys import BLOCK, Source, delta, keys_of
+from .keys import BLOCK, delta, keys_of
+from .kth_magnitude import Source
 from .masks import pack
 
 
@@ -51,26 +52,26 @@ def variance_mask_kernel(
         tl.store(sums + program * n + i, tl.sum(d * d, 0))
 
 
-def variance_threshold(xs: list[Tensor], base: Tensor | None, share: float) -> kth_magnitude.Found:
-    return kth_magnitude.select_share(Source.of(xs, base, variance=True), share)
+def variance_threshold(xs: list[Tensor], base: Tensor | None, share: float) -> selection.Found:
+    return selection.select_share(Source(xs, base, variance=True), share)
 
 
 def digit_histogram(
     xs: list[Tensor], base: Tensor | None, prefix: int, shift: int, rounded: bool
 ) -> np.ndarray:
-    return kth_magnitude.histogram(Source.of(xs, base, variance=True), prefix, shift)
+    return selection.histogram(Source(xs, base, variance=True), prefix, shift)
 
 
 def place_of_tie(
     xs: list[Tensor], base: Tensor | None, value: float, rank: int, rounded: bool
 ) -> tuple[int, int]:
-    return kth_magnitude.place(Source.of(xs, base, variance=True), value, rank)
+    return selection.place(Source(xs, base, variance=True), value, rank)
 
 
 def variance_mask(
     bits: Tensor | None, xs: list[Tensor], base: Tensor | None, threshold: Threshold
 ) -> list[float]:
-    source = Source.of(xs, base, variance=True)
+    source = Source(xs, base, variance=True)
     programs = triton.cdiv(source.numel, BLOCK)
     if not programs:
         return [0.0] * len(xs)
