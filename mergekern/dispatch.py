@@ -39,6 +39,9 @@ BACKENDS = ("reference", "torch", "cpu", "cuda", "triton")
 # Tried in this order. The order for CUDA is the design's guess until rows of a real GPU stand
 # under bench/results; on a CPU, `bench/` shows `cpu` ahead of `torch` for every op.
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+# Where another one comes first: on Hopper Triton multiplies by wgmma, csrc/cuda by the instructions
+# of Ampere, which reach some 60 % of its rate there.
+ORDER_OF = {("covariance", "cuda"): ("triton", "cuda", "torch")}
 
 # Kernels for GPUs: zip_match is one search, which runs on the host.
 _ON_GPU = tuple(op for op in OPS if op != "zip_match")
@@ -175,7 +178,7 @@ def select(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> s
             raise BackendError(f"{op}: {reason}")
         return backend
     reasons = []
-    for candidate in ORDER.get(device.type, ("torch",)):
+    for candidate in ORDER_OF.get((op, device.type), ORDER.get(device.type, ("torch",))):
         reason = why_not(candidate, op, device, dtype)
         if reason is None:
             return candidate

@@ -252,3 +252,11 @@ def test_a_forked_child_makes_its_own_pool(
         os._exit(0 if ok and sorted(done) == list(range(10)) else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_covariance_on_a_gpu_is_tritons_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one with Hopper's instructions; the order of other ops is another."""
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: None)
+    gpu = torch.device("cuda:0")
+    assert dispatch.select("auto", "covariance", gpu, torch.bfloat16) == "triton"
+    assert dispatch.select("auto", "gram", gpu, torch.bfloat16) == "cuda"
