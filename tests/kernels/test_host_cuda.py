@@ -155,6 +155,8 @@ def row_ranks() -> torch.Tensor:
 
 
 CALLS = {
+    "weighted_sum": lambda: mk.weighted_sum([*X], [0.1, 0.2, 0.3], backend="cuda"),
+    "weighted_rows": lambda: mk.weighted_rows([*X], ROW_WEIGHTS, backend="cuda"),
     "merge_deltas": lambda: mk.merge_deltas(
         X[0],
         [*X[1:]],
@@ -164,13 +166,11 @@ CALLS = {
         elect="sum",
         backend="cuda",
     ),
+    "zip_weights": lambda: mk.zip_weights([*X[:, :, :1030]], cols=HALVES, backend="cuda"),
+    "permute": lambda: mk.permute(X, {0: [2, 0, 1], 2: REVERSED}, backend="cuda"),
     "kth_magnitude": lambda: torch.tensor(mk.kth_magnitude(MANY, 60_000, backend="cuda")),
     "variance_mask": variances,
     "rank_mask": row_ranks,
-    "weighted_sum": lambda: mk.weighted_sum([*X], [0.1, 0.2, 0.3], backend="cuda"),
-    "weighted_rows": lambda: mk.weighted_rows([*X], ROW_WEIGHTS, backend="cuda"),
-    "zip_weights": lambda: mk.zip_weights([*X[:, :, :1030]], cols=HALVES, backend="cuda"),
-    "permute": lambda: mk.permute(X, {0: [2, 0, 1], 2: REVERSED}, backend="cuda"),
 }
 
 
