@@ -305,3 +305,14 @@ def test_gpu_many_equal_at_the_low_end_take_no_room(gpu: str, missed: list[int])
     nonzero = int(x.count_nonzero())
     assert_exact_on_gpu(gpu, x, nonzero - 10, nonzero, nonzero + 10)
     assert not missed
+
+
+def test_gpu_ranks_at_the_ends_of_a_bracket(
+    gpu: str, missed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low, high = N // 2 - 50, N // 2 + 50
+    pretend_sample_on_gpu(monkeypatch, low, high)
+    wanted = (high + 1, high, high - 1, low + 1, low, low - 1)
+    ranks = [N + 1 - value for value in wanted]
+    assert_exact_on_gpu(gpu, shuffled(N), *ranks)
+    assert missed == [ranks[0], ranks[-1]]
