@@ -287,3 +287,32 @@ def test_gpu_chunks_that_keep_more_than_their_room(gpu: str, missed: list[int]) 
     x = torch.arange(n).float()
     assert_exact_on_gpu(gpu, x, n // 5, n // 2)
     assert len(missed) == 2
+
+
+def test_gpu_chunk_that_is_full_leaves_others_alone(gpu: str) -> None:
+    """The last chunk keeps more than its room of one bracket; the next one's room comes after."""
+    n, ramp = 1 << 17, 1 << 12
+    x = shuffled(n)
+    x[-ramp:] = n + torch.arange(ramp)
+    full = ramp // 2
+    ranks = [k for i in range(2, 6) for k in (full, n // i)]
+    assert_exact_on_gpu(gpu, x, *ranks)
+
+
+def test_gpu_many_equal_at_the_low_end_take_no_room(gpu: str, missed: list[int]) -> None:
+    n = 1 << 17
+    x = shuffled(n) * (torch.arange(n) % 5 < 2)
+    nonzero = int(x.count_nonzero())
+    assert_exact_on_gpu(gpu, x, nonzero - 10, nonzero, nonzero + 10)
+    assert not missed
+
+
+def test_gpu_ranks_at_the_ends_of_a_bracket(
+    gpu: str, missed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low, high = N // 2 - 50, N // 2 + 50
+    pretend_sample_on_gpu(monkeypatch, low, high)
+    wanted = (high + 1, high, high - 1, low + 1, low, low - 1)
+    ranks = [N + 1 - value for value in wanted]
+    assert_exact_on_gpu(gpu, shuffled(N), *ranks)
+    assert missed == [ranks[0], ranks[-1]]

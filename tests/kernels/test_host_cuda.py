@@ -193,6 +193,19 @@ X = values((3, 70, 1031), torch.bfloat16)
 ROW_WEIGHTS = values((70, 3), torch.float64)
 REVERSED = torch.arange(1031).flip(0)
 HALVES = torch.arange(3 * 1030) % 515
+MANY = values((300_001,), torch.bfloat16)  # too many to sort
+
+
+def variances() -> torch.Tensor:
+    found = mk.variance_mask([MANY, MANY.flip(0)], 0.3, backend="cuda")
+    return torch.cat([found.mask.bits, torch.tensor(found.squares).view(torch.uint8)])
+
+
+def row_ranks() -> torch.Tensor:
+    found = mk.rank_mask(X, mk.MagPrune(0.5, 0.3), backend="cuda")
+    return torch.cat([found.mask.bits, torch.tensor(found[1:]).view(torch.uint8)])
+
+
 CALLS = {
     "weighted_sum": lambda: mk.weighted_sum([*X], [0.1, 0.2, 0.3], backend="cuda"),
     "weighted_rows": lambda: mk.weighted_rows([*X], ROW_WEIGHTS, backend="cuda"),
@@ -209,6 +222,9 @@ CALLS = {
     "covariance": lambda: mk.covariance(X.flatten()[:60_000].view(300, 200), backend="cuda"),
     "zip_weights": lambda: mk.zip_weights([*X[:, :, :1030]], cols=HALVES, backend="cuda"),
     "permute": lambda: mk.permute(X, {0: [2, 0, 1], 2: REVERSED}, backend="cuda"),
+    "kth_magnitude": lambda: torch.tensor(mk.kth_magnitude(MANY, 60_000, backend="cuda")),
+    "variance_mask": variances,
+    "rank_mask": row_ranks,
 }
 
 
