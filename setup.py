@@ -74,7 +74,7 @@ def cuda_extension(nvcc: str) -> Extension:
         "mergekern._cuda",
         sources=sorted(str(p) for p in Path("csrc/cuda").glob("*.cpp")),
         depends=sorted(
-            str(p) for p in [*Path("csrc/cuda").glob("*.cu*"), *Path("csrc").glob("*.h")]
+            str(p) for g in ("cuda/*.cu*", "cuda/*.h", "*.h") for p in Path("csrc").glob(g)
         ),
         include_dirs=[pybind11.get_include(), str(root / "include")],
         library_dirs=[str(lib)],

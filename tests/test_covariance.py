@@ -294,6 +294,17 @@ def test_tensors_side_by_side_are_one(
             assert_same(snapshot(found[0]), snapshot(found[1]))
 
 
+def test_parts_in_a_panel_that_begins_within_a_tensor(backend: str, device: str) -> None:
+    """One row of the features from 128 on is far from their mean, and takes more than 8 bits."""
+    x, y = values((600, 100), torch.bfloat16), values((600, 60), torch.bfloat16, seed=1)
+    y[:, 28:] = (300 + 8 * y[:, 28:].double()).to(torch.bfloat16)
+    y[17, 28:] = 129 / 2**14
+    moments = mk.Covariance(160, device=device, backend=backend)
+    moments.update([x.to(device), y.to(device)])
+    whole = torch.cat([x, y], 1)
+    assert_within(moments.covariance(), exact(whole), bound(whole, backend=backend))
+
+
 def test_nan_in_one_of_several_tensors(backend: str, device: str) -> None:
     xs = [rows(300, 5).to(device), rows(300, 50, seed=1).to(device)]
     moments = mk.Covariance(55, device=device, backend=backend)

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+import mergekern as mk
+from mergekern import dispatch
 from mergekern.backends import moments
+from mergekern.check import name_of
 
+from accuracy import assert_within
+from kernels.sass import unavailable
 from kernels.tensor_cores import sums
 
 ROWS = 1 << 17
@@ -58,12 +63,9 @@ def test_promoted_sums_do_not(mean: float) -> None:
     assert found <= 2**13 * U
 
 
-@pytest.mark.parametrize("rows", [32, 64], ids=["CUDA C++", "Triton"])
-def test_parts_of_float32(rows: int) -> None:
-    """Six products of parts, the small ones first, as the kernels take them."""
-    x = features(100, torch.float32)
-    shift = x.mean(0).astype(np.float32).astype(np.float64)
-    rest, parts = x - shift, []
+def in_parts(v: np.ndarray, rows: int) -> np.ndarray:
+    """Sums of runs of `rows`: six products of parts, the small ones first, as the kernels do."""
+    rest, parts = v, []
     for _ in range(3):
         bits = rest.astype(np.float32).view(np.int32) & -65536
         parts.append(bits.view(np.float32).astype(np.float64))
@@ -72,6 +74,37 @@ def test_parts_of_float32(rows: int) -> None:
     for i, j in ((0, 2), (2, 0), (1, 1), (0, 1), (1, 0), (0, 0)):
         total = sums(runs(products(parts[i], parts[j]), rows), total)
     assert isinstance(total, np.ndarray)
-    found = error(total.sum(0), x, shift)
+    return total
+
+
+@pytest.mark.parametrize("rows", [32, 64], ids=["CUDA C++", "Triton"])
+def test_parts_of_float32(rows: int) -> None:
+    x = features(100, torch.float32)
+    shift = x.mean(0).astype(np.float32).astype(np.float64)
+    found = error(in_parts(x - shift, rows).sum(0), x, shift)
     assert found <= 264 * U
     assert found <= 1e-6
+
+
+@pytest.mark.parametrize("programs", [1, 2, 1056])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=name_of)
+def test_the_kernel_cuts_off_where_the_model_does(
+    dtype: torch.dtype, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many runs a program adds up: the emulated sums are those of the model."""
+    reason = dispatch.why_not("cuda", "covariance", "cpu")
+    if reason:
+        unavailable("cuda", reason)
+    monkeypatch.setattr(moments, "_PROGRAMS", programs)
+    x = features(0.5, dtype)[: 5 * 512]
+    shift = x.mean(0).astype(np.float32).astype(np.float64) * (dtype == torch.float32)
+    if dtype == torch.float32:
+        found = in_parts((x - shift).astype(np.float32).astype(np.float64), 32)
+    else:
+        found = sums(runs(products(x, x), moments.SHALLOW_ROWS))
+    rest = x.mean(0) - shift
+    expected = found.sum(0).reshape(4, 4) / len(x) - np.outer(rest, rest)
+    expected = np.triu(expected) + np.triu(expected, 1).T  # of which the kernel forms one half
+    got = mk.covariance(torch.from_numpy(x).to(dtype), backend="cuda")
+    # What is left are roundings of float64, and of the pair's smaller float32.
+    assert_within(got, torch.from_numpy(expected), torch.full((4, 4), 2.0**-44))

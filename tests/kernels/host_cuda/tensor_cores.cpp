@@ -106,24 +106,31 @@ std::uint64_t transpose(const Brought* all, int of) {
   return 0;
 }
 
+// Lane 0 learns, for all of them.
 template <class T>
 std::uint64_t multiply(const Brought* all, int of) {
-  using Lane = Fragments<T>;
-  Lane& mine = of_lane<Lane>(all, of);
-  double a[2][16], b[2][16];  // its two rows and its two columns
-  for (int side = 0; side < 2; ++side)
-    for (int k = 0; k < 16; ++k) {
-      const int t = k % 8 / 2, half = k % 2, upper = k / 8;
-      const Lane &of_a = of_lane<Lane>(all, of / 4 * 4 + t),
-                 &of_b = of_lane<Lane>(all, (of % 4 * 2 + side) * 4 + t);
-      a[side][k] = element<T>(of_a.a[side + 2 * upper], half);
-      b[side][k] = element<T>(of_b.b[upper], half);
+  if (of > 0) return 0;
+  double a[16][16], b[8][16];  // [row][k] and [column][k]
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& mine = of_lane<Fragments<T>>(all, lane);
+    for (int half = 0; half < 2; ++half)
+      for (int upper = 0; upper < 2; ++upper) {
+        const int k = 8 * upper + 2 * (lane % 4) + half;
+        b[lane / 4][k] = element<T>(mine.b[upper], half);
+        for (int lower = 0; lower < 2; ++lower)
+          a[lane / 4 + 8 * lower][k] = element<T>(mine.a[lower + 2 * upper], half);
+      }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& mine = of_lane<Fragments<T>>(all, lane);
+    for (int e = 0; e < 4; ++e) {
+      const double* row = a[lane / 4 + 8 * (e / 2)];
+      const double* column = b[2 * (lane % 4) + e % 2];
+      double terms[17];
+      for (int k = 0; k < 16; ++k) terms[k] = row[k] * column[k];
+      terms[16] = mine.c[e];
+      mine.sum[e] = aligned_sum(terms);
     }
-  for (int e = 0; e < 4; ++e) {
-    double terms[17];
-    for (int k = 0; k < 16; ++k) terms[k] = a[e / 2][k] * b[e % 2][k];
-    terms[16] = mine.c[e];
-    mine.sum[e] = aligned_sum(terms);
   }
   return 0;
 }
