@@ -34,7 +34,7 @@ class _Kernels:
     def measure(rows: Rows, first: Tensor, sums: Tensor, keys: Tensor) -> None:
         _launch(
             kernels.measure_kernel,
-            (cdiv(rows.width, kernels.COLUMNS), len(keys)),
+            (len(keys), cdiv(rows.width, kernels.COLUMNS)),
             rows.x,
             rows.offsets,
             first[rows.at :],
@@ -55,7 +55,7 @@ class _Kernels:
         n = len(rows.offsets)
         _launch(
             kernels.pack_kernel,
-            (cdiv(end - rows.at, kernels.COLUMNS), cdiv(n, kernels.PACKED_ROWS)),
+            (cdiv(n, kernels.PACKED_ROWS), cdiv(end - rows.at, kernels.COLUMNS)),
             operand.values,
             operand.deep,
             rows.x,

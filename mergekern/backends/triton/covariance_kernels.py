@@ -70,8 +70,9 @@ def measure_kernel(
     WIDE: tl.constexpr,  # rows begin at multiples of 16 elements and of 16 bytes
     ROWS: tl.constexpr,  # of a block
 ):
-    block = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0).to(tl.int64) * _COLUMNS + tl.arange(0, _COLUMNS)
+    # Rows along the axis that has room for more than 65,535 programs.
+    block = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * _COLUMNS + tl.arange(0, _COLUMNS)
     within = column < width
     start = _begins(offsets, tl.arange(0, 1), n, WIDE)
     first = _read(x, start, column, stride, within[None, :], ZERO).to(tl.float64)
@@ -115,8 +116,8 @@ def pack_kernel(
     WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64) * _PACKED_ROWS + tl.arange(0, _PACKED_ROWS)
-    column = tl.program_id(0).to(tl.int64) * _COLUMNS + tl.arange(0, _COLUMNS)
+    row = tl.program_id(0).to(tl.int64) * _PACKED_ROWS + tl.arange(0, _PACKED_ROWS)
+    column = tl.program_id(1).to(tl.int64) * _COLUMNS + tl.arange(0, _COLUMNS)
     within = column < width
     mask = (row < n)[:, None] & within[None, :]
     offset = _begins(offsets, row, n, WIDE)
@@ -134,7 +135,7 @@ def pack_kernel(
         tl.store(to + part, narrow(middle, tl.bfloat16), mask=filled)
         tl.store(to + 2 * part, narrow(rest - middle, tl.bfloat16), mask=filled)
         more = tl.max((rest != 0).to(tl.int32), 0)
-        run = tl.program_id(1).to(tl.int64) * _PACKED_ROWS // _SHALLOW_ROWS
+        run = tl.program_id(0).to(tl.int64) * _PACKED_ROWS // _SHALLOW_ROWS
         # A maximum of integers does not depend on the order.
         tl.atomic_max(deep + run * panels + (at + column) // _TILE, more, mask=within & (more > 0))
     else:
