@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .adapters.adapter import Adapter
+    from .adapters.merge import merge_adapters
+    from .adapters.peft_folder import load_adapter, save_adapter
     from .align.declare import declare_spaces
     from .align.discover import discover_spaces
     from .align.matching.match import Match, match
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from .ops.zip_weights import zip_weights, zip_weights_all
 
 __all__ = [
+    "Adapter",
     "ArgumentError",
     "BackendError",
     "Band",
@@ -86,10 +90,12 @@ __all__ = [
     "emr_state_dicts",
     "gram",
     "kth_magnitude",
+    "load_adapter",
     "load_masks",
     "load_zip",
     "masked",
     "match",
+    "merge_adapters",
     "merge_checkpoints",
     "merge_deltas",
     "merge_state_dicts",
@@ -101,6 +107,7 @@ __all__ = [
     "plan_merge",
     "rank_mask",
     "repair",
+    "save_adapter",
     "save_masks",
     "tall_masks",
     "variance_mask",
@@ -114,6 +121,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "adapters.adapter": "Adapter",
+    "adapters.merge": "merge_adapters",
+    "adapters.peft_folder": "load_adapter save_adapter",
     "align.declare": "declare_spaces",
     "align.discover": "discover_spaces",
     "align.matching.match": "Match match",

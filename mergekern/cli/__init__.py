@@ -17,7 +17,7 @@ import typer
 from .. import __version__
 from ..engine.ranks import label
 from ..errors import MergekernError
-from . import bench, demo, doctor, hook, inspect, merge, verify, zip
+from . import adapters, bench, demo, doctor, hook, inspect, merge, verify, zip
 from .stopping import Stopped, stoppable
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 app.command("merge")(merge.merge)
 app.command("zip")(zip.zip)
+app.command("adapters")(adapters.adapters)
 app.command("verify")(verify.verify)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)

@@ -1,0 +1,1 @@
+"""Low-rank adapters (LoRA): read, merged in their factors, and written."""

@@ -1,0 +1,209 @@
+"""merge_adapters: several adapters of one base become one, without a matrix of a weight's size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import check
+from ..errors import ArgumentError
+from ..methods import REGISTRY
+from ..methods.merge import merge_state_dicts
+from . import factors
+from .adapter import Adapter, Factors
+from .peft_folder import load_adapter, save_adapter
+
+OP = "merge_adapters"
+_PLAIN = ("cat", "svd")
+# Names of the field for methods of the registry.
+_NAMES = {"ta": "task_arithmetic", "ties": "ties_global"}
+_CUT = 1e-5  # of singular values, absolute, in the code of KnOTS
+Given = str | os.PathLike[str] | Adapter
+
+
+def merge_adapters(
+    adapters: Sequence[Given],
+    method: str = "knots_ties",
+    *,
+    out: str | os.PathLike[str] | None = None,
+    rank: int | None = None,
+    union: bool = False,
+    host: str | None = None,
+    seed: int = 0,
+    weight: float | Sequence[float] = 1.0,
+    backend: str = "auto",
+    **parameters: Any,
+) -> Adapter:
+    """One adapter whose task vectors merge those of several, module by module.
+
+    With task vectors d_i = scale_i b_i a_i of a module:
+
+    - cat: sum_i weight_i d_i, exactly, with the ranks' sum as rank.
+    - svd: the same, truncated; `rank` is by default the largest rank of the inputs.
+    - knots_M: [d_1 ... d_n] = u diag(s) [v_1 ... v_n]^T, d = u merged, where the parts
+      diag(s) v_i^T of all modules are merged by method M of the registry from a base of zeros;
+      knots_ties takes one threshold over all modules (`ties_global`), as KnOTS does.
+    - core_M: d_i = u m_i v^T in bases of all second and of all first factors; the cores m_i are
+      merged by M (Core Space).
+
+    Merging products is not merging factors: b_1 a_1 + b_2 a_2 has no cross terms b_1 a_2, which
+    (b_1 + b_2)(a_1 + a_2) has.
+    adapters: folders of PEFT or `Adapter` objects. `rank` truncates every module's result; what
+    that leaves out is in the result's `lost`. union: a module that an adapter lacks counts as
+    unchanged by it; otherwise it is an error that lists them. Whole tensors (modules_to_save,
+    biases) must be equal where several adapters have them. weight, parameters: those of the method.
+    host="knots": the original's absolute cut of singular values, 1e-5, and its rules of signs and
+    thresholds.
+    Result: linear algebra in float64 on matrices of the ranks' sum; parts are merged in float32, or
+    float64 if an input is; factors have the inputs' dtype. `out` saves it as PEFT's folder.
+    Cost: for ranks' sum R two QR of [out, R] and [in, R] and one SVD of [R, R] a module.
+    Raises: ArgumentError for unknown methods and parameters, adapters that do not fit together;
+    CheckpointError as `load_adapter`.
+    Source: KnOTS (Stoica et al., 2410.19735), Core Space (Panariello et al., 2509.17786), PEFT
+    `add_weighted_adapter`.
+
+    >>> import torch
+    >>> from mergekern.adapters.adapter import Factors
+    >>> b, rows = torch.ones(3, 1), (torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
+    >>> two = [Adapter({"fc": Factors(a, b, shape=(2,))}) for a in rows]
+    >>> merge_adapters(two, "svd").modules["fc"].delta()[0].round(decimals=6)
+    tensor([1., 2.], dtype=torch.float64)
+    """
+    kind, inner = _method(method)
+    loaded = [x if isinstance(x, Adapter) else load_adapter(x) for x in adapters]
+    if not loaded:
+        raise ArgumentError.of(OP, "adapters is empty", "none", "at least one")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise ArgumentError.of(OP, "rank is no rank", repr(rank), "1 or more")
+    check.choice(OP, "host", host, (None, "knots"))
+    given = _fitting(loaded, union)
+    saved = _saved(loaded)
+    if kind in _PLAIN:
+        if parameters:
+            raise ArgumentError.of(OP, f"{method} has no such parameters", [*parameters], "weight")
+        weights = _weights(weight, len(loaded))
+        pairs = {name: factors.sum_of(fs, weights) for name, fs in given.items()}
+        most = max(f.rank for a in loaded for f in a.modules.values())
+        if kind == "svd":
+            rank = most if rank is None else rank
+    else:
+        its_host = host if host in REGISTRY[inner].parity else None
+        arguments = {"weight": weight, "seed": seed, "host": its_host, "backend": backend}
+        arguments |= parameters
+        merge = _merging(inner, torch.promote_types(_widest(loaded), torch.float32), arguments)
+        pairs = (
+            _knots(given, merge, _CUT if host else None) if kind == "knots" else _core(given, merge)
+        )
+    result = Adapter({}, saved, loaded[0].config)
+    dtype = _widest(loaded)
+    for name, (b, a) in pairs.items():
+        like = given[name][0]
+        if rank is not None:
+            b, a, lost = factors.truncated(b, a, rank)
+            result.lost[name] = lost
+        if not len(a):  # nothing is left; PEFT knows no rank 0
+            b, a = b.new_zeros(len(b), 1), a.new_zeros(1, a.shape[1])
+        result.modules[name] = Factors(a.to(dtype), b.to(dtype), 1.0, like.shape, like.embedding)
+    if out is not None:
+        save_adapter(result, out)
+    return result
+
+
+Parts = list[dict[str, Tensor]]  # of each adapter, by module
+Merging = Callable[[Parts], dict[str, Tensor]]
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+def _method(method: str) -> tuple[str, str]:
+    """How task vectors are seen, and the method that merges them."""
+    kind, _, inner = method.partition("_")
+    inner = _NAMES.get(inner, inner)
+    if method in _PLAIN:
+        return method, ""
+    if kind not in ("knots", "core") or inner not in REGISTRY:
+        expected = f"{', '.join(_PLAIN)}, or knots_ or core_ before ta or a method of merge"
+        raise ArgumentError.of(OP, "unknown method", repr(method), expected)
+    if REGISTRY[inner].base != "required":
+        raise ArgumentError.of(
+            OP, f"{inner} does not merge task vectors", repr(method), "a method with a base"
+        )
+    return kind, inner
+
+
+def _merging(inner: str, dtype: torch.dtype, arguments: Mapping[str, Any]) -> Merging:
+    def merge(parts: Parts) -> dict[str, Tensor]:
+        narrow = [{name: x.to(dtype) for name, x in of.items()} for of in parts]
+        zeros = {name: torch.zeros_like(x) for name, x in narrow[0].items()}
+        return merge_state_dicts(narrow, inner, base=zeros, **arguments)
+
+    return merge
+
+
+def _knots(given: Mapping[str, list[Factors]], merge: Merging, cut: float | None) -> Pairs:
+    aligned = {name: factors.align(fs, cut) for name, fs in given.items()}
+    n = len(next(iter(given.values())))
+    merged = merge([{name: x.parts[i] for name, x in aligned.items()} for i in range(n)])
+    return {name: (x.u, merged[name].double()) for name, x in aligned.items()}
+
+
+def _core(given: Mapping[str, list[Factors]], merge: Merging) -> Pairs:
+    spaces = {name: factors.core_space(fs) for name, fs in given.items()}
+    n = len(next(iter(given.values())))
+    merged = merge([{name: x.parts[i] for name, x in spaces.items()} for i in range(n)])
+    return {name: (x.u @ merged[name].double(), x.v.T) for name, x in spaces.items()}
+
+
+def _fitting(loaded: Sequence[Adapter], union: bool) -> dict[str, list[Factors]]:
+    """The factors of each module, one of each adapter."""
+    names = sorted({name for a in loaded for name in a.modules})
+    problems = []
+    given: dict[str, list[Factors]] = {}
+    for name in names:
+        there = [a.modules[name] for a in loaded if name in a.modules]
+        first = there[0]
+        missing = [str(i) for i, a in enumerate(loaded) if name not in a.modules]
+        if missing and not union:
+            problems.append(f"{name} is missing from adapters {', '.join(missing)}")
+        sizes = {(len(f.b), f.shape, f.embedding) for f in there}
+        if len(sizes) > 1:
+            problems.append(f"{name} differs in shape: {sorted(map(str, sizes))}")
+        nothing = Factors(first.a[:0], first.b[:, :0], 1.0, first.shape, first.embedding)
+        given[name] = [a.modules.get(name, nothing) for a in loaded]
+    if problems:
+        listed = ", ".join(problems)
+        raise ArgumentError.of(
+            OP, "adapters do not fit together", listed, "the same modules and shapes, or union=True"
+        )
+    if not given:
+        raise ArgumentError.of(OP, "adapters have no modules", "none", "factors of at least one")
+    return given
+
+
+def _saved(loaded: Sequence[Adapter]) -> dict[str, Tensor]:
+    """The tensors that are not factored, which nobody says how to merge."""
+    saved: dict[str, Tensor] = {}
+    for i, adapter in enumerate(loaded):
+        for name, x in adapter.saved.items():
+            if name in saved and not torch.equal(saved[name], x):
+                raise ArgumentError.of(
+                    OP, f"{name} is saved whole by several adapters", f"another one in {i}", "equal"
+                )
+            saved[name] = x
+    return saved
+
+
+def _widest(loaded: Sequence[Adapter]) -> torch.dtype:
+    dtype = loaded[0].dtype()
+    for adapter in loaded[1:]:
+        dtype = torch.promote_types(dtype, adapter.dtype())
+    return dtype
+
+
+def _weights(weight: float | Sequence[float], n: int) -> list[float]:
+    return check.numbers(
+        OP, "weight", [weight] * n if isinstance(weight, (int, float)) else weight, n
+    )

@@ -1,0 +1,71 @@
+"""mergekern adapters FOLDER... --out OUT"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..engine.collector import paused
+from ..errors import ArgumentError
+
+
+def adapters(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="LoRA adapters that PEFT saved")
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the merged adapter; must not exist")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="cat, svd, or knots_ or core_ before ta, ties or a method of `merge` with a base"
+        ),
+    ] = "knots_ties",
+    weight: Annotated[
+        list[float] | None, typer.Option(help="one for all adapters, or one for each, in order")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="rank of the result, at most")] = None,
+    density: Annotated[float | None, typer.Option(help="share of each task vector kept")] = None,
+    lambda_: Annotated[
+        float | None, typer.Option("--lambda", help="factor on the merged task vector")
+    ] = None,
+    union: Annotated[
+        bool, typer.Option("--union", help="a module that an adapter lacks is unchanged by it")
+    ] = False,
+    host: Annotated[
+        str | None, typer.Option(help="knots: its absolute cut, thresholds and rules of signs")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of random masks")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no summary")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="tracebacks of errors")] = False,
+) -> None:
+    """Merge LoRA adapters of one base into one, without forming their matrices.
+
+    Prints the ranks, and what a truncation left out.
+    """
+    if out.exists():
+        raise ArgumentError.of("adapters", "OUT exists", out, "a folder to make")
+    with paused():
+        from ..adapters.merge import merge_adapters
+
+    given: dict[str, Any] = {"density": density, "lambda_": lambda_}
+    weights = weight or [1.0]
+    merged = merge_adapters(
+        folders,
+        method,
+        out=out,
+        rank=rank,
+        union=union,
+        host=host,
+        seed=seed,
+        weight=weights[0] if len(weights) == 1 else weights,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if quiet:
+        return
+    ranks = [f.rank for f in merged.modules.values()]
+    print(f"{out}: {len(ranks)} modules of rank {min(ranks)} to {max(ranks)}, by {method}")
+    if merged.lost:
+        worst = max(merged.lost, key=lambda name: merged.lost[name])
+        print(f"truncated: {merged.lost[worst]:.2%} of the norm left out at most, in {worst}")

@@ -1,0 +1,78 @@
+"""mergekern adapters: folders in, a folder out, one line on what was lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import mergekern as mk
+from mergekern.cli import run
+
+from accuracy import assert_bits_equal
+from adapters.random_adapters import adapter
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    found = []
+    for i in range(3):
+        mk.save_adapter(adapter(i), tmp_path / f"task-{i}")
+        found.append(str(tmp_path / f"task-{i}"))
+    return found
+
+
+def test_it_is_merge_adapters(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged"
+    options = ["--method", "knots_ties", "--density", "0.3", "--lambda", "0.6", "--rank", "5"]
+    assert run(["adapters", *folders, "--out", str(out), *options]) == 0
+    expected = mk.merge_adapters(folders, "knots_ties", density=0.3, lambda_=0.6, rank=5)
+    got = mk.load_adapter(out)
+    for name, f in expected.modules.items():
+        assert_bits_equal(got.modules[name].a, f.a)
+        assert_bits_equal(got.modules[name].b, f.b)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"{out}: 3 modules of rank 5 to 5, by knots_ties"
+    worst = max(expected.lost.values())
+    assert printed[1].startswith(f"truncated: {worst:.2%} of the norm left out at most, in ")
+
+
+def test_weights(folders: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    weights = [x for w in ("1", "-0.5", "2") for x in ("--weight", w)]
+    assert run(["adapters", *folders, "--out", str(out), "--method", "cat", "-q", *weights]) == 0
+    expected = mk.merge_adapters(folders, "cat", weight=[1, -0.5, 2])
+    assert_bits_equal(mk.load_adapter(out).modules["stem"].b, expected.modules["stem"].b)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--method", "knots"], "unknown method"),
+        (["--rank", "0"], "rank is no rank"),
+        (["--weight", "1", "--weight", "2"], "weight"),
+        (["--method", "svd", "--density", "0.5"], "no such parameters"),
+    ],
+    ids=lambda x: x[1] if isinstance(x, list) else "",
+)
+def test_errors_are_one_line(
+    change: list[str],
+    words: str,
+    folders: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "merged"
+    assert run(["adapters", *folders, "--out", str(out), *change]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not out.exists()
+
+
+def test_an_output_is_not_written_over(
+    folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["adapters", *folders, "--out", folders[0]]) == 2
+    assert "OUT exists" in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""Adapters that PEFT wrote, and PEFT on those that mergekern wrote."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mergekern.adapters.merge import merge_adapters
+from mergekern.adapters.peft_folder import load_adapter, save_adapter
+
+from accuracy import assert_within
+from required import peer
+
+peft = peer("peft", "peft")
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.names = nn.Embedding(11, 8)
+        self.q = nn.Linear(8, 24)
+        self.fc = nn.Linear(24, 16)
+        self.head = nn.Linear(16, 4)
+
+
+TARGETS = ["stem", "names", "q", "fc"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 8},
+    "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True},
+    "patterns": {"r": 4, "lora_alpha": 8, "rank_pattern": {"fc": 2}, "alpha_pattern": {"q": 3}},
+}
+
+
+def wrapped(seed: int, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    model = Encoder()
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(target_modules=TARGETS, init_lora_weights=False, **settings)
+    return peft.get_peft_model(model, config)
+
+
+def deltas(model: Any, name: str = "default") -> dict[str, Tensor]:
+    inner = model.base_model.model
+    return {t: getattr(inner, t).get_delta_weight(name).detach().double() for t in TARGETS}
+
+
+def saved(model: Any, folder: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder)
+    return folder
+
+
+def bound(x: Tensor, steps: int = 256) -> Tensor:
+    return torch.full_like(x, steps * 2.0**-24 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_task_vectors_are_those_of_peft(settings: str, tmp_path: Path) -> None:
+    model = wrapped(1, **SETTINGS[settings])
+    got = load_adapter(saved(model, tmp_path))
+    expected = deltas(model)
+    assert set(got.modules) == set(expected)
+    for name, x in expected.items():
+        assert_within(got.modules[name].delta(), x, bound(x))
+
+
+def test_modules_to_save_are_kept(tmp_path: Path) -> None:
+    model = wrapped(1, r=2, modules_to_save=["head"])
+    got = load_adapter(saved(model, tmp_path))
+    assert set(got.saved) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_peft_loads_what_was_saved(settings: str, tmp_path: Path) -> None:
+    model = wrapped(1, **SETTINGS[settings])
+    save_adapter(load_adapter(saved(model, tmp_path / "a")), tmp_path / "b")
+    torch.manual_seed(0)
+    again = peft.PeftModel.from_pretrained(Encoder(), tmp_path / "b")
+    for name, x in deltas(model).items():
+        assert_within(deltas(again)[name], x, bound(x))
+
+
+@pytest.mark.parametrize("kind", ["svd", "cat"])
+def test_peft_combines_the_same(kind: str, tmp_path: Path) -> None:
+    """Embeddings aside: of these PEFT's svd takes no transpose, and cat is for linear layers."""
+    weights = [0.7, -0.4]
+    model = wrapped(1, r=4, lora_alpha=8)
+    other = wrapped(2, r=4, lora_alpha=4)
+    folders = [saved(m, tmp_path / str(i)) for i, m in enumerate((model, other))]
+    model.load_adapter(folders[1], adapter_name="other")
+    given = {"svd_rank": 6} if kind == "svd" else {}
+    model.add_weighted_adapter(["default", "other"], weights, "sum", kind, **given)
+    expected = deltas(model, "sum")
+    merged = merge_adapters(folders, kind, weight=weights, rank=given.get("svd_rank"))
+    for name in ("stem", "q", "fc"):
+        assert_within(merged.modules[name].delta(), expected[name], bound(expected[name], 2048))
