@@ -84,7 +84,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", serving(metafunc.module.OP), indirect=True)
 
 
-MANY_CASES = 60
+MANY_CASES = 20
 
 
 def _test_and_backend(item: pytest.Item) -> tuple[str, str]:

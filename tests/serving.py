@@ -24,6 +24,11 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and dispatch.interpreting()
 
 
+def on_host(backend: str) -> bool:
+    """Whether its GPU kernels run on the host, one thread of theirs after another."""
+    return interpreted(backend) or (backend == "cuda" and dispatch.emulating())
+
+
 def affordable(backend: str, n: int) -> int:
     """n elements, or so many that an interpreted backend is done in a second: a few programs and
     part of one."""
