@@ -49,7 +49,17 @@ def test_nothing_heavy_is_loaded(arguments: list[str], expected: int) -> None:
 
 
 def test_every_command_is_looked_at() -> None:
-    assert COMMANDS == ["merge", "zip", "adapters", "verify", "inspect", "doctor", "demo", "hook", "bench"]
+    assert COMMANDS == [
+        "merge",
+        "zip",
+        "adapters",
+        "verify",
+        "inspect",
+        "doctor",
+        "demo",
+        "hook",
+        "bench",
+    ]
 
 
 def test_version(run: Run) -> None:
