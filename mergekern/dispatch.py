@@ -1,8 +1,8 @@
 """Which backend serves a call: one table, one function that says why not, one that selects.
 
 A backend is a module of `mergekern.backends` with functions named as the ops. One asked for by
-name never falls back; "auto" takes the first of ORDER that has no reason against it. Reasons rest
-on facts known before the call; nothing here catches an error of a kernel.
+name never falls back; "auto" takes the first of ORDER (for some ops ORDER_OF) that has no reason
+against it. Reasons rest on facts known before the call; nothing here catches an error of a kernel.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BACKENDS = ("reference", "torch", "cpu", "cuda", "triton")
 # under bench/results; on a CPU, `bench/` shows `cpu` ahead of `torch` for every op.
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 # Where another one comes first: on Hopper Triton multiplies by wgmma, csrc/cuda by the instructions
-# of Ampere, which reach some 60 % of its rate there.
+# of Ampere, which do not reach the full rate there. Not measured either.
 ORDER_OF = {("covariance", "cuda"): ("triton", "cuda", "torch")}
 
 # Kernels for GPUs: zip_match is one search, which runs on the host.

@@ -34,7 +34,7 @@ def merge_adapters(
     union: bool = False,
     host: str | None = None,
     seed: int = 0,
-    weight: float | Sequence[float] = 1.0,
+    weight: float | Sequence[float] | None = None,
     backend: str = "auto",
     **parameters: Any,
 ) -> Adapter:
@@ -54,8 +54,9 @@ def merge_adapters(
     (b_1 + b_2)(a_1 + a_2) has.
     adapters: folders of PEFT or `Adapter` objects. `rank` truncates every module's result; what
     that leaves out is in the result's `lost`. union: a module that an adapter lacks counts as
-    unchanged by it; otherwise it is an error that lists them. Whole tensors (modules_to_save,
-    biases) must be equal where several adapters have them. weight, parameters: those of the method.
+    unchanged by it, and bases may have other names; otherwise it is an error that lists them. Whole
+    tensors (modules_to_save, biases) must be equal where several adapters have them. weight (1 for
+    a method that has one), parameters: those of the method.
     host="knots": the original's absolute cut of singular values, 1e-5, and its rules of signs and
     thresholds.
     Result: linear algebra in float64 on matrices of the ranks' sum; parts are merged in float32, or
@@ -80,25 +81,28 @@ def merge_adapters(
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise ArgumentError.of(OP, "rank is no rank", repr(rank), "1 or more")
     check.choice(OP, "host", host, (None, "knots"))
+    if host is not None and kind != "knots":
+        raise ArgumentError.of(OP, f"host={host!r} has no {method}", repr(method), "knots_...")
     given = _fitting(loaded, union)
     saved = _saved(loaded)
     if kind in _PLAIN:
         if parameters:
             raise ArgumentError.of(OP, f"{method} has no such parameters", [*parameters], "weight")
-        weights = _weights(weight, len(loaded))
+        weights = _weights(1.0 if weight is None else weight, len(loaded))
         pairs = {name: factors.sum_of(fs, weights) for name, fs in given.items()}
         most = max(f.rank for a in loaded for f in a.modules.values())
         if kind == "svd":
             rank = most if rank is None else rank
     else:
         its_host = host if host in REGISTRY[inner].parity else None
-        arguments = {"weight": weight, "seed": seed, "host": its_host, "backend": backend}
-        arguments |= parameters
+        arguments = {"seed": seed, "host": its_host, "backend": backend, **parameters}
+        if weight is not None or any(p.name == "weight" for p in REGISTRY[inner].parameters):
+            arguments["weight"] = 1.0 if weight is None else weight
         merge = _merging(inner, torch.promote_types(_widest(loaded), torch.float32), arguments)
         pairs = (
             _knots(given, merge, _CUT if host else None) if kind == "knots" else _core(given, merge)
         )
-    result = Adapter({}, saved, loaded[0].config)
+    result = Adapter({}, saved, _config(loaded, list(given)))
     dtype = _widest(loaded)
     for name, (b, a) in pairs.items():
         like = given[name][0]
@@ -173,6 +177,13 @@ def _fitting(loaded: Sequence[Adapter], union: bool) -> dict[str, list[Factors]]
             problems.append(f"{name} differs in shape: {sorted(map(str, sizes))}")
         nothing = Factors(first.a[:0], first.b[:, :0], 1.0, first.shape, first.embedding)
         given[name] = [a.modules.get(name, nothing) for a in loaded]
+        for i, a in enumerate(loaded):
+            if name in a.modules:
+                check.finite(OP, f"{name} of adapter {i}", a.modules[name].a)
+                check.finite(OP, f"{name} of adapter {i}", a.modules[name].b)
+    bases = {str(a.config.get("base_model_name_or_path") or "") for a in loaded} - {""}
+    if len(bases) > 1 and not union:
+        problems.append(f"their bases have the names {sorted(bases)}")
     if problems:
         listed = ", ".join(problems)
         raise ArgumentError.of(
@@ -181,6 +192,20 @@ def _fitting(loaded: Sequence[Adapter], union: bool) -> dict[str, list[Factors]]
     if not given:
         raise ArgumentError.of(OP, "adapters have no modules", "none", "factors of at least one")
     return given
+
+
+def _config(loaded: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
+    """The first adapter's settings, with what PEFT has to look for in those of all."""
+    config = dict(loaded[0].config)
+    for key in ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules"):
+        if any(a.config.get(key) != config.get(key) for a in loaded):
+            config |= {"target_modules": modules, "layers_to_transform": None}
+            config |= {"layers_pattern": None, "exclude_modules": None}
+            break
+    wholes = [name for a in loaded for name in a.config.get("modules_to_save") or ()]
+    if wholes:
+        config["modules_to_save"] = sorted(set(wholes))
+    return config
 
 
 def _saved(loaded: Sequence[Adapter]) -> dict[str, Tensor]:

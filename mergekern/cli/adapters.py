@@ -50,7 +50,6 @@ def adapters(
         from ..adapters.merge import merge_adapters
 
     given: dict[str, Any] = {"density": density, "lambda_": lambda_}
-    weights = weight or [1.0]
     merged = merge_adapters(
         folders,
         method,
@@ -59,7 +58,7 @@ def adapters(
         union=union,
         host=host,
         seed=seed,
-        weight=weights[0] if len(weights) == 1 else weights,
+        weight=weight[0] if weight and len(weight) == 1 else weight,
         **{name: value for name, value in given.items() if value is not None},
     )
     if quiet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor
 
 from mergekern.adapters.adapter import Adapter, Factors
+from mergekern.adapters.factors import align, core_space
 from mergekern.adapters.merge import merge_adapters
+from mergekern.methods import REGISTRY
+from mergekern.methods.merge import merge_state_dicts
 
 from accuracy import assert_bits_equal, assert_within
 from adapters.random_adapters import SHAPES, adapter, dense, factors, knots_ties
+from methods.arguments import cases, count_of
 from refusal import refused
 
 OP = "merge_adapters"
@@ -77,6 +82,35 @@ def test_knots_ties(density: float, count: int) -> None:
         assert_within(dense(got.modules[name]), expected, bound(expected, 256))
 
 
+def methods_with_a_base() -> list[Any]:
+    """Under their own names: knots_ties is ties_global."""
+    named = [case for case in cases() if case.values[0] != "ties"]
+    return [case for case in named if REGISTRY[case.values[0]].base == "required"]
+
+
+@pytest.mark.parametrize("space", ["knots", "core"])
+@pytest.mark.parametrize(("method", "given"), methods_with_a_base())
+def test_every_method_with_a_base(method: str, given: dict[str, Any], space: str) -> None:
+    """The method itself on the parts of all modules, from a base of zeros, to the bit."""
+    adapters = [adapter(i, 2 + i) for i in range(count_of(method))]
+    parts: list[dict[str, Tensor]] = [{} for _ in adapters]
+    for name in SHAPES:
+        both = [a.modules[name] for a in adapters]
+        found = align(both) if space == "knots" else core_space(both)
+        for of, part in zip(parts, found.parts, strict=True):
+            of[name] = part.float()
+    zeros = {name: torch.zeros_like(x) for name, x in parts[0].items()}
+    expected = merge_state_dicts(parts, method, base=zeros, seed=3, **given)
+    got = merge_adapters(adapters, f"{space}_{method}", seed=3, **given)
+    for name, f in got.modules.items():
+        if space == "knots":
+            assert_bits_equal(f.a, expected[name])
+        else:
+            core = core_space([a.modules[name] for a in adapters])
+            exact = core.u @ expected[name].double() @ core.v.T
+            assert_within(dense(f), exact, bound(exact))
+
+
 def test_one_adapter_is_itself() -> None:
     one = adapter(3, rank=5, scale=2.0)
     for method in ("cat", "svd", "knots_ta", "core_ties"):
@@ -126,6 +160,32 @@ def test_a_union_of_modules(method: str) -> None:
     assert_within(dense(got.modules["stem"]), expected, bound(expected, 256))
 
 
+def test_adapters_of_other_bases() -> None:
+    one, other = adapter(0), adapter(1)
+    other.config = {**other.config, "base_model_name_or_path": "another"}
+    with refused(OP, "their bases have the names ['another', 'base']"):
+        merge_adapters([one, other], "svd")
+    merge_adapters([one, other], "svd", union=True)
+
+
+def test_settings_name_what_any_adapter_has() -> None:
+    one, other = adapter(0), adapter(1)
+    del one.modules["stem"], other.modules["blocks.0.q"]
+    one.config = {**one.config, "target_modules": ["q", "fc"], "modules_to_save": ["head"]}
+    other.config = {**other.config, "target_modules": ["stem", "fc"], "modules_to_save": ["norm"]}
+    got = merge_adapters([one, other], "svd", union=True).config
+    assert got["target_modules"] == sorted(SHAPES)
+    assert got["modules_to_save"] == ["head", "norm"]
+
+
+@pytest.mark.parametrize("method", ["svd", "knots_ties", "core_ta"])
+def test_nan_is_refused(method: str) -> None:
+    bad = adapter(1)
+    bad.modules["stem"].a[2, 3] = math.nan
+    with refused(OP, "stem of adapter 1[2, 3] is not finite; got nan"):
+        merge_adapters([adapter(0), bad], method)
+
+
 def test_nothing_at_all_is_rank_1() -> None:
     """PEFT knows no rank 0."""
     nothing = adapter(0)
@@ -158,6 +218,10 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     ),
     "rank": (lambda: merge_adapters([adapter(0)], "svd", rank=0), "rank is no rank; got 0"),
     "host": (lambda: merge_adapters([adapter(0)], host="peft"), "host is unknown"),
+    "host of others": (
+        lambda: merge_adapters([adapter(0)], "svd", host="knots"),
+        "host='knots' has no svd",
+    ),
     "parameter": (lambda: merge_adapters([adapter(0)], "svd", density=0.1), "no such parameters"),
     "weights": (lambda: merge_adapters([adapter(0)], "cat", weight=[1, 2]), "wrong length"),
     "shapes": (

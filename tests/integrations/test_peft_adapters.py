@@ -101,3 +101,20 @@ def test_peft_combines_the_same(kind: str, tmp_path: Path) -> None:
     merged = merge_adapters(folders, kind, weight=weights, rank=given.get("svd_rank"))
     for name in ("stem", "q", "fc"):
         assert_within(merged.modules[name].delta(), expected[name], bound(expected[name], 2048))
+
+
+def test_peft_finds_the_modules_of_a_union(tmp_path: Path) -> None:
+    """Of adapters that target different ones; the first one's settings alone would lose some."""
+    models = []
+    for seed, targets in ((1, ["q"]), (2, ["fc", "stem"])):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        models.append(peft.get_peft_model(Encoder(), config))
+    folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
+    merge_adapters(folders, "cat", union=True, out=tmp_path / "both")
+    both = peft.PeftModel.from_pretrained(Encoder(), tmp_path / "both").base_model.model
+    for model, names in zip(models, (["q"], ["fc", "stem"]), strict=True):
+        for name in names:
+            of = (getattr(m, name) for m in (model.base_model.model, both))
+            expected, got = (m.get_delta_weight("default").detach().double() for m in of)
+            assert_within(got, expected, bound(expected))
