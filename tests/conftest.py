@@ -32,7 +32,7 @@ import torch
 import mergekern
 from mergekern import dispatch
 
-from required import REQUIRED
+from required import REQUIRED, unavailable
 from serving import UNDER_TEST, Calls, device_of, interpreted, serving
 
 # A shell's background jobs ignore interrupts, and so would the processes that tests interrupt.
@@ -139,10 +139,8 @@ def backend(request: pytest.FixtureRequest, calls: Calls) -> Iterator[str]:
     """The name of one backend; the test fails if another one, or none, served its calls."""
     name: str = request.param
     reason = dispatch.why_not(name, request.module.OP, device_of(name))
-    if reason and name in REQUIRED:
-        pytest.fail(f"MERGEKERN_REQUIRE: {reason}")
     if reason:
-        pytest.skip(reason)
+        unavailable(name, reason)
     yield name
     if request.node.stash.get(FAILED, False):
         return  # one failure is enough
@@ -158,10 +156,8 @@ def device(backend: str) -> str:
 def cpu_backend() -> Any:
     """Threads, chunks and views of the C++ backend, for tests of its inner branches."""
     reason = dispatch.why_not("cpu", "weighted_sum", "cpu")
-    if reason and "cpu" in REQUIRED:
-        pytest.fail(f"MERGEKERN_REQUIRE: {reason}")
     if reason:
-        pytest.skip(reason)
+        unavailable("cpu", reason)
     import mergekern.backends.cpu.runtime
 
     return mergekern.backends.cpu.runtime

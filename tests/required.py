@@ -6,10 +6,18 @@ import importlib
 import os
 import warnings
 from types import ModuleType
+from typing import NoReturn
 
 import pytest
 
 REQUIRED = frozenset(os.environ.get("MERGEKERN_REQUIRE", "").replace(",", " ").split())
+
+
+def unavailable(backend: str, reason: str) -> NoReturn:
+    """Ends the test for want of a backend: a skip, or a failure where it is required."""
+    if backend in REQUIRED:
+        pytest.fail(f"MERGEKERN_REQUIRE names {backend}, but {reason}")
+    pytest.skip(reason)
 
 
 def peer(name: str, package: str) -> ModuleType:

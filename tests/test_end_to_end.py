@@ -19,7 +19,7 @@ from mergekern.ops.permute import end_to_end
 import cases
 from accuracy import assert_bytes_equal
 from cases import values
-from kernels.sass import unavailable
+from required import unavailable
 from serving import device_of
 
 PERMUTE = "permute"  # of which it is a part

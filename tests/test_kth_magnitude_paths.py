@@ -20,7 +20,7 @@ from mergekern.ops.kth_magnitude import kth_magnitudes
 import cases
 from cases import CHUNK, values
 from magnitudes import HARD, SMALL, Brute, assert_exact, problems
-from required import REQUIRED
+from required import unavailable
 from serving import device_of
 
 OP = "kth_magnitude"
@@ -195,10 +195,8 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A backend whose driver is made to take no tensor for small."""
     backend: str = request.param
     reason = dispatch.why_not(backend, OP, device_of(backend))
-    if reason and backend in REQUIRED:
-        pytest.fail(f"MERGEKERN_REQUIRE: {reason}")
     if reason:
-        pytest.skip(reason)
+        unavailable(backend, reason)
     monkeypatch.setattr(driver, "_SMALL", 0)
     return backend
 

@@ -18,23 +18,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import pytest
-
-from required import REQUIRED
+from required import unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # 80 registers leave room for 768 threads on a multiprocessor, enough loads in flight for its share
 # of the memory bandwidth.
 REGISTERS = 80
-
-
-def unavailable(backend: str, reason: str) -> NoReturn:
-    if backend in REQUIRED:
-        pytest.fail(f"MERGEKERN_REQUIRE names {backend}, but {reason}")
-    pytest.skip(reason)
 
 
 def run(command: Sequence[str | Path], *, given: str | None = None, **env: str) -> str:

@@ -6,7 +6,8 @@ import importlib.util
 import re
 import sys
 
-from kernels.sass import run, unavailable
+from kernels.sass import run
+from required import unavailable
 
 WITHOUT_DEVICE = """
 import mergekern._cpu  # registers some of the same C++ types in the same process

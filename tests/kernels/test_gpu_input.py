@@ -11,6 +11,7 @@ import mergekern as mk
 from mergekern import dispatch
 
 from refusal import refused
+from required import unavailable
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -24,7 +25,7 @@ def test_old_gpus_are_not_served(backend: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     reason = dispatch.why_not(backend, "weighted_sum", "cuda:0")
     if reason == "triton: triton is not installed":
-        pytest.skip(reason)
+        unavailable(backend, reason)
     assert reason == f"{backend}: serves GPUs of capability 8.0 on; got 7.5"
     with refused("weighted_sum", reason, error=mk.BackendError, sentence=False):
         dispatch.select(backend, "weighted_sum", torch.device("cuda:0"), torch.float32)

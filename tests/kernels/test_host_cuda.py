@@ -20,7 +20,7 @@ from mergekern.check import name_of
 from accuracy import assert_bytes_equal
 from cases import values
 from kernels import build_host_cuda, tensor_cores
-from kernels.sass import unavailable
+from required import unavailable
 
 ORDERS = ("0", "-1", "7", "12345")
 Call = Callable[..., tuple[np.ndarray, str]]

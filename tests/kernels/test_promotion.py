@@ -15,8 +15,8 @@ from mergekern.backends import moments
 from mergekern.check import name_of
 
 from accuracy import assert_within
-from kernels.sass import unavailable
 from kernels.tensor_cores import sums
+from required import unavailable
 
 ROWS = 1 << 17
 U = 2.0**-24
