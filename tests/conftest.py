@@ -3,9 +3,9 @@
 `MERGEKERN_REQUIRE=cpu,cuda,triton,build,clang` turns a skip for want of one of those into a
 failure.
 Triton kernels run in its interpreter unless the environment says `TRITON_INTERPRET=0` (a machine
-with a GPU); `MERGEKERN_INTERPRETED=4` runs a fourth of the cases of tests that have many there.
-CUDA kernels run on the host where `MERGEKERN_HOST_CUDA` names what `kernels/build_host_cuda.py`
-made.
+with a GPU). CUDA kernels run on the host where `MERGEKERN_HOST_CUDA` names what
+`kernels/build_host_cuda.py` made. `MERGEKERN_ON_HOST=4` runs a fourth of the cases of tests that
+have many on either.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import mergekern
 from mergekern import dispatch
 
 from required import REQUIRED, unavailable
-from serving import UNDER_TEST, Calls, device_of, interpreted, serving
+from serving import UNDER_TEST, Calls, device_of, on_host, serving
 
 # A shell's background jobs ignore interrupts, and so would the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -84,7 +84,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", serving(metafunc.module.OP), indirect=True)
 
 
-MANY_CASES = 20
+MANY_CASES = 10
 
 
 def _test_and_backend(item: pytest.Item) -> tuple[str, str]:
@@ -94,8 +94,8 @@ def _test_and_backend(item: pytest.Item) -> tuple[str, str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Threads and chunks are of the CPU: a test that varies them runs once on a GPU's backend.
-    Of many cases that an interpreter runs, one of MERGEKERN_INTERPRETED (1) is taken."""
-    share = int(os.environ.get("MERGEKERN_INTERPRETED", "1"))
+    Of many cases of GPU kernels on the host, one of MERGEKERN_ON_HOST (1) is taken."""
+    share = int(os.environ.get("MERGEKERN_ON_HOST", "1"))
     cases = collections.Counter(_test_and_backend(item) for item in items)
     seen, kept, dropped = set(), [], []
     for item in items:
@@ -104,7 +104,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         test, backend = _test_and_backend(item)
         on_gpu = backend in ("cuda", "triton")
         again = on_gpu and varied[0] is not None and (test, str(given)) in seen
-        many = interpreted(backend) and cases[test, backend] > MANY_CASES
+        many = on_host(backend) and cases[test, backend] > MANY_CASES
         passed_over = many and zlib.crc32(item.nodeid.encode()) % share > 0
         (dropped if again or passed_over else kept).append(item)
         seen.add((test, str(given)))

@@ -19,6 +19,8 @@ def test_cuda(arch: str) -> None:
         assert_lean(sass, 208 if "IdLb1E" in name else 128)
         assert sass.ops["LDG.E.128"] > 0, (name, sass)
         assert sass.ops["STG.E.128"] > 0, (name, sass)
+    if arch != "90":  # contraction is decided before the architecture is
+        return
     plain = compile_cuda("merge_deltas.cu", "--fmad=false", arch=arch)
     fused = [[s.count("FFMA", "DFMA") for s in k.values()] for k in (kernels, plain)]
     assert fused[0] == fused[1]  # those of divisions; sums of products are never contracted
