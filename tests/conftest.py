@@ -4,8 +4,8 @@
 failure.
 Triton kernels run in its interpreter unless the environment says `TRITON_INTERPRET=0` (a machine
 with a GPU). CUDA kernels run on the host where `MERGEKERN_HOST_CUDA` names what
-`kernels/build_host_cuda.py` made. `MERGEKERN_ON_HOST=4` runs a fourth of the cases of tests that
-have many on either.
+`kernels/build_host_cuda.py` made. `MERGEKERN_ON_HOST=4` runs a fourth of the cases of each
+test on either, one at least.
 """
 
 from __future__ import annotations
@@ -84,33 +84,45 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", serving(metafunc.module.OP), indirect=True)
 
 
-MANY_CASES = 10
-
-
 def _test_and_backend(item: pytest.Item) -> tuple[str, str]:
     given = item.callspec.params if hasattr(item, "callspec") else {}
     return item.nodeid.partition("[")[0], given.get("backend", "")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Threads and chunks are of the CPU: a test that varies them runs once on a GPU's backend.
-    Of many cases of GPU kernels on the host, one of MERGEKERN_ON_HOST (1) is taken."""
-    share = int(os.environ.get("MERGEKERN_ON_HOST", "1"))
-    cases = collections.Counter(_test_and_backend(item) for item in items)
-    seen, kept, dropped = set(), [], []
+def _again(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Threads and chunks are of the CPU: a test that varies them runs once on a GPU's backend."""
+    seen, again = set(), set()
     for item in items:
         given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
         varied = [given.pop(name, None) for name in ("threads", "chunk")]
         test, backend = _test_and_backend(item)
-        on_gpu = backend in ("cuda", "triton")
-        again = on_gpu and varied[0] is not None and (test, str(given)) in seen
-        many = on_host(backend) and cases[test, backend] > MANY_CASES
-        passed_over = many and zlib.crc32(item.nodeid.encode()) % share > 0
-        (dropped if again or passed_over else kept).append(item)
+        if backend in ("cuda", "triton") and varied[0] is not None and (test, str(given)) in seen:
+            again.add(item)
         seen.add((test, str(given)))
+    return again
+
+
+def _passed_over(items: list[pytest.Item]) -> set[pytest.Item]:
+    """All but one of MERGEKERN_ON_HOST (1) of each test's cases of a GPU's kernels on the host."""
+    share = int(os.environ.get("MERGEKERN_ON_HOST", "1"))
+    cases = collections.defaultdict(list)
+    for item in items:
+        test, backend = _test_and_backend(item)
+        if on_host(backend):
+            cases[test, backend].append(item)
+    passed_over: set[pytest.Item] = set()
+    for group in cases.values():
+        group.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        passed_over.update(group[-(-len(group) // share) :])
+    return passed_over
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    dropped = _again(items)
+    dropped |= _passed_over([item for item in items if item not in dropped])
     if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = kept
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture
