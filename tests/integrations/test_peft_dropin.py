@@ -125,6 +125,15 @@ def test_a_version_that_was_not_compared_is_refused(
     assert utils.ties is THEIRS["ties"]
 
 
+def test_the_svd_combinations_of_older_versions_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count the scale of every task vector twice."""
+    method = getattr(lora.LoraModel, METHOD)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.20.0")
+    dropin.install()
+    assert getattr(lora.LoraModel, METHOD) is method
+    assert utils.ties is dropin.ties
+
+
 def test_without_peft_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)

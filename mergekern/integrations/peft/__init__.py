@@ -2,7 +2,8 @@
 
 `install` replaces the five functions that `peft.tuners.lora.model` binds, the same five and
 `magnitude_based_pruning` in `peft.utils.merge_utils` (so `prune` as well), and the method of
-`LoraModel` that makes the factors of `svd` and `..._svd`; `uninstall` puts PEFT's own back. The
+`LoraModel` that makes the factors of `svd` and `..._svd` (not before PEFT 0.21, which counts scales
+twice there); `uninstall` puts PEFT's own back. The
 other names of merge_utils stay: each is one or two elementwise steps on tensors that exist already,
 so there is nothing to gain; so do `cat` and the combinations of factors, which are these functions
 on small tensors. A name that was imported before `install` stays PEFT's.
@@ -43,6 +44,8 @@ from .functions import (
 
 SUPPORTED = ((0, 19), (0, 22))  # first version, and the first one after the last
 
+SVD_SINCE = (0, 21)  # before, PEFT counts scales twice there and does not transpose embeddings
+
 _REPLACED: dict[tuple[str, str], Callable[..., Any]] = {
     **{(UTILS, name): function for name, function in FUNCTIONS.items()},
     **{(LORA, name): f for name, f in FUNCTIONS.items() if name != "magnitude_based_pruning"},
@@ -57,12 +60,11 @@ def install() -> None:
     """
     if originals:
         return
-    _check_version()
-    found = {}
-    for owner, name in _REPLACED:
-        found[owner, name] = getattr(pkgutil.resolve_name(owner), name)
-    originals.update(found)
-    for (owner, name), ours in _REPLACED.items():
+    replaced = dict(_REPLACED)
+    if _version() < SVD_SINCE:
+        del replaced[LORA_MODEL, METHOD]
+    originals.update({at: getattr(pkgutil.resolve_name(at[0]), at[1]) for at in replaced})
+    for (owner, name), ours in replaced.items():
         setattr(pkgutil.resolve_name(owner), name, ours)
 
 
@@ -85,7 +87,8 @@ def accelerated() -> Iterator[None]:
             uninstall()
 
 
-def _check_version() -> None:
+def _version() -> tuple[int, int]:
+    """Of PEFT, if it is one of those that are supported."""
     low, high = (".".join(map(str, v)) for v in SUPPORTED)
     need = f"peft: this drop-in needs peft >= {low}, < {high}"
     try:
@@ -95,6 +98,7 @@ def _check_version() -> None:
     major, minor = (int(part) for part in version.split(".")[:2])
     if not SUPPORTED[0] <= (major, minor) < SUPPORTED[1]:
         raise BackendError(f"{need}; got {version}")
+    return major, minor
 
 
 __all__ = [
