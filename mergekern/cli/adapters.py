@@ -37,7 +37,7 @@ def adapters(
     host: Annotated[
         str | None,
         typer.Option(
-            help="knots: its absolute cut, thresholds and rules of signs; peft: its rules for its names"
+            help="knots: its absolute cut, thresholds and rules of signs; peft: its rules"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="of random masks")] = 0,
