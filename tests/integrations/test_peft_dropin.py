@@ -10,7 +10,7 @@ import importlib.metadata
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +24,8 @@ from mergekern.integrations.peft.adapters import METHOD, svd_weighted_adapter
 from accuracy import assert_bits_equal, assert_within, half_ulp
 from refusal import refused
 from required import peer
+
+pytestmark = pytest.mark.usefixtures("peft_counters")
 
 api = peer("peft", "peft")
 utils = peer("peft.utils.merge_utils", "peft")
@@ -43,14 +45,6 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
 WEIGHTS = (0.7, -1.3, 2.2, 0.9)
 SHAPES = ((), (1,), (7,), (5, 1, 3, 3), (96, 131))
 U = 2.0**-24
-
-
-@pytest.fixture(autouse=True)
-def counters() -> Iterator[None]:
-    dropin.served.clear()
-    dropin.fallbacks.clear()
-    yield
-    dropin.uninstall()
 
 
 def distinct(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ The oracle truncates by a float64 SVD what PEFT merged, or for `svd` the exact w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +18,8 @@ from mergekern.integrations.peft import adapters as ours
 
 from accuracy import assert_bits_equal, assert_within
 from required import peer
+
+pytestmark = pytest.mark.usefixtures("peft_counters")
 
 api = peer("peft", "peft")
 lora = peer("peft.tuners.lora.model", "peft")
@@ -33,14 +35,6 @@ KINDS = {
 }
 WEIGHTS = [0.7, -0.4, 1.1]
 U = 2.0**-24
-
-
-@pytest.fixture(autouse=True)
-def counters() -> Iterator[None]:
-    dropin.served.clear()
-    dropin.fallbacks.clear()
-    yield
-    dropin.uninstall()
 
 
 class Net(nn.Module):
