@@ -39,8 +39,8 @@ def factored(
     """a = merged sqrt|w_i| a_i, with the sign of w_i, and b = merged sqrt|w_i| b_i.
 
     The scale of a task vector is part of its weight under host="peft"; else its root is on both
-    factors, where a method that divides by the sum of weights keeps it. lambda is divided as the
-    weights are.
+    factors, where a method that divides by the sum of weights keeps it. lambda is shared
+    out as the weights are.
     Raises: ArgumentError for unequal ranks.
     """
     _require_equal_ranks(given)
@@ -54,8 +54,9 @@ def factored(
         rank, roots, signed = max(f.rank for f in fs), [], []
         for f, weight in zip(fs, weights, strict=True):
             on, of = (1.0, weight * f.scale) if arguments["host"] else (abs(f.scale), weight)
-            # Of a module that an adapter leaves as it is, all is 0.
-            a, b = (f.a, f.b) if f.rank else (_zeros(f.a, rank), _zeros(f.b.T, rank).T)
+            a, b = f.a, f.b
+            if not f.rank:  # a module that this adapter leaves as it is
+                a, b = a.new_zeros(rank, a.shape[1]), b.new_zeros(len(b), rank)
             first.append((math.sqrt(on) * a.double()).to(dtype))
             second.append((math.sqrt(on) * b.double()).to(dtype))
             roots.append(math.sqrt(abs(of)))
@@ -83,10 +84,6 @@ def dense(
 
 def _merged(name: str, xs: list[Tensor], inner: str, arguments: Mapping[str, Any]) -> Tensor:
     return merge_tensors(xs, inner, base=torch.zeros_like(xs[0]), name=name, **arguments)
-
-
-def _zeros(a: Tensor, rank: int) -> Tensor:
-    return a.new_zeros(rank, a.shape[1])
 
 
 def _require_equal_ranks(given: Given) -> None:

@@ -55,9 +55,9 @@ def merge_adapters(
       factors, of equal ranks, are merged apart, with sqrt|weight_i scale_i| on each and the sign on
       the first ones.
 
-    Merging factors is not merging products: `linear` is sum_i w_i b_i a_i, as svd is, and the cross
-    terms of (sum_i sqrt(w_i) b_i)(sum_j sqrt(w_j) a_j), i != j; between unrelated adapters they
-    are as large as the sum itself.
+    Merging factors is not merging products: with w_i = weight_i scale_i `linear` is svd's sum of
+    w_i b_i a_i and the cross terms sqrt(w_i w_j) b_i a_j, i != j, of
+    (sum_i sqrt(w_i) b_i)(sum_j sqrt(w_j) a_j), about as large between unrelated adapters.
     adapters: folders of PEFT or `Adapter` objects. `rank` truncates every module's result; what
     that leaves out is in the result's `lost`. union: a module that an adapter lacks counts as
     unchanged by it, and bases may have other names; otherwise it is an error that lists them. Whole

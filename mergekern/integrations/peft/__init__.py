@@ -3,10 +3,10 @@
 `install` replaces the five functions that `peft.tuners.lora.model` binds, the same five and
 `magnitude_based_pruning` in `peft.utils.merge_utils` (so `prune` as well), and the method of
 `LoraModel` that makes the factors of `svd` and `..._svd` (not before PEFT 0.21, which counts scales
-twice there); `uninstall` puts PEFT's own back. The
-other names of merge_utils stay: each is one or two elementwise steps on tensors that exist already,
-so there is nothing to gain; so do `cat` and the combinations of factors, which are these functions
-on small tensors. A name that was imported before `install` stays PEFT's.
+twice there); `uninstall` puts PEFT's own back. The other names of merge_utils stay: each is one or
+two elementwise steps on tensors that exist already, so there is nothing to gain; so do `cat` and
+the combinations of factors, which call these functions on small tensors. A name that was imported
+before `install` stays PEFT's.
 
 Equal to PEFT 0.19 to 0.21, for finite values and up to four task tensors (torch sums more in an
 order of its own): every bit where PEFT computes in float32 or float64, random draws included,
@@ -43,7 +43,6 @@ from .functions import (
 )
 
 SUPPORTED = ((0, 19), (0, 22))  # first version, and the first one after the last
-
 SVD_SINCE = (0, 21)  # before, PEFT counts scales twice there and does not transpose embeddings
 
 _REPLACED: dict[tuple[str, str], Callable[..., Any]] = {

@@ -63,7 +63,6 @@ def svd_weighted_adapter(
         options = (density, majority_sign_method, clamp, full_matrices, driver)
         layer = (target, target_lora_A, target_lora_B)
         return call(self, combination_type, adapters, weights, new_rank, *layer, *options)
-    served[combination_type] += 1
     factors = [f for f in given if f is not None]
     scaling = torch.tensor(shares).to(target_lora_B.device)
     if combination_type == "svd" and _is_product(target, factors, new_rank):
@@ -74,8 +73,9 @@ def svd_weighted_adapter(
         merged = _merged(target, names, scaling, combination_type, (density, majority_sign_method))
         b, a, _ = best_of_rank(merged, new_rank)
         dtype = merged.dtype
-    pair = a.to(dtype).reshape(target_lora_A.shape), b.to(dtype).reshape(target_lora_B.shape)
-    return pair[0].contiguous(), pair[1].contiguous()
+    served[combination_type] += 1
+    a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
+    return a.reshape(target_lora_A.shape), b.reshape(target_lora_B.shape)
 
 
 def _factors(target: Any, name: str) -> Factors | None:
