@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 # Residuals of x^T x that end the search, of the product of the first and the last singular value
-# wanted: half of what an SVD in float32 leaves at the least.
-_RESIDUAL = 2.0**-24
+# wanted: a quarter of what rounding x to float32 may do to it.
+_RESIDUAL = 2.0**-26
 _SMALL = 2.0**-16  # of the largest: below, a singular value counts as this large in that product
 _LEAST_BLOCK = 4  # products of fewer vectors take as long
 _STEPS = 8  # are about what it takes
@@ -19,10 +19,11 @@ def best_of_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     a has orthonormal rows, b holds the singular values; r is `rank`, at most the shorter side. The
     third result is |x - b @ a|_F / |x|_F, to 1e-8.
     In float64, from x as it is: block Lanczos on x^T x of the shorter side, from vectors of a fixed
-    seed, until no residual is above 2**-24 s_1 s_r; with g = s_r - s_{r+1} the product is then off
-    by sqrt(r) 2**-25 s_1 s_r / g at most, and an SVD in float32 by 2**-24 s_1 s_r / g and more. An
-    x of float64, or of which a large share of the directions is asked for, goes to an SVD in
-    float64. Nothing but an x made against that seed hides a direction from the search.
+    seed, until no residual is above 2**-26 s_1 s_r; with g = s_r - s_{r+1} the product is then off
+    by sqrt(r) 2**-26 s_1 s_r / g at most, where an SVD in float32 is by 2**-24 s_1 s_r / g and
+    more. Singular values that differ by less than the search resolves stand for one another, and
+    nothing but an x made against that seed hides a direction from it. An x of float64, or of which
+    a large share of the directions is asked for, goes to an SVD in float64.
     Cost: a step reads x twice, 4 r numel FLOPs; 6 to 12 steps where the signal stands out.
     """
     rank = min(rank, *x.shape)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mergekern.adapters import low_rank
@@ -44,6 +46,7 @@ def blocks() -> Tensor:
     return x
 
 
+LARGE, BULK = torch.tensor([1e4, 2.0, 1.5, 1.2]).double(), torch.linspace(1, 0.9, 90).double()
 FALLING = 0.8 ** torch.arange(120, dtype=torch.float64)
 CASES: dict[str, tuple[Callable[[], Tensor], int, bool]] = {  # made by, rank, by Lanczos
     "tall": (lambda: trimmed(512, 256), 4, True),
@@ -53,6 +56,7 @@ CASES: dict[str, tuple[Callable[[], Tensor], int, bool]] = {  # made by, rank, b
     "strided": (lambda: trimmed(256, 1024)[:, ::2], 4, True),
     "falling": (lambda: spectrum(300, 240, FALLING), 8, True),
     "far apart": (lambda: spectrum(300, 240, torch.tensor([1e6, 1e3, 1, 1e-3]).double()), 2, True),
+    "above a bulk": (lambda: spectrum(300, 240, torch.cat([LARGE, BULK])), 4, True),
     "close": (lambda: spectrum(300, 240, 1 - 0.003 * torch.arange(100).double()), 5, True),
     "noise": (lambda: torch.randn(240, 240, generator=torch.Generator().manual_seed(3)), 14, False),
     "blocks": (blocks, 4, True),
@@ -91,7 +95,7 @@ def test_it_is_the_truncated_svd(case: str, searched: list[bool]) -> None:
     expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
     after = float(s[rank]) if rank < len(s) else 0.0
     apart, rounding = float(s[rank - 1]) - after, 32 * sum(x.shape) * U64 * float(s[0])
-    off = rank**0.5 * 2.0**-25 * float(s[0] * s[rank - 1]) / apart
+    off = rank**0.5 * 2.0**-26 * float(s[0] * s[rank - 1]) / apart
     rounding *= 1 + float(s[0]) / apart
     assert_within(b @ a, expected, torch.tensor(off * by_search + rounding, dtype=torch.float64))
     eye = torch.eye(rank, dtype=torch.float64)
@@ -113,6 +117,43 @@ def test_what_has_a_lower_rank_comes_back_whole(rank: int, searched: list[bool])
     assert b.shape[1] == rank
     eye = torch.eye(rank, dtype=torch.float64)
     assert_within(a @ a.T, eye, torch.full_like(eye, 1e-10))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 150),
+    cols=st.integers(1, 150),
+    rank=st.integers(1, 9),
+    levels=st.lists(st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 1.0, 3.0]), min_size=1, max_size=6),
+    seed=st.integers(0, 9),
+)
+def test_nothing_of_that_rank_is_nearer(
+    rows: int, cols: int, rank: int, levels: list[float], seed: int
+) -> None:
+    """Whatever the singular values are, repeated, far apart or 0: |x - b a|_F is the least.
+
+    A vector is that of an eigenvalue of x^T x no farther off than its residual, or of others that
+    are as near: rounding x spreads equal ones by some units of float32, which count four times.
+    """
+    n = min(rows, cols)
+    x = spectrum(rows, cols, torch.tensor((levels * n)[:n]).double(), seed)
+    b, a, _ = best_of_rank(x, rank)
+    s = torch.linalg.svdvals(x.double())
+    left, least = (float(t.square().sum()) for t in (x.double() - b @ a, s[rank:]))
+    first, last = float(s[0]), float(s[min(rank, n) - 1])
+    residuals = 4 * rank * 2.0**-24 * first * max(last, 2.0**-16 * first)
+    assert left <= least + residuals + 64 * n * U64 * first**2
+
+
+def test_whole_numbers_of_a_lower_rank(searched: list[bool]) -> None:
+    """Of which the last singular values are exactly 0: the search still ends."""
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.randint(-3, 4, (n, 2), generator=g).float() for n in (300, 240))
+    b, a, lost = best_of_rank(u @ v.T, 4)
+    assert searched == [True]
+    exact = (u @ v.T).double()
+    assert_within(b @ a, exact, torch.full_like(exact, 1e-12))
+    assert lost <= 1e-7
 
 
 def test_zeros() -> None:
