@@ -8,7 +8,6 @@ from torch import Tensor
 # Residuals of x^T x that end the search, of the product of the first and the last singular value
 # wanted: a quarter of what rounding x to float32 may do to it.
 _RESIDUAL = 2.0**-26
-_SMALL = 2.0**-16  # of the largest: below, a singular value counts as this large in that product
 _LEAST_BLOCK = 4  # products of fewer vectors take as long
 _STEPS = 8  # are about what it takes
 
@@ -65,8 +64,7 @@ def _block_lanczos(x: Tensor, rank: int) -> Tensor | None:
         values, vectors = torch.linalg.eigh(core)
         vectors = vectors[:, -rank:]
         residual = torch.linalg.vector_norm(second @ first @ vectors[-block:], dim=0).max()
-        least, most = values[-rank:].clamp(min=0).sqrt()[[0, -1]].tolist()
-        if float(residual) <= _RESIDUAL * most * max(least, _SMALL * most):
+        if bool(residual <= _RESIDUAL * (values[-1] * values[-rank].clamp(min=0)).sqrt()):
             return vectors.flip(1).T @ basis
         basis = torch.cat([basis, rows])
     return None
