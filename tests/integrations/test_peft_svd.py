@@ -268,6 +268,26 @@ def test_whole_weights_and_16_bits(kind: str, dtype: torch.dtype) -> None:
             assert_within(product(layer(mine, name)), expected, torch.finfo(dtype).eps * terms)
 
 
+@pytest.mark.parametrize("made", [nn.Conv1d, nn.Conv3d])
+def test_convolutions_of_other_dimensions(made: Any) -> None:
+    """PEFT fails on the axes of their kernels."""
+
+    class Convolving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.filters = made(9, 16, 2)
+
+    args = ("equal", torch.float32, Convolving, (("filters",),) * 3)
+    with pytest.raises(RuntimeError):
+        combine(adapted(*args), "svd")
+    with dropin.accelerated():
+        mine = combine(adapted(*args), "svd")
+    assert factors(layer(mine, "filters"))[1].shape[1:] == layer(mine, "filters").weight.shape[1:]
+    expected, _ = truncated(exact_sum(mine, "filters"), 4)
+    limit = torch.full_like(expected, 512 * U * float(expected.abs().max()))
+    assert_within(product(layer(mine, "filters")), expected, limit)
+
+
 def test_a_layer_of_another_class_is_merged_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its get_delta_weight counts, not the product of its factors."""
     plain = layers.Linear.get_delta_weight
