@@ -13,7 +13,7 @@ from .. import check
 from ..errors import ArgumentError
 from ..methods.merge import merge_tensors
 from .adapter import Factors
-from .low_rank import best_of_rank
+from .truncation import best_of_rank
 
 OP = "merge_adapters"
 # PEFT's names of what merges factors, and the method that merges them.

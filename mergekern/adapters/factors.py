@@ -65,14 +65,6 @@ def sum_of(given: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, 
     return torch.cat(scaled, 1), torch.cat([f.a.double() for f in given])
 
 
-def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, s and vh of b @ a, as many as b has columns or a side of the product has."""
-    q, r = torch.linalg.qr(b)
-    p, t = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(r @ t.T, full_matrices=False)
-    return q @ u, s, vh @ p.T
-
-
 def truncated(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:
     """The best factors of b @ a of that rank (None: all there is), singular values in b.
 
@@ -84,6 +76,14 @@ def truncated(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, f
     norm = float(torch.linalg.vector_norm(s))
     lost = float(torch.linalg.vector_norm(s[kept:])) / norm if norm and kept < most else 0.0
     return u[:, :kept] * s[:kept], vh[:kept], lost
+
+
+def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, s and vh of b @ a, as many as b has columns or a side of the product has."""
+    q, r = torch.linalg.qr(b)
+    p, t = torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(r @ t.T, full_matrices=False)
+    return q @ u, s, vh @ p.T
 
 
 def _least(s: Tensor, size: int) -> float:

@@ -69,7 +69,7 @@ def merge_adapters(
     Result: linear algebra in float64 on matrices of the ranks' sum; parts are merged in float32, or
     float64 if an input is; factors have the inputs' dtype. `out` saves it as PEFT's folder.
     Cost: for ranks' sum R two QR of [out, R] and [in, R] and one SVD of [R, R] a module; M_svd that
-    of M on [out, in] and of `low_rank.best_of_rank`.
+    of M on [out, in] and of `truncation.best_of_rank`.
     Raises: ArgumentError for unknown methods and parameters, adapters that do not fit together;
     CheckpointError as `load_adapter`.
     Source: KnOTS (Stoica et al., 2410.19735), Core Space (Panariello et al., 2509.17786), PEFT

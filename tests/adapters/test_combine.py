@@ -13,8 +13,8 @@ from torch import Tensor
 import mergekern as mk
 from mergekern.adapters.adapter import Adapter, Factors
 from mergekern.adapters.combine import FACTORED
-from mergekern.adapters.low_rank import best_of_rank
 from mergekern.adapters.merge import merge_adapters
+from mergekern.adapters.truncation import best_of_rank
 from mergekern.methods import REGISTRY
 
 from accuracy import assert_bits_equal, assert_within

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...adapters.adapter import Factors
 from ...adapters.factors import sum_of, svd_of_product
-from ...adapters.low_rank import best_of_rank
+from ...adapters.truncation import best_of_rank
 from ...check import FLOATS
 from .fallback import LORA_MODEL, product_dtype, served, theirs
 from .functions import FUNCTIONS

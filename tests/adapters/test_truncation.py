@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergekern.adapters import low_rank
-from mergekern.adapters.low_rank import best_of_rank
+from mergekern.adapters import truncation
+from mergekern.adapters.truncation import best_of_rank
 
 from accuracy import assert_bits_equal, assert_within
 
@@ -71,14 +71,14 @@ CASES: dict[str, tuple[Callable[[], Tensor], int, bool]] = {  # made by, rank, b
 def searched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the search found what was asked for, of each call."""
     found: list[bool] = []
-    search = low_rank._block_lanczos
+    search = truncation._block_lanczos
 
     def spy(x: Tensor, rank: int) -> Tensor | None:
         rows = search(x, rank)
         found.append(rows is not None)
         return rows
 
-    monkeypatch.setattr(low_rank, "_block_lanczos", spy)
+    monkeypatch.setattr(truncation, "_block_lanczos", spy)
     return found
 
 
