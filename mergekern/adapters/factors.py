@@ -34,7 +34,7 @@ def align(given: Sequence[Factors], cut: float | None = None) -> Aligned:
     sides = [torch.linalg.qr(f.a.double().T) for f in given]
     core = torch.cat([block @ side.R.T for block, side in zip(blocks, sides, strict=True)], 1)
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
-    kept = int((s > (_least(s, core) if cut is None else cut)).sum())
+    kept = int((s > (_least(s, max(core.shape)) if cut is None else cut)).sum())
     weighted = s[:kept, None] * vh[:kept]
     widths = [side.R.shape[0] for side in sides]
     parts = [
@@ -70,24 +70,29 @@ def truncated(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, f
 
     The third result is |rest|_F / |b @ a|_F, what they lack.
     """
-    q, r = torch.linalg.qr(b)
-    p, t = torch.linalg.qr(a.T)
-    core = r @ t.T
-    u, s, vh = torch.linalg.svd(core, full_matrices=False)
-    most = int((s > _least(s, core)).sum())
+    u, s, vh = svd_of_product(b, a)
+    most = int((s > _least(s, b.shape[1])).sum())
     kept = most if rank is None else min(rank, most)
     norm = float(torch.linalg.vector_norm(s))
     lost = float(torch.linalg.vector_norm(s[kept:])) / norm if norm and kept < most else 0.0
-    return q @ (u[:, :kept] * s[:kept]), vh[:kept] @ p.T, lost
+    return u[:, :kept] * s[:kept], vh[:kept], lost
 
 
-def _least(s: Tensor, core: Tensor) -> float:
-    """What rounding leaves of a singular value that is 0."""
-    return float(s.max()) * max(core.shape) * torch.finfo(s.dtype).eps if len(s) else 0.0
+def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, s and vh of b @ a, as many as b has columns or a side of the product has."""
+    q, r = torch.linalg.qr(b)
+    p, t = torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(r @ t.T, full_matrices=False)
+    return q @ u, s, vh @ p.T
+
+
+def _least(s: Tensor, size: int) -> float:
+    """What rounding leaves of a singular value that is 0, of a matrix with sides up to `size`."""
+    return float(s.max()) * size * torch.finfo(s.dtype).eps if len(s) else 0.0
 
 
 def _span(x: Tensor) -> Tensor:
     """Orthonormal columns that span those of x."""
     q, r = torch.linalg.qr(x)
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
-    return q @ u[:, : int((s > _least(s, r)).sum())]
+    return q @ u[:, : int((s > _least(s, max(r.shape))).sum())]

@@ -13,13 +13,13 @@ from .. import check
 from ..errors import ArgumentError
 from ..methods import REGISTRY
 from ..methods.merge import merge_state_dicts
-from . import factors
+from . import combine, factors
 from .adapter import Adapter, Factors
 from .peft_folder import load_adapter, save_adapter
 
 OP = "merge_adapters"
 _PLAIN = ("cat", "svd")
-# Names of the field for methods of the registry.
+# Names of the field for methods of the registry, behind knots_ and core_.
 _NAMES = {"ta": "task_arithmetic", "ties": "ties_global"}
 _CUT = 1e-5  # of singular values, absolute, in the code of KnOTS
 Given = str | os.PathLike[str] | Adapter
@@ -49,19 +49,27 @@ def merge_adapters(
       knots_ties takes one threshold over all modules (`ties_global`), as KnOTS does.
     - core_M: d_i = u m_i v^T in bases of all second and of all first factors; the cores m_i are
       merged by M (Core Space).
+    - M_svd: the d_i themselves are merged by M, and truncated as svd does. A module at a time they
+      are formed in float64 and rounded once; M is not one that surveys all modules first.
+    - linear, ties, dare_linear, dare_ties, magnitude_prune: PEFT's of these names. First and second
+      factors, of equal ranks, are merged apart, with sqrt|weight_i scale_i| on each and the sign on
+      the first ones.
 
-    Merging products is not merging factors: b_1 a_1 + b_2 a_2 has no cross terms b_1 a_2, which
-    (b_1 + b_2)(a_1 + a_2) has.
+    Merging factors is not merging products: with w_i = weight_i scale_i `linear` is svd's sum of
+    w_i b_i a_i and the cross terms sqrt(w_i w_j) b_i a_j, i != j, of
+    (sum_i sqrt(w_i) b_i)(sum_j sqrt(w_j) a_j), about as large between unrelated adapters.
     adapters: folders of PEFT or `Adapter` objects. `rank` truncates every module's result; what
     that leaves out is in the result's `lost`. union: a module that an adapter lacks counts as
     unchanged by it, and bases may have other names; otherwise it is an error that lists them. Whole
     tensors (modules_to_save, biases) must be equal where several adapters have them. weight (1 for
     a method that has one), parameters: those of the method.
     host="knots": the original's absolute cut of singular values, 1e-5, and its rules of signs and
-    thresholds.
+    thresholds. host="peft": its rules for PEFT's names, as `merge_tensors` has them; random masks
+    are drawn from torch's generator, in order of the modules' names.
     Result: linear algebra in float64 on matrices of the ranks' sum; parts are merged in float32, or
     float64 if an input is; factors have the inputs' dtype. `out` saves it as PEFT's folder.
-    Cost: for ranks' sum R two QR of [out, R] and [in, R] and one SVD of [R, R] a module.
+    Cost: for ranks' sum R two QR of [out, R] and [in, R] and one SVD of [R, R] a module; M_svd that
+    of M on [out, in] and of `truncation.best_of_rank`.
     Raises: ArgumentError for unknown methods and parameters, adapters that do not fit together;
     CheckpointError as `load_adapter`.
     Source: KnOTS (Stoica et al., 2410.19735), Core Space (Panariello et al., 2509.17786), PEFT
@@ -80,35 +88,39 @@ def merge_adapters(
         raise ArgumentError.of(OP, "adapters is empty", "none", "at least one")
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise ArgumentError.of(OP, "rank is no rank", repr(rank), "1 or more")
-    check.choice(OP, "host", host, (None, "knots"))
-    if host is not None and kind != "knots":
-        raise ArgumentError.of(OP, f"host={host!r} has no {method}", repr(method), "knots_...")
+    _check_host(host, method, kind, inner)
     given = _fitting(loaded, union)
     saved = _saved(loaded)
+    most = max(f.rank for a in loaded for f in a.modules.values())
+    lost: dict[str, float] = {}
     if kind in _PLAIN:
         if parameters:
             raise ArgumentError.of(OP, f"{method} has no such parameters", [*parameters], "weight")
         weights = _weights(1.0 if weight is None else weight, len(loaded))
         pairs = {name: factors.sum_of(fs, weights) for name, fs in given.items()}
-        most = max(f.rank for a in loaded for f in a.modules.values())
         if kind == "svd":
-            rank = most if rank is None else rank
+            rank = rank or most
     else:
         its_host = host if host in REGISTRY[inner].parity else None
         arguments = {"seed": seed, "host": its_host, "backend": backend, **parameters}
         if weight is not None or any(p.name == "weight" for p in REGISTRY[inner].parameters):
             arguments["weight"] = 1.0 if weight is None else weight
-        merge = _merging(inner, torch.promote_types(_widest(loaded), torch.float32), arguments)
-        pairs = (
-            _knots(given, merge, _CUT if host else None) if kind == "knots" else _core(given, merge)
-        )
-    result = Adapter({}, saved, _config(loaded, list(given)))
+        within = torch.promote_types(_widest(loaded), torch.float32)
+        if kind == "dense":
+            pairs, lost = combine.dense(given, inner, rank or most, within, arguments)
+        elif kind == "factored":
+            weights = _weights(arguments["weight"], len(loaded))
+            pairs = combine.factored(given, inner, weights, within, arguments)
+        else:
+            merge = _merging(inner, within, arguments)
+            cut = _CUT if host else None
+            pairs = _knots(given, merge, cut) if kind == "knots" else _core(given, merge)
+    result = Adapter({}, saved, _config(loaded, list(given)), lost)
     dtype = _widest(loaded)
     for name, (b, a) in pairs.items():
         like = given[name][0]
-        if rank is not None:
-            b, a, lost = factors.truncated(b, a, rank)
-            result.lost[name] = lost
+        if rank is not None and kind != "dense":
+            b, a, lost[name] = factors.truncated(b, a, rank)
         if not len(a):  # nothing is left; PEFT knows no rank 0
             b, a = b.new_zeros(len(b), 1), a.new_zeros(1, a.shape[1])
         result.modules[name] = Factors(a.to(dtype), b.to(dtype), 1.0, like.shape, like.embedding)
@@ -124,18 +136,42 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 def _method(method: str) -> tuple[str, str]:
     """How task vectors are seen, and the method that merges them."""
-    kind, _, inner = method.partition("_")
-    inner = _NAMES.get(inner, inner)
     if method in _PLAIN:
-        return method, ""
-    if kind not in ("knots", "core") or inner not in REGISTRY:
-        expected = f"{', '.join(_PLAIN)}, or knots_ or core_ before ta or a method of merge"
+        return method, "task_arithmetic"
+    if method in combine.FACTORED:
+        return "factored", combine.FACTORED[method]
+    kind, _, inner = method.partition("_")
+    if kind in ("knots", "core"):
+        inner = _NAMES.get(inner, inner)
+    elif method.endswith("_svd"):
+        kind, inner = "dense", method.removesuffix("_svd")
+    if kind not in ("knots", "core", "dense") or inner not in REGISTRY:
+        known = ", ".join((*_PLAIN, *combine.FACTORED))
+        expected = f"{known}, or knots_ or core_ before ta or a method of merge, or _svd behind one"
         raise ArgumentError.of(OP, "unknown method", repr(method), expected)
-    if REGISTRY[inner].base != "required":
+    spec = REGISTRY[inner]
+    if spec.base != "required":
         raise ArgumentError.of(
             OP, f"{inner} does not merge task vectors", repr(method), "a method with a base"
         )
+    if kind == "dense" and (spec.survey or spec.whole_models or spec.tensor_valued):
+        raise ArgumentError.of(
+            OP,
+            f"{inner} wants more than one module at a time",
+            repr(method),
+            f"knots_{inner} or core_{inner}",
+        )
     return kind, inner
+
+
+def _check_host(host: str | None, method: str, kind: str, inner: str) -> None:
+    check.choice(OP, "host", host, (None, "knots", "peft"))
+    has, names = kind == "knots", "knots_..."
+    if host == "peft":
+        has = kind not in ("knots", "core") and "peft" in REGISTRY[inner].parity
+        names = ", ".join((*_PLAIN, *combine.FACTORED)) + ", also with _svd"
+    if host is not None and not has:
+        raise ArgumentError.of(OP, f"host={host!r} has no {method}", repr(method), names)
 
 
 def _merging(inner: str, dtype: torch.dtype, arguments: Mapping[str, Any]) -> Merging:

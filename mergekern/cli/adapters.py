@@ -19,7 +19,8 @@ def adapters(
     method: Annotated[
         str,
         typer.Option(
-            help="cat, svd, or knots_ or core_ before ta, ties or a method of `merge` with a base"
+            help="cat, svd; knots_ or core_ before ta, ties or a method of `merge` with a base, or "
+            "_svd behind one; PEFT's linear, ties, dare_linear, dare_ties, magnitude_prune"
         ),
     ] = "knots_ties",
     weight: Annotated[
@@ -34,7 +35,10 @@ def adapters(
         bool, typer.Option("--union", help="a module that an adapter lacks is unchanged by it")
     ] = False,
     host: Annotated[
-        str | None, typer.Option(help="knots: its absolute cut, thresholds and rules of signs")
+        str | None,
+        typer.Option(
+            help="knots: its absolute cut, thresholds and rules of signs; peft: its rules"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="of random masks")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no summary")] = False,

@@ -217,7 +217,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         "does not merge task",
     ),
     "rank": (lambda: merge_adapters([adapter(0)], "svd", rank=0), "rank is no rank; got 0"),
-    "host": (lambda: merge_adapters([adapter(0)], host="peft"), "host is unknown"),
+    "host": (lambda: merge_adapters([adapter(0)], host="mergekit"), "host is unknown"),
     "host of others": (
         lambda: merge_adapters([adapter(0)], "svd", host="knots"),
         "host='knots' has no svd",

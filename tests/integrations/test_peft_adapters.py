@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from mergekern.adapters.merge import merge_adapters
 from mergekern.adapters.peft_folder import load_adapter, save_adapter
 
-from accuracy import assert_within
+from accuracy import assert_bits_equal, assert_within
 from required import peer
 
 peft = peer("peft", "peft")
+lora = peer("peft.tuners.lora.model", "peft")
 
 
 class Encoder(nn.Module):
@@ -37,11 +39,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def wrapped(seed: int, **settings: Any) -> Any:
+def wrapped(seed: int, targets: list[str] = TARGETS, **settings: Any) -> Any:
     torch.manual_seed(0)
     model = Encoder()
     torch.manual_seed(seed)
-    config = peft.LoraConfig(target_modules=TARGETS, init_lora_weights=False, **settings)
+    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False, **settings)
     return peft.get_peft_model(model, config)
 
 
@@ -87,20 +89,52 @@ def test_peft_loads_what_was_saved(settings: str, tmp_path: Path) -> None:
         assert_within(deltas(again)[name], x, bound(x))
 
 
-@pytest.mark.parametrize("kind", ["svd", "cat"])
-def test_peft_combines_the_same(kind: str, tmp_path: Path) -> None:
-    """Embeddings aside: of these PEFT's svd takes no transpose, and cat is for linear layers."""
-    weights = [0.7, -0.4]
-    model = wrapped(1, r=4, lora_alpha=8)
-    other = wrapped(2, r=4, lora_alpha=4)
+KINDS = ("svd", "cat", "ties_svd", "magnitude_prune_svd", "dare_linear_svd", "dare_ties_svd")
+APART = ("linear", "ties", "magnitude_prune", "dare_linear", "dare_ties")
+WEIGHTS = [0.7, -0.4]
+
+
+def combined(kind: str, tmp_path: Path, **given: Any) -> tuple[Any, Any]:
+    """PEFT's model with the adapter "sum", and ours of the same folders, random draws included.
+
+    PEFT first draws an adapter that it overwrites, then in the order of modules; we in that of
+    names: one module, and a seed when the former is done.
+    """
+    targets = ["q"] if "dare" in kind else TARGETS
+    model, other = (wrapped(i, targets, r=4, lora_alpha=4 * (3 - i)) for i in (1, 2))
     folders = [saved(m, tmp_path / str(i)) for i, m in enumerate((model, other))]
     model.load_adapter(folders[1], adapter_name="other")
-    given = {"svd_rank": 6} if kind == "svd" else {}
-    model.add_weighted_adapter(["default", "other"], weights, "sum", kind, **given)
-    expected = deltas(model, "sum")
-    merged = merge_adapters(folders, kind, weight=weights, rank=given.get("svd_rank"))
-    for name in ("stem", "q", "fc"):
-        assert_within(merged.modules[name].delta(), expected[name], bound(expected[name], 2048))
+    reseed = mock.Mock(side_effect=lambda *_: torch.manual_seed(4))
+    with mock.patch.object(lora, "_freeze_adapter", reseed):
+        model.add_weighted_adapter(["default", "other"], WEIGHTS, "sum", kind, density=0.5, **given)
+    torch.manual_seed(4)
+    rank, density = (
+        given.get("svd_rank"),
+        {} if kind in ("svd", "cat", "linear") else {"density": 0.5},
+    )
+    return model, merge_adapters(folders, kind, weight=WEIGHTS, rank=rank, host="peft", **density)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_combines_the_same(kind: str, tmp_path: Path) -> None:
+    model, merged = combined(kind, tmp_path, **({} if kind == "cat" else {"svd_rank": 6}))
+    for name, f in merged.modules.items():
+        expected = getattr(model.base_model.model, name).get_delta_weight("sum").detach().double()
+        assert_within(f.delta(), expected, bound(expected, 2048))
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_peft_combines_factors_to_the_same_bits(kind: str, tmp_path: Path) -> None:
+    """But for the sign of zeros."""
+    model, merged = combined(kind, tmp_path)
+    for name, f in merged.modules.items():
+        layer = getattr(model.base_model.model, name)
+        if f.embedding:
+            a, b = layer.lora_embedding_A["sum"], layer.lora_embedding_B["sum"]
+        else:
+            a, b = layer.lora_A["sum"].weight, layer.lora_B["sum"].weight
+        assert_bits_equal(f.a, a.detach().flatten(1) + 0.0)
+        assert_bits_equal(f.b, b.detach().flatten(1) + 0.0)
 
 
 def test_peft_finds_the_modules_of_a_union(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import importlib.metadata
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,10 +19,13 @@ from torch import Tensor
 
 from mergekern import BackendError
 from mergekern.integrations import peft as dropin
+from mergekern.integrations.peft.adapters import METHOD, svd_weighted_adapter
 
 from accuracy import assert_bits_equal, assert_within, half_ulp
 from refusal import refused
 from required import peer
+
+pytestmark = pytest.mark.usefixtures("peft_counters")
 
 api = peer("peft", "peft")
 utils = peer("peft.utils.merge_utils", "peft")
@@ -42,14 +45,6 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
 WEIGHTS = (0.7, -1.3, 2.2, 0.9)
 SHAPES = ((), (1,), (7,), (5, 1, 3, 3), (96, 131))
 U = 2.0**-24
-
-
-@pytest.fixture(autouse=True)
-def counters() -> Iterator[None]:
-    dropin.served.clear()
-    dropin.fallbacks.clear()
-    yield
-    dropin.uninstall()
 
 
 def distinct(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -81,16 +76,18 @@ def both(name: str, *args: Any) -> tuple[Tensor, Tensor]:
 
 def bound() -> dict[tuple[str, str], Any]:
     return {(m.__name__, n): getattr(m, n) for m in (utils, lora) for n in BOUND} | {
-        (utils.__name__, "magnitude_based_pruning"): utils.magnitude_based_pruning
+        (utils.__name__, "magnitude_based_pruning"): utils.magnitude_based_pruning,
+        (lora.__name__, METHOD): getattr(lora.LoraModel, METHOD),
     }
 
 
 def test_install_replaces_and_uninstall_restores_the_same_objects() -> None:
     before = bound()
-    assert {f.__module__ for f in before.values()} == {utils.__name__}
+    assert {f.__module__ for f in before.values()} == {utils.__name__, lora.__name__}
     dropin.install()
     dropin.install()
-    assert all(f is dropin.FUNCTIONS[name] for (_, name), f in bound().items())
+    ours = {**dropin.FUNCTIONS, METHOD: svd_weighted_adapter}
+    assert all(f is ours[name] for (_, name), f in bound().items())
     dropin.uninstall()
     dropin.uninstall()
     after = bound()
@@ -122,6 +119,15 @@ def test_a_version_that_was_not_compared_is_refused(
     assert utils.ties is THEIRS["ties"]
 
 
+def test_the_svd_combinations_of_older_versions_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count the scale of every task vector twice."""
+    method = getattr(lora.LoraModel, METHOD)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.20.0")
+    dropin.install()
+    assert getattr(lora.LoraModel, METHOD) is method
+    assert utils.ties is dropin.ties
+
+
 def test_without_peft_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -131,12 +137,15 @@ def test_without_peft_one_sentence_says_what_to_install(monkeypatch: pytest.Monk
         dropin.install()
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", [*THEIRS, METHOD])
 def test_signatures_are_those_of_peft(name: str) -> None:
     def shape(f: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
         return [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
 
-    assert shape(dropin.FUNCTIONS[name]) == shape(THEIRS[name])
+    if name == METHOD:
+        assert shape(svd_weighted_adapter) == shape(getattr(lora.LoraModel, METHOD))
+    else:
+        assert shape(dropin.FUNCTIONS[name]) == shape(THEIRS[name])
 
 
 # ---- the same bits ---------------------------------------------------------------------------
@@ -446,8 +455,7 @@ def adapted() -> Any:
 def combined(kind: str) -> dict[str, Tensor]:
     model = adapted()
     torch.manual_seed(2)
-    with torch.no_grad():  # PEFT drops the gradient of the deltas in any case
-        model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "ab", kind, density=0.5)
+    model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "ab", kind, density=0.5)
     return {name: p for name, p in model.named_parameters() if "ab" in name.split(".")}
 
 
@@ -459,33 +467,19 @@ def combined(kind: str) -> dict[str, Tensor]:
         ("dare_linear", "dare_linear"),
         ("dare_ties", "dare_ties"),
         ("magnitude_prune", "magnitude_prune"),
-        ("svd", "task_arithmetic"),
-        ("ties_svd", "ties"),
-        ("dare_linear_svd", "dare_linear"),
-        ("dare_ties_svd", "dare_ties"),
-        ("magnitude_prune_svd", "magnitude_prune"),
     ],
 )
 def test_add_weighted_adapter(kind: str, name: str) -> None:
+    """Combinations of factors; test_peft_svd.py has the others."""
     expected = combined(kind)
     assert not dropin.served
     with dropin.accelerated():
         got = combined(kind)
     layers = 4
-    assert dropin.served == {name: layers if "svd" in kind else 2 * layers}
+    assert dropin.served == {name: 2 * layers}
     assert not dropin.fallbacks
     assert got.keys() == expected.keys()
     assert len(got) == 2 * layers
     for key, value in expected.items():
         assert bool((value != 0).any())
         assert_bits_equal(got[key], value)
-
-
-def test_deltas_of_a_trainable_adapter_are_peft_s() -> None:
-    """PEFT computes them with a gradient; the documentation says how to avoid that."""
-    model = adapted()
-    with dropin.accelerated():
-        model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "ab", "ties_svd", density=0.5)
-    reason = "a gradient is wanted: call under torch.no_grad()"
-    assert dropin.fallbacks["ties", reason] + dropin.served["ties"] == 4
-    assert dropin.fallbacks["ties", reason] > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -14,18 +14,20 @@ from ... import dispatch
 from ...check import FLOATS, accumulator, name_of
 
 UTILS = "peft.utils.merge_utils"
+LORA = "peft.tuners.lora.model"
+LORA_MODEL = f"{LORA}:LoraModel"
 ELECT = {"total": "sum", "frequency": "count"}  # PEFT's names of elections, and ours
 
 served: Counter[str] = Counter()
 fallbacks: Counter[tuple[str, str]] = Counter()
-originals: dict[tuple[str, str], Callable[..., Any]] = {}  # (module, name): while installed
+originals: dict[tuple[str, str], Callable[..., Any]] = {}  # (owner, name): while installed
 
 
-def theirs(name: str, reason: str) -> Callable[..., Tensor]:
-    """PEFT's own function; the call is counted."""
-    fallbacks[name, reason] += 1
-    found = originals.get((UTILS, name))
-    return found or getattr(importlib.import_module(UTILS), name)
+def theirs(name: str, reason: str, owner: str = UTILS, called: str = "") -> Callable[..., Any]:
+    """PEFT's own function; the call is counted, under the name that users call it by."""
+    fallbacks[called or name, reason] += 1
+    found = originals.get((owner, name))
+    return found or getattr(pkgutil.resolve_name(owner), name)
 
 
 def why_not(xs: Any, weights: Any, density: Any = 0.5, method: Any = "total") -> str | None:
