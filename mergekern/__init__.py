@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .methods.masks import consensus_mask, masked, tall_masks
     from .methods.merge import merge_state_dicts, merge_tensors
     from .ops.assign import assign, assign_heads
+    from .ops.coefficient_gradients import coefficient_gradients
     from .ops.covariance import Covariance, correlation, covariance
     from .ops.gram import gram
     from .ops.kth_magnitude import kth_magnitude
@@ -80,6 +81,7 @@ __all__ = [
     "apply",
     "assign",
     "assign_heads",
+    "coefficient_gradients",
     "collect_statistics",
     "consensus_mask",
     "correlation",
@@ -146,6 +148,7 @@ _MODULES = {
     "methods.masks": "consensus_mask masked tall_masks",
     "methods.merge": "merge_state_dicts merge_tensors",
     "ops.assign": "assign assign_heads",
+    "ops.coefficient_gradients": "coefficient_gradients",
     "ops.covariance": "Covariance correlation covariance",
     "ops.gram": "gram",
     "ops.kth_magnitude": "kth_magnitude",
