@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .keep import Band, Bernoulli, MagPrune, Mask, Threshold
     from .methods import methods
     from .methods.bits import load_masks, save_masks
+    from .methods.coefficients import MergedModel
     from .methods.emr import emr, emr_state_dicts
     from .methods.masks import consensus_mask, masked, tall_masks
     from .methods.merge import merge_state_dicts, merge_tensors
@@ -72,6 +73,7 @@ __all__ = [
     "Manifest",
     "Mask",
     "Match",
+    "MergedModel",
     "MergekernError",
     "PartialZip",
     "Spaces",
@@ -144,6 +146,7 @@ _MODULES = {
     "keep": "Band Bernoulli MagPrune Mask Threshold",
     "methods": "methods",
     "methods.bits": "load_masks save_masks",
+    "methods.coefficients": "MergedModel",
     "methods.emr": "emr emr_state_dicts",
     "methods.masks": "consensus_mask masked tall_masks",
     "methods.merge": "merge_state_dicts merge_tensors",
