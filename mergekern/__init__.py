@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .methods.emr import emr, emr_state_dicts
     from .methods.masks import consensus_mask, masked, tall_masks
     from .methods.merge import merge_state_dicts, merge_tensors
+    from .methods.soup import greedy_soup
     from .ops.assign import assign, assign_heads
     from .ops.coefficient_gradients import coefficient_gradients
     from .ops.covariance import Covariance, correlation, covariance
@@ -93,6 +94,7 @@ __all__ = [
     "emr",
     "emr_state_dicts",
     "gram",
+    "greedy_soup",
     "kth_magnitude",
     "load_adapter",
     "load_masks",
@@ -150,6 +152,7 @@ _MODULES = {
     "methods.emr": "emr emr_state_dicts",
     "methods.masks": "consensus_mask masked tall_masks",
     "methods.merge": "merge_state_dicts merge_tensors",
+    "methods.soup": "greedy_soup",
     "ops.assign": "assign assign_heads",
     "ops.coefficient_gradients": "coefficient_gradients",
     "ops.covariance": "Covariance correlation covariance",
