@@ -132,6 +132,8 @@ def test_the_merged_state_dict_loads_and_computes_the_same() -> None:
     other.load_state_dict(found)
     for name in ("again.weight", "tied.weight"):
         assert_bits_equal(found[name], found["last.weight"])
+    taken = {x.data_ptr() for x in [*merged.weights().values(), *model.state_dict().values()]}
+    assert not taken & {x.data_ptr() for x in found.values()}
     x = batch()
     assert_bits_equal(merged.eval()(x, times=2.0), other.eval()(x, times=2.0))
     for key, value in model.state_dict().items():  # the model's own stay as they are

@@ -127,6 +127,15 @@ def test_means_are_those_of_the_models_not_of_rounded_means() -> None:
     assert (running != soup.state_dict["w"]).any()
 
 
+def test_means_do_not_depend_on_the_order_of_joining() -> None:
+    """Sums in the order of the models, here of numbers that cancel."""
+    models = plain([1e16, 1.0, -1e16, 3.0])
+    for order in ([0, 2, 1, 3], [3, 1, 2, 0]):
+        soup = mk.greedy_soup(models, lambda d: 1.0, order=order)
+        assert soup.members == tuple(order)
+        equal(soup.state_dict, mean(models))
+
+
 def test_dtypes() -> None:
     """Means have one dtype, whoever takes part; and the one asked for."""
     a, b = states(1, torch.bfloat16)[0], states(2)[1]
