@@ -46,10 +46,7 @@ ORDER_OF = {("covariance", "cuda"): ("triton", "cuda", "torch")}
 
 # Kernels for GPUs: zip_match is one search, which runs on the host.
 _ON_GPU = tuple(op for op in OPS if op != "zip_match")
-KERNELS = {  # the others serve every op
-    "cuda": tuple(op for op in _ON_GPU if op != "coefficient_gradients"),
-    "triton": _ON_GPU,
-}
+KERNELS = {"cuda": _ON_GPU, "triton": _ON_GPU}  # the others serve every op
 
 
 _REMEDIES = {
