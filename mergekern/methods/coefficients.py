@@ -82,8 +82,9 @@ class MergedModel(nn.Module):
 
     Result: merged weights have the bits of `merge_deltas` (task arithmetic), gradients the bound
     of `coefficient_gradients`, rounded once to float32. Weights are merged anew when coefficients
-    have changed; the graph holds no tensor for a model, and every loss of one merge may be
-    differentiated by a call of `backward` of its own.
+    have changed, not when somebody writes into the models given; the graph holds no tensor for a
+    model, and every loss of one merge may be differentiated by a call of `backward` of its own.
+    `to` and its like move the models too.
     Cost: a merge reads base and the N models and writes W; a gradient reads dL/dW, base and the N
     models. No difference x_t - base is stored: beside the models given, memory holds W and the
     gradients by W that are on their way.
@@ -181,6 +182,15 @@ class MergedModel(nn.Module):
             for key, x in self.model.state_dict(keep_vars=True).items()
         }
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
+        """As `to`, `cuda` and the like go through a network."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._merged = None
+        self._models = [{name: fn(x) for name, x in d.items()} for d in self._models]
+        if self._base is not None:
+            self._base = {name: fn(x) for name, x in self._base.items()}
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_merged": None}  # a graph is neither copied nor stored
 
@@ -205,6 +215,10 @@ def _places(model: nn.Module) -> dict[str, str]:
 
 def _parameters(label: str, state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Its tensors for the parameters of `model`; other names must be names of `model` too."""
+    if not isinstance(state_dict, Mapping):
+        got = type(state_dict).__name__
+        what = f"{label} is no mapping"
+        raise ArgumentError.of(_OP, what, got, "names to tensors (a state dict)")
     known = model.state_dict().keys()
     unknown = [key for key in state_dict if key not in known]
     if unknown:

@@ -313,6 +313,22 @@ def test_nothing_is_saved_for_each_model() -> None:
     assert saved == [0, 0]
 
 
+@pytest.mark.parametrize("based", [False, True])
+def test_to_moves_the_models_too(based: bool) -> None:
+    model = Net()
+    states = tuned(model)
+    base = {key: p.detach() for key, p in model.named_parameters()} if based else None
+    merged = mk.MergedModel(model, states, base=base)
+    before = merged.merge()["first.weight"]
+    assert merged.double() is merged
+    merged(batch().double()).sum().backward()
+    xs = [d["first.weight"].double() for d in states]
+    weights = columns(merged, "first.weight").tolist()
+    got = merged.merge()["first.weight"]
+    assert_bits_equal(got, mk.merge_deltas(model.first.weight, xs, weights))
+    assert before.dtype == states[0]["first.weight"].dtype == torch.float32
+
+
 def test_coefficients_that_need_no_gradient_have_no_graph() -> None:
     merged, _, _ = built()
     merged.coefficients.requires_grad_(False)
@@ -384,6 +400,7 @@ def test_refusals() -> None:
     narrow = {key: x.half() for key, x in b.items()}
     for args, options, words in (
         ((model, []), {}, "nothing to merge; got 8 parameters, 0 state dicts"),
+        ((model, a), {}, "state_dicts[0] is no mapping; got str; expected names to tensors"),
         ((nn.Tanh(), [a]), {}, "nothing to merge; got 0 parameters"),
         ((a, [a]), {}, "model is no network; got dict"),
         ((model, [a, narrow]), {}, "state_dicts[1]['scale'] differs from base in dtype"),
