@@ -7,14 +7,17 @@
 namespace mk {
 namespace {
 
-// Adds up the products of n <= kGramBlock elements of a task vector with the gradient's.
+// Adds up the products of n <= kGramBlock elements of a task vector with the gradient's. Asks for
+// memory from the address `ahead` on, `step` bytes with each kGramLanes elements: for a whole block
+// at once, of ten tensors, took a fifth longer.
 template <bool kBase, class T>
 MK_DOT_CLONES void add_products(const T* x, const double* base, const double* grad, std::int64_t n,
-                                double* sums) {
+                                std::uintptr_t ahead, std::int64_t step, double* sums) {
   constexpr int kFours = kGramLanes / kFour;
   const std::int64_t whole = n - n % kGramLanes;
   Four lanes[kFours] = {};
-  for (std::int64_t i = 0; i < whole; i += kGramLanes)
+  for (std::int64_t i = 0; i < whole; i += kGramLanes, ahead += step) {
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead));
     for (int h = 0; h < kFours; ++h) {
       const std::int64_t at = i + h * kFour;
       Four v, b, g;
@@ -26,6 +29,7 @@ MK_DOT_CLONES void add_products(const T* x, const double* base, const double* gr
       load(grad + at, &g);
       lanes[h] += v * g;
     }
+  }
   for (int h = 0; h < kFours; ++h) add_to(sums + h * kFour, lanes[h]);
   for (std::int64_t i = whole; i < n; ++i) {
     double v = x[i];
@@ -48,6 +52,7 @@ void widen_block(const View& v, std::int64_t at, std::int64_t n, std::int64_t la
 template <class T>
 void sum_products(const CoefficientGradients& args, std::int64_t begin, std::int64_t end,
                   double* sums) {
+  using V = std::conditional_t<sizeof(T) == 2, float, T>;  // as Block has them
   alignas(64) Block<T> block;
   alignas(64) double grad[kGramBlock], base[kGramBlock];
   for (std::int64_t at = begin; at < end; at += kGramBlock) {
@@ -57,12 +62,12 @@ void sum_products(const CoefficientGradients& args, std::int64_t begin, std::int
     widen_block(*args.grad, at, n, later, some, grad);
     if (args.base) widen_block(*args.base, at, n, later, some, base);
     for (std::int64_t t = 0; t < args.n; ++t) {
-      prefetch_block<T>(args.xs[t], later, some);
-      const auto* x = block.read(args.xs[t], at, n);
-      if (args.base)
-        add_products<true>(x, base, grad, n, sums + t * kGramLanes);
-      else
-        add_products<false>(x, base, grad, n, sums + t * kGramLanes);
+      const View& v = args.xs[t];
+      const auto ahead =
+          reinterpret_cast<std::uintptr_t>(v.data) + std::uintptr_t(later) * sizeof(T);
+      const auto add = args.base ? add_products<true, V> : add_products<false, V>;
+      add(block.read(v, at, n), base, grad, n, ahead, kGramLanes * sizeof(T),
+          sums + t * kGramLanes);
     }
   }
 }
