@@ -11,6 +11,7 @@ from torch import Tensor
 import mergekern as mk
 from mergekern.keep import Bernoulli, MagPrune
 from mergekern.ops import (
+    coefficient_gradients,
     gram,
     kth_magnitude,
     merge_deltas,
@@ -148,6 +149,7 @@ def geometry(place: Place) -> Iterator[Row]:
         lambda got: float(((got - exact).abs() / bound).max()),
         share=0.8,
     )
+    yield _coefficients(*place.models(8, torch.bfloat16))
     two = Cost(2 * 2 * base.nbytes + base.nbytes, 0)
     three = Cost(2 * 3 * base.nbytes + base.nbytes, 0)
     jobs: list[tuple[str, list[Tensor], dict[str, Any], Cost]] = [
@@ -169,6 +171,26 @@ def geometry(place: Place) -> Iterator[Row]:
             return float(((got.float() - expected).abs() / (unit * expected.abs() + 1e-30)).max())
 
         yield Row("gram", method, merge, cost, check, share=0.8)
+
+
+def _coefficients(base: Tensor, xs: list[Tensor]) -> Row:
+    grad = base.float()
+
+    def gradients(backend: str) -> Tensor:
+        return mk.coefficient_gradients(grad, xs, base=base, backend=backend)
+
+    exact = gradients("torch")
+    sizes = [torch.dot(grad.double().abs(), (x.double() - base.double()).abs_()) for x in xs]
+    bound = 2 * (base.numel() + 2) * 2.0**-53 * torch.stack(sizes)
+    return Row(
+        "coefficient_gradients",
+        "8 x bfloat16, base, float32 gradient",
+        gradients,
+        coefficient_gradients.cost(8, base.numel(), 2, grad_itemsize=4),
+        lambda got: float(((got - exact).abs() / bound).max()),
+        lambda: [torch.dot(grad, (x - base).float()) for x in xs],
+        share=0.8,
+    )
 
 
 def small_tensors(place: Place) -> Iterator[Row]:

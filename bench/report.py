@@ -41,6 +41,7 @@ COLUMNS = (
     ("mm_16_bit", "vs 16-bit mm", "{:.1f}"),
     ("einsum", "vs einsum", "{:.0f}"),
     ("extra_mb", "extra MB", "{:.0f}"),
+    ("fusion_bench_mb", "fusion-bench's", "{:.0f}"),
     ("error", "error / bound", "{:.2f}"),
 )
 NOTES = (

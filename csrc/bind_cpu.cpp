@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bind_common.h"
+#include "coefficient_gradients.h"
 #include "gram.h"
 #include "kth_magnitude.h"
 #include "merge_deltas.h"
@@ -166,6 +167,14 @@ void gram_columns(const std::vector<mk::View>& xs, const std::optional<mk::View>
   require(!base || (base->ndim == 2 && base->strides[1] == 1), "gram_columns: base is no matrix");
   mk::gram_columns({xs.data(), int64_t(xs.size()), base ? &*base : nullptr}, length, begin, end,
                    at<double>(scratch), at<double>(dots));
+}
+
+void coefficient_gradients(const mk::View& grad, const std::vector<mk::View>& xs,
+                           const std::optional<mk::View>& base, Address scratch, Address dots,
+                           int64_t begin, int64_t end) {
+  require(!xs.empty(), "coefficient_gradients: no inputs");
+  mk::coefficient_gradients({&grad, xs.data(), int64_t(xs.size()), base ? &*base : nullptr}, begin,
+                            end, at<double>(scratch), at<double>(dots));
 }
 
 void magnitude_keys(const KeySource& source, Address out, int64_t begin, int64_t end) {
@@ -327,6 +336,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("BLOCK") = mk::kBlock;
   m.attr("MERGE_BLOCK") = mk::kMergeBlock;
   m.attr("GRAM_BLOCK") = mk::kGramBlock;
+  m.attr("GRAM_LANES") = mk::kGramLanes;
   m.attr("MASK_UNITS") = mk::kMaskUnits;
 
   m.def("weighted_sum", &weighted_sum, no_gil, kw, "out"_a, "xs"_a, "weights"_a, "divisor"_a,
@@ -354,6 +364,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("gram_columns", &gram_columns, no_gil, kw, "xs"_a, "base"_a, "length"_a, "scratch"_a,
         "dots"_a, "begin"_a, "end"_a);
   m.def("gram_scratch", &mk::gram_scratch, kw, "n"_a);
+  m.def("coefficient_gradients", &coefficient_gradients, no_gil, kw, "grad"_a, "xs"_a, "base"_a,
+        "scratch"_a, "dots"_a, "begin"_a, "end"_a);
   m.def("magnitude_keys", &magnitude_keys, no_gil, kw, "source"_a, "out"_a, "begin"_a, "end"_a);
   m.def("sample_keys", &sample_keys, no_gil, kw, "source"_a, "total"_a, "runs"_a, "run"_a, "out"_a,
         "begin"_a, "end"_a);

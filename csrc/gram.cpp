@@ -2,40 +2,19 @@
 
 #include <algorithm>
 
+#include "dots.h"
+
 namespace mk {
 namespace {
 
 constexpr std::int64_t kInRegisters = 4;  // vectors up to which no block is stored in between
-constexpr std::int64_t kAhead = 2;        // blocks that are asked for before their use
 
 constexpr std::int64_t pairs(std::int64_t n) { return n * (n + 1) / 2; }
-
-// Four doubles: a register of AVX2. AVX-512 is not asked for: with halves of its registers GCC
-// scatters the conversions, and what is read from memory does not come faster than this takes it.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MK_GRAM_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
-#else
-#define MK_GRAM_CLONES
-#endif
-constexpr int kFour = 4;
-using Four = double __attribute__((vector_size(kFour * sizeof(double))));
-
-template <class T>
-MK_INLINE void load(const T* x, Four* v) {
-  *v = Four{double(x[0]), double(x[1]), double(x[2]), double(x[3])};
-}
-
-MK_INLINE void add_to(double* sum, const Four& lanes) {
-  Four total;
-  std::memcpy(&total, sum, sizeof(total));
-  total += lanes;
-  std::memcpy(sum, &total, sizeof(total));
-}
 
 // Adds up the products of n <= kGramBlock elements of N vectors: kGramLanes sums for each pair.
 // As many lanes at a time as fit in registers with the pairs.
 template <int N, bool kBase, class T>
-MK_GRAM_CLONES void add_products(const T* const* xs, const T* base, std::int64_t n, double* sums) {
+MK_DOT_CLONES void add_products(const T* const* xs, const T* base, std::int64_t n, double* sums) {
   constexpr int kFours = N <= 2 ? 4 : 2;
   const T* x[N];
   for (int k = 0; k < N; ++k) x[k] = xs[k];
@@ -71,8 +50,8 @@ MK_GRAM_CLONES void add_products(const T* const* xs, const T* base, std::int64_t
 
 // The same for one vector of doubles against N others, kGramBlock apart.
 template <int N>
-MK_GRAM_CLONES void add_products_with(const double* x, const double* ys, std::int64_t n,
-                                      double* sums) {
+MK_DOT_CLONES void add_products_with(const double* x, const double* ys, std::int64_t n,
+                                     double* sums) {
   constexpr int kFours = N <= 2 ? 4 : 2;
   const std::int64_t whole = n - n % kGramLanes;
   for (int lane = 0; lane < kGramLanes; lane += kFours * kFour) {
@@ -95,40 +74,9 @@ MK_GRAM_CLONES void add_products_with(const double* x, const double* ys, std::in
     for (int p = 0; p < N; ++p) sums[p * kGramLanes + i - whole] += x[i] * ys[p * kGramBlock + i];
 }
 
-template <class T>
-MK_CLONES void subtract(const T* x, const T* base, double* out, std::int64_t n) {
-  if (base)
-    for (std::int64_t i = 0; i < n; ++i) out[i] = double(widen(x[i])) - double(widen(base[i]));
-  else
-    for (std::int64_t i = 0; i < n; ++i) out[i] = double(widen(x[i]));
-}
-
-template <class T>
-MK_CLONES void widen_all(const T* x, float* out, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = widen(x[i]);
-}
-
 MK_CLONES void add_elementwise(const double* x, const double* y, std::int64_t n, double* sums) {
   for (std::int64_t i = 0; i < n; ++i) sums[i] += x[i] * y[i];
 }
-
-// A block as the products read it: 16-bit types, which take several steps to widen, as floats.
-template <class T, bool kNarrow = sizeof(T) == 2>
-struct Block {
-  T values[kGramBlock];
-  const T* read(const View& v, std::int64_t at, std::int64_t n) {
-    return read_block(v, at, n, values);
-  }
-};
-template <class T>
-struct Block<T, true> {
-  float values[kGramBlock];
-  const float* read(const View& v, std::int64_t at, std::int64_t n) {
-    T gathered[kGramBlock];
-    widen_all(read_block(v, at, n, gathered), values, n);
-    return values;
-  }
-};
 
 // f(std::integral_constant<int, n>{}) for n of 1 to 4.
 template <class F>

@@ -251,6 +251,26 @@ MK_CLONES void add_base(acc_t<T>* m, const T* base, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) m[i] = widen(base[i]) + m[i];
 }
 
+template <class T>
+MK_CLONES void add_weighted(const T* x, const T* base, acc_t<T> weight, acc_t<T>* sum,
+                            std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) sum[i] += (widen(x[i]) - widen(base[i])) * weight;
+}
+
+// The sum alone of the weighted deltas of one block, all of them kept.
+template <class T>
+void sum_block(const MergeDeltas& args, std::int64_t at, std::int64_t n, std::int64_t next,
+               acc_t<T>* sum) {
+  alignas(64) T gathered[kMergeBlock], gathered_base[kMergeBlock];
+  prefetch_block<T>(*args.base, at + n, next);
+  const T* base = read_block(*args.base, at, n, gathered_base);
+  std::fill_n(sum, n, acc_t<T>(0));
+  for (std::int64_t i = 0; i < args.n; ++i) {
+    prefetch_block<T>(args.xs[i], at + n, next);
+    add_weighted(read_block(args.xs[i], at, n, gathered), base, acc_t<T>(args.before[i]), sum, n);
+  }
+}
+
 // The weighted deltas of one block, model i at u + i * kMergeBlock, and their sum.
 template <class A>
 void weigh_block(const MergeDeltas& args, std::int64_t at, std::int64_t n, A* u, A* sum) {
@@ -327,9 +347,15 @@ void run(const MergeDeltas& args, std::int64_t begin, std::int64_t end, acc_t<T>
   const DType dtype = args.xs[0].dtype;
   alignas(64) T gathered[kMergeBlock];
   alignas(64) A sum[kMergeBlock], m[kMergeBlock], q[kMergeBlock];
+  const bool plain = args.base && args.elect == Elect::everyone && !args.stepwise &&
+                     std::all_of(args.keep, args.keep + args.n,
+                                 [](const KeepRule& rule) { return rule.kind == Keep::all; });
   for (std::int64_t at = begin; at < end; at += kMergeBlock) {
     const std::int64_t n = std::min(kMergeBlock, end - at);
-    weigh_block(args, at, n, u, sum);
+    if (plain)
+      sum_block<T>(args, at, n, std::min(kMergeBlock, end - at - n), sum);
+    else
+      weigh_block(args, at, n, u, sum);
     if (args.elect == Elect::everyone) {
       std::copy_n(sum, n, m);
       std::fill_n(q, n, A(args.total));

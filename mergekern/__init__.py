@@ -41,10 +41,13 @@ if TYPE_CHECKING:
     from .keep import Band, Bernoulli, MagPrune, Mask, Threshold
     from .methods import methods
     from .methods.bits import load_masks, save_masks
+    from .methods.coefficients import MergedModel
     from .methods.emr import emr, emr_state_dicts
     from .methods.masks import consensus_mask, masked, tall_masks
     from .methods.merge import merge_state_dicts, merge_tensors
+    from .methods.soup import greedy_soup
     from .ops.assign import assign, assign_heads
+    from .ops.coefficient_gradients import coefficient_gradients
     from .ops.covariance import Covariance, correlation, covariance
     from .ops.gram import gram
     from .ops.kth_magnitude import kth_magnitude
@@ -71,6 +74,7 @@ __all__ = [
     "Manifest",
     "Mask",
     "Match",
+    "MergedModel",
     "MergekernError",
     "PartialZip",
     "Spaces",
@@ -80,6 +84,7 @@ __all__ = [
     "apply",
     "assign",
     "assign_heads",
+    "coefficient_gradients",
     "collect_statistics",
     "consensus_mask",
     "correlation",
@@ -89,6 +94,7 @@ __all__ = [
     "emr",
     "emr_state_dicts",
     "gram",
+    "greedy_soup",
     "kth_magnitude",
     "load_adapter",
     "load_masks",
@@ -142,10 +148,13 @@ _MODULES = {
     "keep": "Band Bernoulli MagPrune Mask Threshold",
     "methods": "methods",
     "methods.bits": "load_masks save_masks",
+    "methods.coefficients": "MergedModel",
     "methods.emr": "emr emr_state_dicts",
     "methods.masks": "consensus_mask masked tall_masks",
     "methods.merge": "merge_state_dicts merge_tensors",
+    "methods.soup": "greedy_soup",
     "ops.assign": "assign assign_heads",
+    "ops.coefficient_gradients": "coefficient_gradients",
     "ops.covariance": "Covariance correlation covariance",
     "ops.gram": "gram",
     "ops.kth_magnitude": "kth_magnitude",

@@ -29,6 +29,7 @@ OPS = (
     "rank_mask",
     "variance_mask",
     "gram",
+    "coefficient_gradients",
     "covariance",
     "permute",
     "zip_match",

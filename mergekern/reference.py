@@ -301,6 +301,12 @@ def gram_rows(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
         gram(out[r], [x[r] for x in xs], None if base is None else base[r])
 
 
+def coefficient_gradients(out: Tensor, grad: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
+    origin = 0.0 if base is None else base.double()
+    for t, x in enumerate(xs):
+        out[t] = (grad.double() * (x.double() - origin)).sum()
+
+
 def covariance(
     products: Tensor,
     means: list[Tensor],

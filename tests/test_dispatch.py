@@ -32,6 +32,7 @@ def call(op: str, backend: str = "auto") -> object:
         "rank_mask": lambda: mk.rank_mask(X, mk.MagPrune(0.5, 0.1), backend=backend),
         "variance_mask": lambda: mk.variance_mask([X], 0.5, backend=backend),
         "gram": lambda: mk.gram([X], backend=backend),
+        "coefficient_gradients": lambda: mk.coefficient_gradients(X, [X], backend=backend),
         "covariance": lambda: mk.covariance(X[:, None], backend=backend),
         "permute": lambda: mk.permute(X, {0: [2, 1, 0]}, backend=backend),
         "zip_match": lambda: mk.zip_match(torch.eye(2), [1, 1], backend=backend),

@@ -185,6 +185,24 @@ def test_gram_at_the_end(cpu_backend: Any) -> None:
     assert dots.item() == 30.0
 
 
+def test_coefficient_gradients_at_the_end(cpu_backend: Any) -> None:
+    x, grad = sparse(N, torch.bfloat16), sparse(N, torch.bfloat16)
+    x[TWO31 - 2 : TWO31 + 2] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    grad[TWO31 - 1 : TWO31 + 1] = torch.tensor([5.0, 6.0])
+    scratch = torch.empty(cpu_backend._cpu.GRAM_LANES, dtype=torch.float64)
+    dots = torch.zeros(1, dtype=torch.float64)
+    cpu_backend._cpu.coefficient_gradients(
+        grad=cpu_backend.view(grad),
+        xs=[cpu_backend.view(x)],
+        base=None,
+        scratch=scratch.data_ptr(),
+        dots=dots.data_ptr(),
+        begin=TWO31 - 600,
+        end=N,
+    )
+    assert dots.item() == 28.0
+
+
 @pytest.mark.parametrize("backend_", ["torch", "cpu"])
 def test_covariance_of_rows_far_away(backend_: str, cpu_backend: Any) -> None:
     """Rows and features that lie beyond 2**31 elements."""

@@ -1,7 +1,9 @@
-// Functions of gram and covariance in module mergekern._cuda; bind_cuda.cpp calls bind_moments.
+// Functions of gram, coefficient_gradients and covariance in module mergekern._cuda; bind_cuda.cpp
+// calls bind_moments.
 #include <pybind11/pybind11.h>
 
 #include "bind_common.h"
+#include "coefficient_gradients.cuh"
 #include "covariance.cuh"
 #include "gram.cuh"
 
@@ -49,6 +51,31 @@ void gram_sums(Address out, Address partial, Address pairs, int64_t n, int64_t r
                                 lanes};
   check(mk::cuda::gram_sums(args, device, at<CUstream_st>(stream)), "gram", device,
         std::to_string(count) + " pairs of " + std::to_string(rows) + " rows");
+}
+
+void coefficient_gradients(Address partial, Address grad, Address xs, mk::DType grad_dtype,
+                           mk::DType dtype, bool based, bool wide, int64_t n, int64_t numel,
+                           int64_t chunk, int64_t chunks, int device, Address stream) {
+  require(n >= 1 && numel >= 1, "coefficient_gradients: needs inputs and a size");
+  require(grad_dtype == mk::DType::f32 || grad_dtype == mk::DType::f64,
+          "coefficient_gradients: grad is float32 or float64");
+  require(chunk % 8 == 0 && chunk * chunks >= numel, "coefficient_gradients: chunks leave a rest");
+  require(chunks < kBlocks / ((n - 1) / mk::cuda::kTogether + 1),
+          "coefficient_gradients: more chunks than a grid has room for");
+  const mk::cuda::CoefficientGradients args{at<double>(partial),
+                                            at<const void>(grad),
+                                            at<const int64_t>(xs),
+                                            grad_dtype,
+                                            dtype,
+                                            based,
+                                            wide,
+                                            n,
+                                            numel,
+                                            chunk,
+                                            chunks};
+  check(mk::cuda::coefficient_gradients(args, device, at<CUstream_st>(stream)),
+        "coefficient_gradients", device,
+        std::to_string(n) + " inputs of " + std::to_string(numel) + " elements");
 }
 
 std::string sizes_of(const mk::cuda::FeatureRows& rows) {
@@ -155,6 +182,10 @@ void bind_moments(py::module_& m) {
         "lanes"_a, "device"_a, "stream"_a);
   m.def("gram_sums", &gram_sums, no_gil, kw, "out"_a, "partial"_a, "pairs"_a, "n"_a, "rows"_a,
         "chunks"_a, "count"_a, "lanes"_a, "device"_a, "stream"_a);
+
+  m.def("coefficient_gradients", &coefficient_gradients, no_gil, kw, "partial"_a, "grad"_a, "xs"_a,
+        "grad_dtype"_a, "dtype"_a, "based"_a, "wide"_a, "n"_a, "numel"_a, "chunk"_a, "chunks"_a,
+        "device"_a, "stream"_a);
 
   py::class_<mk::cuda::FeatureRows>(m, "FeatureRows")
       .def(py::init(&feature_rows), kw, "x"_a, "dtype"_a, "offsets"_a, "n"_a, "width"_a, "stride"_a,

@@ -37,6 +37,7 @@ CALLS: dict[str, Any] = {
     "weighted_sum": lambda x, y: mk.weighted_sum([x, y], [0.5, 0.5]),
     "merge_deltas": lambda x, y: mk.merge_deltas(x, [y], [0.5]),
     "gram": lambda x, y: mk.gram([x, y]),
+    "coefficient_gradients": lambda x, y: mk.coefficient_gradients(x, [y]),
     "covariance": lambda x, y: mk.covariance(x, y),
     "kth_magnitude": lambda x, y: mk.kth_magnitude(x, 3, base=y),
 }

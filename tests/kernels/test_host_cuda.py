@@ -219,6 +219,9 @@ CALLS = {
         backend="cuda",
     ),
     "gram": lambda: mk.gram([*X, *X[:2]], base=X[1], backend="cuda"),
+    "coefficient_gradients": lambda: mk.coefficient_gradients(
+        X[0], [*X, *X[:2]], base=X[1], backend="cuda"
+    ),
     "covariance": lambda: mk.covariance(X.flatten()[:60_000].view(300, 200), backend="cuda"),
     "zip_weights": lambda: mk.zip_weights([*X[:, :, :1030]], cols=HALVES, backend="cuda"),
     "permute": lambda: mk.permute(X, {0: [2, 0, 1], 2: REVERSED}, backend="cuda"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,17 +12,22 @@ from . import runtime
 
 def gram(out: Tensor, xs: list[Tensor], base: Tensor | None) -> None:
     views, origin, n = [runtime.view(x) for x in xs], runtime.optional_view(base), len(xs)
-    total = xs[0].numel()
-    parts = torch.empty(-(-total // runtime.CHUNK), n, n, dtype=torch.float64)
 
-    def kernel(begin: int, end: int) -> None:
+    def kernel(dots: int, begin: int, end: int) -> None:
         scratch = torch.empty(runtime._cpu.gram_scratch(n=n), dtype=torch.float64)
-        dots = parts[begin // runtime.CHUNK].data_ptr()
         runtime._cpu.gram(
             xs=views, base=origin, scratch=scratch.data_ptr(), dots=dots, begin=begin, end=end
         )
 
-    runtime.chunks(kernel, total)
+    add_chunks(out, kernel, xs[0].numel())
+
+
+def add_chunks(out: Tensor, kernel: Callable[[int, int, int], None], total: int) -> None:
+    """The sum over chunks of what kernel(address, begin, end) puts there: values like `out`."""
+    parts = torch.empty(-(-total // runtime.CHUNK), *out.shape, dtype=torch.float64)
+    runtime.chunks(
+        lambda begin, end: kernel(parts[begin // runtime.CHUNK].data_ptr(), begin, end), total
+    )
     if total:
         out.copy_(parts.cumsum(0)[-1])  # in order, where sum(0) picks one by the shape
     else:
