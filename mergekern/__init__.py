@@ -14,8 +14,8 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter
+    from .adapters.files import load_adapter, save_adapter
     from .adapters.merge import merge_adapters
-    from .adapters.peft_folder import load_adapter, save_adapter
     from .align.declare import declare_spaces
     from .align.discover import discover_spaces
     from .align.matching.match import Match, match
@@ -122,8 +122,8 @@ __all__ = [
 
 _MODULES = {
     "adapters.adapter": "Adapter",
+    "adapters.files": "load_adapter save_adapter",
     "adapters.merge": "merge_adapters",
-    "adapters.peft_folder": "load_adapter save_adapter",
     "align.declare": "declare_spaces",
     "align.discover": "discover_spaces",
     "align.matching.match": "Match match",

@@ -15,7 +15,8 @@ from ..methods import REGISTRY
 from ..methods.merge import merge_state_dicts
 from . import factors
 from .adapter import Adapter, Factors
-from .peft_folder import load_adapter, save_adapter
+from .files import load_adapter, save_adapter
+from .kohya_file import lasting
 
 OP = "merge_adapters"
 _PLAIN = ("cat", "svd")
@@ -52,15 +53,16 @@ def merge_adapters(
 
     Merging products is not merging factors: b_1 a_1 + b_2 a_2 has no cross terms b_1 a_2, which
     (b_1 + b_2)(a_1 + a_2) has.
-    adapters: folders of PEFT or `Adapter` objects. `rank` truncates every module's result; what
-    that leaves out is in the result's `lost`. union: a module that an adapter lacks counts as
-    unchanged by it, and bases may have other names; otherwise it is an error that lists them. Whole
+    adapters: what `load_adapter` reads, or `Adapter` objects, of one layout. `rank` truncates every
+    module's result; what that leaves out is in the result's `lost`. union: a module that an adapter
+    lacks counts as unchanged by it, and bases may have other names; otherwise it is an error that
+    lists them. Biases of second factors are added by cat and svd, and refused by others. Whole
     tensors (modules_to_save, biases) must be equal where several adapters have them. weight (1 for
     a method that has one), parameters: those of the method.
     host="knots": the original's absolute cut of singular values, 1e-5, and its rules of signs and
     thresholds.
     Result: linear algebra in float64 on matrices of the ranks' sum; parts are merged in float32, or
-    float64 if an input is; factors have the inputs' dtype. `out` saves it as PEFT's folder.
+    float64 if an input is; factors have the inputs' dtype. `out` saves it in the inputs' layout.
     Cost: for ranks' sum R two QR of [out, R] and [in, R] and one SVD of [R, R] a module.
     Raises: ArgumentError for unknown methods and parameters, adapters that do not fit together;
     CheckpointError as `load_adapter`.
@@ -85,15 +87,18 @@ def merge_adapters(
         raise ArgumentError.of(OP, f"host={host!r} has no {method}", repr(method), "knots_...")
     given = _fitting(loaded, union)
     saved = _saved(loaded)
+    biases: dict[str, Tensor] = {}
     if kind in _PLAIN:
         if parameters:
             raise ArgumentError.of(OP, f"{method} has no such parameters", [*parameters], "weight")
         weights = _weights(1.0 if weight is None else weight, len(loaded))
         pairs = {name: factors.sum_of(fs, weights) for name, fs in given.items()}
+        biases = factors.biases_of(given, weights)
         most = max(f.rank for a in loaded for f in a.modules.values())
         if kind == "svd":
             rank = most if rank is None else rank
     else:
+        _require_no_biases(given, method)
         its_host = host if host in REGISTRY[inner].parity else None
         arguments = {"seed": seed, "host": its_host, "backend": backend, **parameters}
         if weight is not None or any(p.name == "weight" for p in REGISTRY[inner].parameters):
@@ -102,7 +107,7 @@ def merge_adapters(
         pairs = (
             _knots(given, merge, _CUT if host else None) if kind == "knots" else _core(given, merge)
         )
-    result = Adapter({}, saved, _config(loaded, list(given)))
+    result = Adapter({}, saved, _config(loaded, list(given)), layout=loaded[0].layout)
     dtype = _widest(loaded)
     for name, (b, a) in pairs.items():
         like = given[name][0]
@@ -111,7 +116,10 @@ def merge_adapters(
             result.lost[name] = lost
         if not len(a):  # nothing is left; PEFT knows no rank 0
             b, a = b.new_zeros(len(b), 1), a.new_zeros(1, a.shape[1])
-        result.modules[name] = Factors(a.to(dtype), b.to(dtype), 1.0, like.shape, like.embedding)
+        bias = None if name not in biases else biases[name].to(dtype)
+        result.modules[name] = Factors(
+            a.to(dtype), b.to(dtype), 1.0, like.shape, like.embedding, bias
+        )
     if out is not None:
         save_adapter(result, out)
     return result
@@ -181,6 +189,10 @@ def _fitting(loaded: Sequence[Adapter], union: bool) -> dict[str, list[Factors]]
             if name in a.modules:
                 check.finite(OP, f"{name} of adapter {i}", a.modules[name].a)
                 check.finite(OP, f"{name} of adapter {i}", a.modules[name].b)
+    layouts = {a.layout for a in loaded}
+    if len(layouts) > 1:
+        what = "adapters name modules in different ways"
+        raise ArgumentError.of(OP, what, f"layouts {', '.join(sorted(layouts))}", "one layout")
     bases = {str(a.config.get("base_model_name_or_path") or "") for a in loaded} - {""}
     if len(bases) > 1 and not union:
         problems.append(f"their bases have the names {sorted(bases)}")
@@ -194,14 +206,29 @@ def _fitting(loaded: Sequence[Adapter], union: bool) -> dict[str, list[Factors]]
     return given
 
 
+def _require_no_biases(given: Mapping[str, list[Factors]], method: str) -> None:
+    biased = sorted(name for name, fs in given.items() if any(f.bias is not None for f in fs))
+    if biased:
+        what = f"{method} does not say how the biases of second factors merge"
+        raise ArgumentError.of(OP, what, ", ".join(biased), "none, or cat or svd, which add them")
+
+
 def _config(loaded: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
     """The first adapter's settings, with what PEFT has to look for in those of all."""
     config = dict(loaded[0].config)
+    if "metadata" in config:
+        config["metadata"] = lasting(config["metadata"])
     for key in ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules"):
         if any(a.config.get(key) != config.get(key) for a in loaded):
             config |= {"target_modules": modules, "layers_to_transform": None}
             config |= {"layers_pattern": None, "exclude_modules": None}
             break
+    if "components" in config:  # of diffusers; what is written names its modules itself
+        settings = config["components"].items()
+        config["components"] = {
+            component: {k: v for k, v in each.items() if k != "target_modules"}
+            for component, each in settings
+        }
     wholes = [name for a in loaded for name in a.config.get("modules_to_save") or ()]
     if wholes:
         config["modules_to_save"] = sorted(set(wholes))

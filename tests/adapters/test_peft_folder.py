@@ -115,7 +115,7 @@ def test_an_interrupted_write_leaves_the_old_one(
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("mergekern.adapters.peft_folder.save_file", full)
+    monkeypatch.setattr("mergekern.adapters.tensors.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         mk.save_adapter(adapter(1), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
