@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .align.statistics.collect import collect_statistics
     from .align.statistics.statistics import Statistics
     from .align.zip_models import zip_models
+    from .engine.fold import fold_adapter
     from .engine.manifest import Manifest
     from .engine.run import merge_checkpoints, merge_sweep, plan_merge
     from .engine.verify import Verification, verify
@@ -88,6 +89,7 @@ __all__ = [
     "discover_spaces",
     "emr",
     "emr_state_dicts",
+    "fold_adapter",
     "gram",
     "kth_magnitude",
     "load_adapter",
@@ -134,6 +136,7 @@ _MODULES = {
     "align.statistics.collect": "collect_statistics",
     "align.statistics.statistics": "Statistics",
     "align.zip_models": "zip_models",
+    "engine.fold": "fold_adapter",
     "engine.manifest": "Manifest",
     "engine.run": "merge_checkpoints merge_sweep plan_merge",
     "engine.verify": "Verification verify",

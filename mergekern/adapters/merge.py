@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import check
+from ..engine.defaults import DEFAULT_MEMORY
+from ..engine.fold import fold_adapter
 from ..errors import ArgumentError
 from ..methods import REGISTRY
 from ..methods.merge import merge_state_dicts
@@ -31,12 +33,15 @@ def merge_adapters(
     method: str = "knots_ties",
     *,
     out: str | os.PathLike[str] | None = None,
+    into: str | os.PathLike[str] | None = None,
     rank: int | None = None,
     union: bool = False,
     host: str | None = None,
     seed: int = 0,
     weight: float | Sequence[float] | None = None,
     backend: str = "auto",
+    memory: int | str = DEFAULT_MEMORY,
+    progress: bool = False,
     **parameters: Any,
 ) -> Adapter:
     """One adapter whose task vectors merge those of several, module by module.
@@ -61,6 +66,8 @@ def merge_adapters(
     a method that has one), parameters: those of the method.
     host="knots": the original's absolute cut of singular values, 1e-5, and its rules of signs and
     thresholds.
+    into: a base, as in `fold_adapter`; `out` becomes that model with the result in its weights,
+    which is not rounded on the way. memory, progress: of that.
     Result: linear algebra in float64 on matrices of the ranks' sum; parts are merged in float32, or
     float64 if an input is; factors have the inputs' dtype. `out` saves it in the inputs' layout.
     Cost: for ranks' sum R two QR of [out, R] and [in, R] and one SVD of [R, R] a module.
@@ -77,6 +84,8 @@ def merge_adapters(
     tensor([1., 2.], dtype=torch.float64)
     """
     kind, inner = _method(method)
+    if into is not None and out is None:
+        raise ArgumentError.of(OP, "into needs out", "none", "a folder to make")
     loaded = [x if isinstance(x, Adapter) else load_adapter(x) for x in adapters]
     if not loaded:
         raise ArgumentError.of(OP, "adapters is empty", "none", "at least one")
@@ -108,7 +117,7 @@ def merge_adapters(
             _knots(given, merge, _CUT if host else None) if kind == "knots" else _core(given, merge)
         )
     result = Adapter({}, saved, _config(loaded, list(given)), layout=loaded[0].layout)
-    dtype = _widest(loaded)
+    dtype = _widest(loaded) if into is None else torch.float64
     for name, (b, a) in pairs.items():
         like = given[name][0]
         if rank is not None:
@@ -120,9 +129,19 @@ def merge_adapters(
         result.modules[name] = Factors(
             a.to(dtype), b.to(dtype), 1.0, like.shape, like.embedding, bias
         )
-    if out is not None:
+    if into is not None and out is not None:
+        settings = {"method": method, "weight": weight, "rank": rank, "host": host, "seed": seed}
+        made_by = _described(adapters, {**settings, **parameters})
+        fold_adapter(result, into, out, memory=memory, progress=progress, made_by=made_by)
+    elif out is not None:
         save_adapter(result, out)
     return result
+
+
+def _described(adapters: Sequence[Given], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a base with the result in it says of where that is from."""
+    paths = ["in memory" if isinstance(x, Adapter) else str(x) for x in adapters]
+    return {"adapters": paths, **{k: str(v) for k, v in settings.items() if v is not None}}
 
 
 Parts = list[dict[str, Tensor]]  # of each adapter, by module
