@@ -24,8 +24,8 @@ _ROOTS = {
     "lora_te2_": ("text_encoder_2/", ""),
     "lora_te3_": ("text_encoder_3/", ""),
 }
-# The output of torch's MultiheadAttention: PEFT (to 0.21) adds its task vector twice, in forward as in
-# merge, so that an adapter was trained for that (peft#3774).
+# The output of torch's MultiheadAttention: PEFT (to 0.21) adds its task vector twice, in forward as
+# in merge, so that an adapter was trained for that (peft#3774).
 _TWICE = ".base_layer.out_proj"
 # Tensors beside a weight, or in its place, that tell of quantisation.
 _QUANTISED = {
