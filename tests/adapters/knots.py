@@ -9,16 +9,16 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+AT_HAND = "MERGEKERN_KNOTS" in os.environ
 needed = pytest.mark.skipif(
-    "MERGEKERN_KNOTS" not in os.environ,
-    reason="KnOTS: MERGEKERN_KNOTS does not point to a checkout",
+    not AT_HAND, reason="KnOTS: MERGEKERN_KNOTS does not point to a checkout"
 )
 
 
@@ -51,12 +51,17 @@ def svd_merger(modules: Mapping[str, ModuleType]) -> Any:
     return svd
 
 
+class Merged(NamedTuple):
+    tensors: dict[str, Tensor]
+    mask: Tensor  # [tasks, elements of all parts]
+
+
 def merged(
     matrices: Sequence[Mapping[str, Tensor]], topk: float, scale: float
 ) -> dict[str, Tensor]:
     """KnOTS-TIES of task vectors by its SVDMerger.apply_svd, ties_masking and masked_merge."""
     with original() as modules:
-        return merged_by(modules, matrices, topk, scale)
+        return merged_by(modules, matrices, topk, scale).tensors
 
 
 def merged_by(
@@ -64,7 +69,7 @@ def merged_by(
     matrices: Sequence[Mapping[str, Tensor]],
     topk: float,
     scale: float,
-) -> dict[str, Tensor]:
+) -> Merged:
     """The same with modules that may be changed."""
     masking = modules["masking_ops"]
     u, _, parts, _ = svd_merger(modules).apply_svd([dict(m) for m in matrices])
@@ -73,7 +78,8 @@ def merged_by(
     mask = masking.ties_masking(rows, topK=topk)
     flat = masking.masked_merge(torch.vstack(rows) * mask, "mean", weights=[scale])
     sizes = [parts[0][k].numel() for k in keys]
-    return {
+    tensors = {
         k: u[k] @ x.view(parts[0][k].shape)
         for k, x in zip(keys, torch.split(flat, sizes), strict=True)
     }
+    return Merged(tensors, mask)

@@ -162,7 +162,7 @@ def test_apply_svd(modules: Modules, rank: int, scale: float, across: bool) -> N
 @knots.needed
 @pytest.mark.parametrize("topk", [5, 20, 99.5])
 def test_merges_by_its_own_steps(modules: Modules, topk: float) -> None:
-    """Its steps on the functions of both: no element of a mask differs, or it would show."""
+    """Its steps on the functions of both: no element of a mask differs."""
     given = tasks(8, 1e-2)
     expected = knots.merged_by(modules, given, topk, 0.6)["q"]
     with ours.accelerated():
