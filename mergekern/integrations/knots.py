@@ -27,7 +27,7 @@ from ..ops.kth_magnitude import kth_magnitude
 from ._swaps import Swaps, host_module, require_parameters
 
 _CUT = 1e-5  # of singular values, absolute
-_PIECE = 1 << 15  # elements of each vector
+_PIECE = 1 << 14  # elements of each vector
 _ROWS = 10000  # vectors that are summed at a time
 _installed: list[Swaps] = []
 
@@ -146,7 +146,7 @@ def ties_masking(
     # Of a share that keeps all, KnOTS' mask is of numbers.
     mask = torch.empty_like(rows, dtype=rows.dtype if least is None else torch.bool)
     for at in _columns(rows):
-        mask[:, at] = _agreeing(_pruned(rows[:, at], least), signs[at])
+        mask[:, at] = _agreeing(rows[:, at], least, signs[at])
     return mask
 
 
@@ -168,9 +168,8 @@ def ties_merging(
     for at in _columns(rows):
         if least is not None:
             mask[:, at] = rows[:, at].abs() >= least
-        pruned = _pruned(rows[:, at], least)
-        agreeing[:, at] = _agreeing(pruned, signs[at])
-        selected = pruned * agreeing[:, at]
+        agreeing[:, at] = _agreeing(rows[:, at], least, signs[at])
+        selected = rows[:, at] * agreeing[:, at]
         if weights is not None:
             selected *= weights[0]
         combined = _combined(selected, merging_type)
@@ -236,8 +235,10 @@ def _signs(rows: Tensor, least: Tensor | None, mode: str) -> Tensor:
     return signs
 
 
-def _agreeing(pruned: Tensor, signs: Tensor) -> Tensor:
-    return torch.where(signs > 0, pruned > 0, pruned < 0)
+def _agreeing(rows: Tensor, least: Tensor | None, signs: Tensor) -> Tensor:
+    """What the trim keeps of the sign that is elected; a vote that is not positive is negative."""
+    turned = rows * torch.where(signs > 0, 1, -1).to(rows.dtype)
+    return turned > 0 if least is None else (turned > 0) & (turned >= least)
 
 
 def _combined(rows: Tensor, merge_func: str) -> Tensor:

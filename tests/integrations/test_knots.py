@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import mergekern as mk
+from mergekern.adapters import low_rank
 from mergekern.adapters.low_rank import svd_above
 from mergekern.integrations import knots as ours
 
@@ -164,24 +165,35 @@ def test_apply_svd(modules: Modules, rank: int, scale: float, across: bool) -> N
 def test_merges_by_its_own_steps(modules: Modules, topk: float) -> None:
     """Its steps on the functions of both: no element of a mask differs."""
     given = tasks(8, 1e-2)
-    expected = knots.merged_by(modules, given, topk, 0.6)["q"]
+    expected, mask = knots.merged_by(modules, given, topk, 0.6)
     with ours.accelerated():
-        got = knots.merged_by(modules, given, topk, 0.6)["q"]
-    assert_within(
-        got, expected.double(), torch.full_like(got, 1e-5 * float(expected.max())).double()
-    )
+        got, its_mask = knots.merged_by(modules, given, topk, 0.6)
+    assert_bits_equal(its_mask, mask)
+    limit = torch.full_like(expected["q"], 1e-5 * float(expected["q"].abs().max())).double()
+    assert_within(got["q"], expected["q"].double(), limit)
 
 
 @pytest.mark.parametrize(
     ("size", "rank", "sketched"),
-    [((90, 400), 20, True), ((400, 90), 20, False), ((300, 200), 64, True), ((60, 70), 60, False)],
+    [((210, 400), 20, True), ((400, 210), 40, True), ((400, 90), 20, False), ((60, 70), 60, False)],
 )
-def test_svd_above(size: tuple[int, int], rank: int, sketched: bool) -> None:
+def test_svd_above(
+    size: tuple[int, int], rank: int, sketched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against torch's; clusters of equal singular values are compared by their products."""
+    found = []
+    by_sketches = low_rank._by_sketches
+
+    def watched(*given: Any) -> Any:
+        found.append(by_sketches(*given))
+        return found[-1]
+
+    monkeypatch.setattr(low_rank, "_by_sketches", watched)
     g = torch.Generator().manual_seed(rank)
     c = torch.randn(size[0], rank, generator=g, dtype=F64)
     c = (c @ torch.randn(rank, size[1], generator=g, dtype=F64)).float().double()
     u, s, vh = svd_above(c, 1e-3)
+    assert [x is not None for x in found] == [sketched]
     assert s.numel() == rank
     whole = torch.linalg.svdvals(c)
     assert_within(s, whole[:rank], whole[:rank] * 2.0**-44)
