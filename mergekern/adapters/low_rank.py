@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 _BLOCK = 64  # columns of a sketch that are tried at a time
-_ROUNDING = 2.0**-48  # of sums of squares, whose 1e8 terms round in turn
+_ROUNDING = 2.0**-40  # of sums of squares of 1e8 terms: they tell when to look, and prove nothing
+_ROWS = 256  # of what is left, at a time
 _ANGLE = 2.0**-33  # of a singular vector from that of the matrix: below float32's rounding
 _STEPS = 3  # of subspace iteration, at most
 
@@ -24,7 +25,7 @@ def svd_above(c: Tensor, cut: float) -> Svd:
     longer side is decomposed.
     Result: deterministic; the sketches have a generator of their own. Singular values and vectors
     as `torch.linalg.svd`'s, signs of pairs aside.
-    Cost: with k singular values above `cut`, k < min(m, n) / 3: about 4 products with matrices of
+    Cost: with k singular values above `cut`, k < min(m, n) / 3: about 5 products with matrices of
     k + 64 columns; otherwise one QR of the longer side and one SVD of the shorter side's square.
     """
     c = c.double()
@@ -46,7 +47,7 @@ def _by_sketches(c: Tensor, cut: float) -> Svd | None:
     total = float(torch.linalg.vector_norm(c)) ** 2
     generator = torch.Generator(c.device).manual_seed(0)
     q, b = c.new_empty(len(c), 0), c.new_empty(0, c.shape[1])  # b = q^T c
-    while not (left := _left(total, b)) < cut:
+    while not (left := _left(c, q, b, total, cut)) < cut:
         if 3 * (q.shape[1] + _BLOCK) > len(c) or math.isnan(left):
             return None
         shape = c.shape[1], _BLOCK
@@ -66,10 +67,13 @@ def _by_sketches(c: Tensor, cut: float) -> Svd | None:
     return _of_product(q, b) if angle < _ANGLE else None
 
 
-def _left(total: float, b: Tensor) -> float:
-    """A bound of the norm of c - q b, where total = |c|^2 and b = q^T c, roundings included."""
-    square = float(torch.linalg.vector_norm(b)) ** 2
-    return math.sqrt(max(0.0, total - square) + _ROUNDING * total)
+def _left(c: Tensor, q: Tensor, b: Tensor, total: float, cut: float) -> float:
+    """The norm of c - q b; where |c|^2 - |b|^2 says that it is above `cut`, by that alone."""
+    square = total - float(torch.linalg.vector_norm(b)) ** 2
+    if not square <= cut**2 + _ROUNDING * total:
+        return math.sqrt(square)
+    each = zip(torch.split(c, _ROWS), torch.split(q, _ROWS), strict=True)
+    return math.hypot(*(float(torch.linalg.vector_norm(x - y @ b)) for x, y in each))
 
 
 def _of_product(q: Tensor, b: Tensor) -> Svd:

@@ -16,13 +16,14 @@ from ..methods.compat import Signature
 from .adapter import Adapter, Factors
 
 OP = "fold_adapter"
-# Where kohya's prefixes lead: folders of a pipeline, parts of an original checkpoint, or all of it.
+# Where kohya's prefixes lead: folders of a pipeline, parts of an original checkpoint; of an adapter
+# with one prefix, also a base that is nothing else.
 _ROOTS = {
-    "lora_unet_": ("unet/", "transformer/", "model.diffusion_model.", ""),
-    "lora_te_": ("text_encoder/", "cond_stage_model.transformer.", ""),
-    "lora_te1_": ("text_encoder/", "conditioner.embedders.0.transformer.", ""),
-    "lora_te2_": ("text_encoder_2/", ""),
-    "lora_te3_": ("text_encoder_3/", ""),
+    "lora_unet_": ("unet/", "transformer/", "model.diffusion_model."),
+    "lora_te_": ("text_encoder/", "cond_stage_model.transformer."),
+    "lora_te1_": ("text_encoder/", "conditioner.embedders.0.transformer."),
+    "lora_te2_": ("text_encoder_2/",),
+    "lora_te3_": ("text_encoder_3/",),
 }
 # The output of torch's MultiheadAttention: PEFT (to 0.21) adds its task vector twice, in forward as
 # in merge, so that an adapter was trained for that (peft#3774).
@@ -59,7 +60,7 @@ def changes_of(adapter: Adapter, base: Mapping[str, Signature]) -> dict[str, Cha
     Raises: ArgumentError with all modules and tensors that the base lacks, has in another shape,
     quantised, or more than once.
     """
-    finder = _FINDERS[adapter.layout](base)
+    finder = _FINDERS[adapter.layout](base, adapter.modules)
     found: dict[str, Change] = {}
     problems = []
     for name, part, change in _parts(adapter):
@@ -130,7 +131,7 @@ def _quantised(module: str, base: Mapping[str, Signature]) -> str | None:
 Finder = Callable[[str, str], list[str]]  # (module, tensor of it) -> keys of the base
 
 
-def _peft(base: Collection[str]) -> Finder:
+def _peft(base: Collection[str], modules: Collection[str]) -> Finder:
     def find(module: str, part: str) -> list[str]:
         module = module.replace(".base_layer", "")
         whole = f"{module}.{part}" if module else part
@@ -140,22 +141,26 @@ def _peft(base: Collection[str]) -> Finder:
     return find
 
 
-def _diffusers(base: Collection[str]) -> Finder:
-    """Of a pipeline's folder, or of one that holds a component alone."""
+def _diffusers(base: Collection[str], modules: Collection[str]) -> Finder:
+    """Of a pipeline's folder, or of one that holds the only component."""
     folders = any("/" in key for key in base)
+    alone = len({module.partition(".")[0] for module in modules}) == 1
 
     def find(module: str, part: str) -> list[str]:
         component, _, rest = module.partition(".")
-        tried = [f"{component}/{rest}.{part}"] if folders else [f"{rest}.{part}"]
-        tried += [f"unet/{module}.{part}"] if folders else [f"{module}.{part}"]
+        tried = [f"unet/{module}.{part}"] if folders else [f"{module}.{part}"]
+        if folders or alone:
+            tried.append(f"{component}/{rest}.{part}" if folders else f"{rest}.{part}")
         return [key for key in tried if key in base]
 
     return find
 
 
-def _kohya(base: Collection[str]) -> Finder:
+def _kohya(base: Collection[str], modules: Collection[str]) -> Finder:
+    prefixes = [p for p in _ROOTS if any(module.startswith(p) for module in modules)]
     flat: dict[str, list[str]] = {}
-    for prefix, roots in _ROOTS.items():
+    for prefix in prefixes:
+        roots = [*_ROOTS[prefix], ""] if len(prefixes) == 1 else _ROOTS[prefix]
         for root, key in itertools.product(roots, base):
             if key.startswith(root):
                 name = prefix + key.removeprefix(root).replace(".", "_")
@@ -167,7 +172,7 @@ def _kohya(base: Collection[str]) -> Finder:
     return find
 
 
-_FINDERS: dict[str, Callable[[Collection[str]], Finder]] = {
+_FINDERS: dict[str, Callable[[Collection[str], Collection[str]], Finder]] = {
     "peft": _peft,
     "diffusers": _diffusers,
     "kohya": _kohya,

@@ -86,7 +86,7 @@ def apply_svd(
     """(U, ones, diag(s) V of each task, all of it) of the matrices of all tasks side by side.
 
     Singular values up to 1e-5 are dropped, in float64; what comes out is float32, on the CPU.
-    Cost: of k singular values about 4 products [O, nI] x [nI, k + 64] (`svd_above`).
+    Cost: of k singular values about 5 products [O, nI] x [nI, k + 64] (`svd_above`).
     """
     matrices = self.dict_of_concat_matrices(
         ft_params, dim=1, concat_across_output=concat_across_output

@@ -203,6 +203,19 @@ def test_a_component_alone(tmp_path: Path, layout: str) -> None:
     assert mk.fold_adapter(given, one, tmp_path / "out", progress=False).merged == 1
 
 
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_a_component_that_is_not_there_is_no_other(tmp_path: Path, layout: str) -> None:
+    """Where a base is one component, a layer of another may have the name of one of its own."""
+    one = write_folder(tmp_path / "base", {"proj.weight": normal(4, 3), "x.weight": normal(4, 3)})
+    names = {
+        "kohya": ["lora_unet_proj", "lora_te_x"],
+        "diffusers": ["unet.proj", "text_encoder.x"],
+    }[layout]
+    given = Adapter(dict.fromkeys(names, factors(4, 3)), layout=layout)
+    with refused(OP, "2 of 2 parts", f"{names[1]}.weight (no such tensor)"):
+        mk.fold_adapter(given, one, tmp_path / "out")
+
+
 def test_an_original_checkpoint(tmp_path: Path) -> None:
     """Of one file, with the denoiser and the text encoder under their own prefixes."""
     tensors = {
