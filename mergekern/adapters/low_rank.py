@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 64  # columns of a sketch that are tried at a time
-_ROUNDING = 2.0**-40  # of sums of squares of 1e8 terms: they tell when to look, and prove nothing
+_ROUNDING = 2.0**-34  # of sums of squares of 1e8 terms: they tell when to look, and prove nothing
 _ROWS = 256  # of what is left, at a time
 _ANGLE = 2.0**-33  # of a singular vector from that of the matrix: below float32's rounding
 _STEPS = 3  # of subspace iteration, at most

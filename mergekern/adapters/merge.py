@@ -119,16 +119,9 @@ def merge_adapters(
     result = Adapter({}, saved, _config(loaded, list(given)), layout=loaded[0].layout)
     dtype = _widest(loaded) if into is None else torch.float64
     for name, (b, a) in pairs.items():
-        like = given[name][0]
         if rank is not None:
-            b, a, lost = factors.truncated(b, a, rank)
-            result.lost[name] = lost
-        if not len(a):  # nothing is left; PEFT knows no rank 0
-            b, a = b.new_zeros(len(b), 1), a.new_zeros(1, a.shape[1])
-        bias = None if name not in biases else biases[name].to(dtype)
-        result.modules[name] = Factors(
-            a.to(dtype), b.to(dtype), 1.0, like.shape, like.embedding, bias
-        )
+            b, a, result.lost[name] = factors.truncated(b, a, rank)
+        result.modules[name] = _factored(given[name][0], b, a, biases.get(name), dtype)
     if into is not None and out is not None:
         settings = {"method": method, "weight": weight, "rank": rank, "host": host, "seed": seed}
         made_by = _described(adapters, {**settings, **parameters})
@@ -136,6 +129,15 @@ def merge_adapters(
     elif out is not None:
         save_adapter(result, out)
     return result
+
+
+def _factored(
+    like: Factors, b: Tensor, a: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Factors:
+    if not len(a):  # nothing is left; PEFT knows no rank 0
+        b, a = b.new_zeros(len(b), 1), a.new_zeros(1, a.shape[1])
+    bias = None if bias is None else bias.to(dtype)
+    return Factors(a.to(dtype), b.to(dtype), 1.0, like.shape, like.embedding, bias)
 
 
 def _described(adapters: Sequence[Given], settings: Mapping[str, Any]) -> dict[str, Any]:

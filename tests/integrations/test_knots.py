@@ -204,6 +204,15 @@ def test_svd_above(
         assert_within(q, eye, torch.tensor(2.0**-42, dtype=F64))
 
 
+def test_svd_above_of_large_numbers() -> None:
+    """Where |c|^2 - |b|^2 is rounding, and far above the cut, what is left is looked at."""
+    g = torch.Generator().manual_seed(0)
+    b, a = (1e4 * torch.randn(shape, generator=g, dtype=F64) for shape in ((210, 20), (20, 400)))
+    found = low_rank._by_sketches(b @ a, 1e-3)
+    assert found is not None
+    assert int((found[1] > 1e-3).sum()) == 20
+
+
 def test_svd_above_counts_what_stands_at_the_cut() -> None:
     """Of singular values on both sides of the cut, and of many at once, none is lost or added."""
     g = torch.Generator().manual_seed(0)
