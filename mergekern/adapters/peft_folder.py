@@ -53,9 +53,12 @@ def read(folder: Path) -> Adapter:
     modules = {}
     for module, (a, b) in pairs.items():
         rank, scale = rank_and_scale(config, module)
+        if rank is None or scale is None:
+            got = f"r = {rank} and alpha / r = {scale}"
+            raise CheckpointError(f"{folder / CONFIG}: no scale of {module}; got {got}")
         bias = biases.pop(module, None)
         modules[module] = tensors.factors(
-            folder, module, a, b, scale or 0.0, rank, embedding=module in embedded, bias=bias
+            folder, module, a, b, scale, rank, embedding=module in embedded, bias=bias
         )
     if biases:
         raise CheckpointError(f"{folder}: biases without factors; got {tensors.listed(biases)}")

@@ -49,6 +49,9 @@ PROBLEMS: dict[str, tuple[Callable[[Tensors, Config], object], str]] = {
         "factors that do not fit; got [3, 40] and [48, 4]; expected [r, in] and [out, r] for r = 4",
     ),
     "rank of the config": (lambda t, c: c.update(r=5), "factors that do not fit"),
+    "no rank": (lambda t, c: c.pop("r"), "no scale of blocks.0.fc; got r = None"),
+    "no alpha": (lambda t, c: c.pop("lora_alpha"), "no scale of blocks.0.fc; got r = 4 and"),
+    "rank 0": (lambda t, c: c.update(r=0), "no scale of blocks.0.fc; got r = 0"),
     "a vector": (lambda t, c: t.update({f"{Q}A.weight": torch.zeros(4)}), "that do not fit"),
     "dora": (lambda t, c: c.update(use_dora=True), "use_dora is not supported (DoRA scales"),
     "its vectors": (
