@@ -19,10 +19,10 @@ Svd = tuple[Tensor, Tensor, Tensor]
 def svd_above(c: Tensor, cut: float) -> Svd:
     """(u, s, vh) of the singular values of c [m, n] above `cut`, largest first, in float64.
 
-    A basis of few columns is looked for first, by random sketches; it is taken only where what is
-    left of c is proved to have no singular value above `cut`, and iterated until the angles of the
-    vectors kept are below 2^-33 (Halko et al., 0909.4061). Otherwise the triangle of a QR of the
-    longer side is decomposed.
+    A basis of few columns is looked for first, by random sketches. It is taken where what is left
+    of c is small enough to tell which singular values are above `cut`, and iterated until their
+    vectors are within angles of 2^-33 (Halko et al., 0909.4061). Otherwise the triangle of a QR of
+    the longer side is decomposed.
     Result: deterministic; the sketches have a generator of their own. Singular values and vectors
     as `torch.linalg.svd`'s, signs of pairs aside.
     Cost: with k singular values above `cut`, k < min(m, n) / 3: about 5 products with matrices of
@@ -56,6 +56,9 @@ def _by_sketches(c: Tensor, cut: float) -> Svd | None:
             more = torch.linalg.qr(more - q @ (q.T @ more)).Q
         q, b = torch.cat([q, more], 1), torch.cat([b, more.T @ c])
     s = torch.linalg.svdvals(torch.linalg.qr(b.T, mode="r").R)
+    # A singular value of c lies between one of b, s, and sqrt(s^2 + left^2).
+    if bool(((s <= cut) & (s**2 + left**2 > cut**2)).any()):
+        return None
     gap = left / float(s[s > cut].min()) if bool((s > cut).any()) else 0.0
     angle = gap
     for _ in range(_STEPS):

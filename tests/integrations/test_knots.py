@@ -213,6 +213,46 @@ def test_svd_above_of_large_numbers() -> None:
     assert int((found[1] > 1e-3).sum()) == 20
 
 
+def spectrum(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [400, 500] of these singular values, and its left vectors."""
+    g = torch.Generator().manual_seed(0)
+    q, p = (
+        torch.linalg.qr(torch.randn(n, len(values), generator=g, dtype=F64)).Q for n in (400, 500)
+    )
+    return (q * values) @ p.T, q
+
+
+TAILS = {"many": torch.full((100,), 5e-7, dtype=F64), "one": torch.tensor([9e-6], dtype=F64)}
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("last", [1.0001e-5, 1.05e-5, 1.2e-5, 1e-4, 1e-3])
+def test_svd_above_where_a_sketch_is_too_narrow(last: float, tail: str) -> None:
+    """64 values above the cut, and below it what a sketch of 64 columns does not tell from them."""
+    above = torch.cat([torch.logspace(0, -2, 63, dtype=F64), torch.tensor([last], dtype=F64)])
+    c, q = spectrum(torch.cat([above, TAILS[tail]]))
+    u, s, _ = svd_above(c, 1e-5)
+    assert_within(s, above, torch.tensor(2.0**-48, dtype=F64))
+    turned = u * (u * q[:, :64]).sum(0).sign()
+    assert_within(turned, q[:, :64], torch.tensor(2.0**-31, dtype=F64))
+
+
+def test_svd_above_of_an_exact_rank() -> None:
+    """Columns of a second sketch that are nothing but rounding are orthogonal all the same."""
+    c, _ = spectrum(torch.logspace(0, -1, 70, dtype=F64))
+    found = low_rank._by_sketches(c, 1e-5)
+    assert found is not None
+    for x in (found[0].T @ found[0], found[2] @ found[2].T):
+        assert_within(x, torch.eye(128, dtype=F64), torch.tensor(2.0**-44, dtype=F64))
+
+
+def test_svd_above_takes_no_vectors_that_are_not_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    c, _ = spectrum(torch.cat([torch.ones(20), torch.full((100,), 1e-7)]).double())
+    assert low_rank._by_sketches(c, 1e-5) is not None
+    monkeypatch.setattr(low_rank, "_STEPS", 0)
+    assert low_rank._by_sketches(c, 1e-5) is None
+
+
 def test_svd_above_counts_what_stands_at_the_cut() -> None:
     """Of singular values on both sides of the cut, and of many at once, none is lost or added."""
     g = torch.Generator().manual_seed(0)
