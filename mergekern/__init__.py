@@ -14,8 +14,8 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter
+    from .adapters.files import load_adapter, save_adapter
     from .adapters.merge import merge_adapters
-    from .adapters.peft_folder import load_adapter, save_adapter
     from .align.declare import declare_spaces
     from .align.discover import discover_spaces
     from .align.matching.match import Match, match
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .align.statistics.collect import collect_statistics
     from .align.statistics.statistics import Statistics
     from .align.zip_models import zip_models
+    from .engine.fold import fold_adapter
     from .engine.manifest import Manifest
     from .engine.run import merge_checkpoints, merge_sweep, plan_merge
     from .engine.verify import Verification, verify
@@ -93,6 +94,7 @@ __all__ = [
     "discover_spaces",
     "emr",
     "emr_state_dicts",
+    "fold_adapter",
     "gram",
     "greedy_soup",
     "kth_magnitude",
@@ -128,8 +130,8 @@ __all__ = [
 
 _MODULES = {
     "adapters.adapter": "Adapter",
+    "adapters.files": "load_adapter save_adapter",
     "adapters.merge": "merge_adapters",
-    "adapters.peft_folder": "load_adapter save_adapter",
     "align.declare": "declare_spaces",
     "align.discover": "discover_spaces",
     "align.matching.match": "Match match",
@@ -140,6 +142,7 @@ _MODULES = {
     "align.statistics.collect": "collect_statistics",
     "align.statistics.statistics": "Statistics",
     "align.zip_models": "zip_models",
+    "engine.fold": "fold_adapter",
     "engine.manifest": "Manifest",
     "engine.run": "merge_checkpoints merge_sweep plan_merge",
     "engine.verify": "Verification verify",

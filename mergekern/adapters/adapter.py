@@ -16,7 +16,7 @@ class Factors:
     """The task vector scale * b @ a of one weight.
 
     a [r, in], b [out, r]; of a convolution the columns of a are the weight's axes behind the first,
-    flattened, and `shape` holds them.
+    flattened, and `shape` holds them. scale * bias, if there is one, changes the module's bias.
     """
 
     a: Tensor
@@ -24,10 +24,19 @@ class Factors:
     scale: float = 1.0
     shape: tuple[int, ...] = ()
     embedding: bool = False  # the weight is [in, out]: its change is the product's transpose
+    bias: Tensor | None = None  # [out]
 
     @property
     def rank(self) -> int:
         return len(self.a)
+
+    @property
+    def alpha(self) -> float:
+        """scale * r: what files hold in place of the scale. Of numbers that round to one scale, one
+        that float32 holds, if there is one."""
+        exact = self.scale * self.rank
+        short = float(torch.tensor(exact, dtype=torch.float32))
+        return short if short / self.rank == self.scale else exact
 
     def delta(self) -> Tensor:
         """The change of the weight, in float64."""
@@ -39,12 +48,14 @@ class Factors:
 class Adapter:
     """modules: factors by module name. saved: whole tensors (of modules_to_save, biases) by tensor
     name. config: the adapter's settings but for ranks and scales. lost: module -> the share
-    |rest|_F / |task vector|_F that a truncation left out."""
+    |rest|_F / |task vector|_F that a truncation left out. layout: of files, which name modules each
+    in their own way: "peft", "kohya" or "diffusers"."""
 
     modules: dict[str, Factors]
     saved: dict[str, Tensor] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
+    layout: str = "peft"
 
     def dtype(self) -> torch.dtype:
         """That of the factors; of several the one that holds them all."""

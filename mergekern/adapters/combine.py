@@ -69,17 +69,15 @@ def factored(
 
 def dense(
     given: Given, inner: str, rank: int, dtype: torch.dtype, arguments: Mapping[str, Any]
-) -> tuple[Pairs, dict[str, float]]:
-    """The best factors of the merged task vectors, a module at a time; and what each lost."""
-    pairs: Pairs = {}
-    lost: dict[str, float] = {}
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """The best factors of the merged task vectors and what these lose, a module at a time."""
+    found: dict[str, tuple[Tensor, Tensor, float]] = {}
     for name, fs in given.items():
         deltas = [((f.scale * f.b.double()) @ f.a.double()).to(dtype) for f in fs]
         merged = _merged(name, deltas, inner, arguments)
         check.finite(OP, f"the merged {name}", merged)
-        b, a, lost[name] = best_of_rank(merged, rank)
-        pairs[name] = b, a
-    return pairs, lost
+        found[name] = best_of_rank(merged, rank)
+    return found
 
 
 def _merged(name: str, xs: list[Tensor], inner: str, arguments: Mapping[str, Any]) -> Tensor:

@@ -5,7 +5,7 @@ All of it in float64, on matrices with no more rows or columns than the ranks' s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,19 @@ def sum_of(given: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, 
     """Factors (b, a) of sum_i weights[i] * task vector i: all of them side by side."""
     scaled = [w * f.scale * f.b.double() for f, w in zip(given, weights, strict=True)]
     return torch.cat(scaled, 1), torch.cat([f.a.double() for f in given])
+
+
+def biases_of(
+    given: Mapping[str, Sequence[Factors]], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """The same sum of the biases of second factors, of modules that have any; others count as 0."""
+    sums: dict[str, Tensor] = {}
+    for name, each in given.items():
+        for f, w in zip(each, weights, strict=True):
+            if f.bias is not None:
+                term = w * f.scale * f.bias.double()
+                sums[name] = sums[name] + term if name in sums else term
+    return sums
 
 
 def truncated(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import check
+from ..engine.defaults import DEFAULT_MEMORY
+from ..engine.fold import fold_adapter
 from ..errors import ArgumentError
 from ..methods import REGISTRY
 from ..methods.merge import merge_state_dicts
-from . import combine, factors
+from . import combine, factors, fit
 from .adapter import Adapter, Factors
-from .peft_folder import load_adapter, save_adapter
+from .files import load_adapter, save_adapter
 
 OP = "merge_adapters"
 _PLAIN = ("cat", "svd")
@@ -30,12 +32,15 @@ def merge_adapters(
     method: str = "knots_ties",
     *,
     out: str | os.PathLike[str] | None = None,
+    into: str | os.PathLike[str] | None = None,
     rank: int | None = None,
     union: bool = False,
     host: str | None = None,
     seed: int = 0,
     weight: float | Sequence[float] | None = None,
     backend: str = "auto",
+    memory: int | str = DEFAULT_MEMORY,
+    progress: bool = False,
     **parameters: Any,
 ) -> Adapter:
     """One adapter whose task vectors merge those of several, module by module.
@@ -58,16 +63,19 @@ def merge_adapters(
     Merging factors is not merging products: with w_i = weight_i scale_i `linear` is svd's sum of
     w_i b_i a_i and the cross terms sqrt(w_i w_j) b_i a_j, i != j, of
     (sum_i sqrt(w_i) b_i)(sum_j sqrt(w_j) a_j), about as large between unrelated adapters.
-    adapters: folders of PEFT or `Adapter` objects. `rank` truncates every module's result; what
-    that leaves out is in the result's `lost`. union: a module that an adapter lacks counts as
-    unchanged by it, and bases may have other names; otherwise it is an error that lists them. Whole
+    adapters: what `load_adapter` reads, or `Adapter` objects, of one layout. `rank` truncates every
+    module's result; what that leaves out is in the result's `lost`. union: a module that an adapter
+    lacks counts as unchanged by it, and bases may have other names; otherwise it is an error that
+    lists them. Biases of second factors are added by cat and svd, and refused by others. Whole
     tensors (modules_to_save, biases) must be equal where several adapters have them. weight (1 for
     a method that has one), parameters: those of the method.
     host="knots": the original's absolute cut of singular values, 1e-5, and its rules of signs and
     thresholds. host="peft": its rules for PEFT's names, as `merge_tensors` has them; random masks
     are drawn from torch's generator, in order of the modules' names.
+    into: a base, as in `fold_adapter`; `out` becomes that model with the result in its weights,
+    which is not rounded on the way. memory, progress: of that.
     Result: linear algebra in float64 on matrices of the ranks' sum; parts are merged in float32, or
-    float64 if an input is; factors have the inputs' dtype. `out` saves it as PEFT's folder.
+    float64 if an input is; factors have the inputs' dtype. `out` saves it in the inputs' layout.
     Cost: for ranks' sum R two QR of [out, R] and [in, R] and one SVD of [R, R] a module; M_svd that
     of M on [out, in] and of `truncation.best_of_rank`.
     Raises: ArgumentError for unknown methods and parameters, adapters that do not fit together;
@@ -83,55 +91,71 @@ def merge_adapters(
     tensor([1., 2.], dtype=torch.float64)
     """
     kind, inner = _method(method)
+    if into is not None and out is None:
+        raise ArgumentError.of(OP, "into needs out", "none", "a folder to make")
     loaded = [x if isinstance(x, Adapter) else load_adapter(x) for x in adapters]
     if not loaded:
         raise ArgumentError.of(OP, "adapters is empty", "none", "at least one")
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise ArgumentError.of(OP, "rank is no rank", repr(rank), "1 or more")
     _check_host(host, method, kind, inner)
-    given = _fitting(loaded, union)
-    saved = _saved(loaded)
-    most = max(f.rank for a in loaded for f in a.modules.values())
-    lost: dict[str, float] = {}
+    given = fit.fitting(loaded, union)
+    saved = fit.saved(loaded)
     if kind in _PLAIN:
         if parameters:
             raise ArgumentError.of(OP, f"{method} has no such parameters", [*parameters], "weight")
-        weights = _weights(1.0 if weight is None else weight, len(loaded))
-        pairs = {name: factors.sum_of(fs, weights) for name, fs in given.items()}
-        if kind == "svd":
-            rank = rank or most
     else:
-        its_host = host if host in REGISTRY[inner].parity else None
-        arguments = {"seed": seed, "host": its_host, "backend": backend, **parameters}
-        if weight is not None or any(p.name == "weight" for p in REGISTRY[inner].parameters):
-            arguments["weight"] = 1.0 if weight is None else weight
-        within = torch.promote_types(_widest(loaded), torch.float32)
-        if kind == "dense":
-            pairs, lost = combine.dense(given, inner, rank or most, within, arguments)
-        elif kind == "factored":
-            weights = _weights(arguments["weight"], len(loaded))
-            pairs = combine.factored(given, inner, weights, within, arguments)
-        else:
-            merge = _merging(inner, within, arguments)
-            cut = _CUT if host else None
-            pairs = _knots(given, merge, cut) if kind == "knots" else _core(given, merge)
-    result = Adapter({}, saved, _config(loaded, list(given)), lost)
-    dtype = _widest(loaded)
-    for name, (b, a) in pairs.items():
-        like = given[name][0]
-        if rank is not None and kind != "dense":
-            b, a, lost[name] = factors.truncated(b, a, rank)
-        if not len(a):  # nothing is left; PEFT knows no rank 0
-            b, a = b.new_zeros(len(b), 1), a.new_zeros(1, a.shape[1])
-        result.modules[name] = Factors(a.to(dtype), b.to(dtype), 1.0, like.shape, like.embedding)
-    if out is not None:
+        _require_no_biases(given, method)
+    its_host = host if host in REGISTRY[inner].parity else None
+    arguments = {"seed": seed, "host": its_host, "backend": backend, **parameters}
+    if weight is not None or any(p.name == "weight" for p in REGISTRY[inner].parameters):
+        arguments["weight"] = 1.0 if weight is None else weight
+    within = torch.promote_types(fit.widest(loaded), torch.float32)
+    if rank is None and kind in ("svd", "dense"):
+        rank = max(f.rank for a in loaded for f in a.modules.values())
+    cut = _CUT if host == "knots" else None
+    merged = _merged(kind, inner, given, rank, within, arguments, cut)
+    result = Adapter({}, saved, fit.config(loaded, list(given)), layout=loaded[0].layout)
+    dtype = fit.widest(loaded) if into is None else torch.float64
+    for name, (b, a, lost) in merged.factors.items():
+        bias = merged.biases.get(name)
+        result.modules[name] = _factored(given[name][0], b, a, bias, dtype)
+        if rank is not None:
+            result.lost[name] = lost
+    if into is not None and out is not None:
+        settings = {"method": method, "weight": weight, "rank": rank, "host": host, "seed": seed}
+        made_by = _described(adapters, {**settings, **parameters})
+        fold_adapter(result, into, out, memory=memory, progress=progress, made_by=made_by)
+    elif out is not None:
         save_adapter(result, out)
     return result
+
+
+def _described(adapters: Sequence[Given], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a base with the result in it says of where that is from."""
+    paths = ["in memory" if isinstance(x, Adapter) else str(x) for x in adapters]
+    return {"adapters": paths, **{k: str(v) for k, v in settings.items() if v is not None}}
 
 
 Parts = list[dict[str, Tensor]]  # of each adapter, by module
 Merging = Callable[[Parts], dict[str, Tensor]]
 Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+class Merged(NamedTuple):
+    """By module b, a and what they lost of b @ a by truncation; biases where there are any."""
+
+    factors: dict[str, tuple[Tensor, Tensor, float]]
+    biases: dict[str, Tensor]
+
+
+def _factored(
+    like: Factors, b: Tensor, a: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Factors:
+    if not len(a):  # nothing is left; PEFT knows no rank 0
+        b, a = b.new_zeros(len(b), 1), a.new_zeros(1, a.shape[1])
+    bias = None if bias is None else bias.to(dtype)
+    return Factors(a.to(dtype), b.to(dtype), 1.0, like.shape, like.embedding, bias)
 
 
 def _method(method: str) -> tuple[str, str]:
@@ -174,6 +198,35 @@ def _check_host(host: str | None, method: str, kind: str, inner: str) -> None:
         raise ArgumentError.of(OP, f"host={host!r} has no {method}", repr(method), names)
 
 
+def _merged(
+    kind: str,
+    inner: str,
+    given: Mapping[str, list[Factors]],
+    rank: int | None,
+    dtype: torch.dtype,
+    arguments: Mapping[str, Any],
+    cut: float | None,
+) -> Merged:
+    biases: dict[str, Tensor] = {}
+    if kind == "dense":
+        assert rank is not None  # a default of merge_adapters
+        return Merged(combine.dense(given, inner, rank, dtype, arguments), biases)
+    if kind in _PLAIN or kind == "factored":
+        weights = _weights(arguments["weight"], len(next(iter(given.values()))))
+    if kind in _PLAIN:
+        pairs = {name: factors.sum_of(fs, weights) for name, fs in given.items()}
+        biases = factors.biases_of(given, weights)
+    elif kind == "factored":
+        pairs = combine.factored(given, inner, weights, dtype, arguments)
+    else:
+        merge = _merging(inner, dtype, arguments)
+        pairs = _knots(given, merge, cut) if kind == "knots" else _core(given, merge)
+    if rank is None:
+        return Merged({name: (b, a, 0.0) for name, (b, a) in pairs.items()}, biases)
+    cut_off = {name: factors.truncated(b, a, rank) for name, (b, a) in pairs.items()}
+    return Merged(cut_off, biases)
+
+
 def _merging(inner: str, dtype: torch.dtype, arguments: Mapping[str, Any]) -> Merging:
     def merge(parts: Parts) -> dict[str, Tensor]:
         narrow = [{name: x.to(dtype) for name, x in of.items()} for of in parts]
@@ -197,71 +250,11 @@ def _core(given: Mapping[str, list[Factors]], merge: Merging) -> Pairs:
     return {name: (x.u @ merged[name].double(), x.v.T) for name, x in spaces.items()}
 
 
-def _fitting(loaded: Sequence[Adapter], union: bool) -> dict[str, list[Factors]]:
-    """The factors of each module, one of each adapter."""
-    names = sorted({name for a in loaded for name in a.modules})
-    problems = []
-    given: dict[str, list[Factors]] = {}
-    for name in names:
-        there = [a.modules[name] for a in loaded if name in a.modules]
-        first = there[0]
-        missing = [str(i) for i, a in enumerate(loaded) if name not in a.modules]
-        if missing and not union:
-            problems.append(f"{name} is missing from adapters {', '.join(missing)}")
-        sizes = {(len(f.b), f.shape, f.embedding) for f in there}
-        if len(sizes) > 1:
-            problems.append(f"{name} differs in shape: {sorted(map(str, sizes))}")
-        nothing = Factors(first.a[:0], first.b[:, :0], 1.0, first.shape, first.embedding)
-        given[name] = [a.modules.get(name, nothing) for a in loaded]
-        for i, a in enumerate(loaded):
-            if name in a.modules:
-                check.finite(OP, f"{name} of adapter {i}", a.modules[name].a)
-                check.finite(OP, f"{name} of adapter {i}", a.modules[name].b)
-    bases = {str(a.config.get("base_model_name_or_path") or "") for a in loaded} - {""}
-    if len(bases) > 1 and not union:
-        problems.append(f"their bases have the names {sorted(bases)}")
-    if problems:
-        listed = ", ".join(problems)
-        raise ArgumentError.of(
-            OP, "adapters do not fit together", listed, "the same modules and shapes, or union=True"
-        )
-    if not given:
-        raise ArgumentError.of(OP, "adapters have no modules", "none", "factors of at least one")
-    return given
-
-
-def _config(loaded: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
-    """The first adapter's settings, with what PEFT has to look for in those of all."""
-    config = dict(loaded[0].config)
-    for key in ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules"):
-        if any(a.config.get(key) != config.get(key) for a in loaded):
-            config |= {"target_modules": modules, "layers_to_transform": None}
-            config |= {"layers_pattern": None, "exclude_modules": None}
-            break
-    wholes = [name for a in loaded for name in a.config.get("modules_to_save") or ()]
-    if wholes:
-        config["modules_to_save"] = sorted(set(wholes))
-    return config
-
-
-def _saved(loaded: Sequence[Adapter]) -> dict[str, Tensor]:
-    """The tensors that are not factored, which nobody says how to merge."""
-    saved: dict[str, Tensor] = {}
-    for i, adapter in enumerate(loaded):
-        for name, x in adapter.saved.items():
-            if name in saved and not torch.equal(saved[name], x):
-                raise ArgumentError.of(
-                    OP, f"{name} is saved whole by several adapters", f"another one in {i}", "equal"
-                )
-            saved[name] = x
-    return saved
-
-
-def _widest(loaded: Sequence[Adapter]) -> torch.dtype:
-    dtype = loaded[0].dtype()
-    for adapter in loaded[1:]:
-        dtype = torch.promote_types(dtype, adapter.dtype())
-    return dtype
+def _require_no_biases(given: Mapping[str, list[Factors]], method: str) -> None:
+    biased = sorted(name for name, fs in given.items() if any(f.bias is not None for f in fs))
+    if biased:
+        what = f"{method} does not say how the biases of second factors merge"
+        raise ArgumentError.of(OP, what, ", ".join(biased), "none, or cat or svd, which add them")
 
 
 def _weights(weight: float | Sequence[float], n: int) -> list[float]:

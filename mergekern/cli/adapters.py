@@ -1,4 +1,4 @@
-"""mergekern adapters FOLDER... --out OUT"""
+"""mergekern adapters ADAPTER... --out OUT"""
 
 from __future__ import annotations
 
@@ -8,14 +8,29 @@ from typing import Annotated, Any
 import typer
 
 from ..engine.collector import paused
+from ..engine.defaults import DEFAULT_MEMORY
 from ..errors import ArgumentError
 
 
 def adapters(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="LoRA adapters that PEFT saved")
+        list[Path],
+        typer.Argument(
+            metavar="ADAPTER...", help="LoRA adapters: folders of PEFT, files of kohya or diffusers"
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="folder of the merged adapter; must not exist")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="the merged adapter, as the inputs are; with --into a folder; must not exist"
+        ),
+    ],
+    into: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE", help="a model: OUT is that model with the result in its weights"
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -40,13 +55,16 @@ def adapters(
             help="knots: its absolute cut, thresholds and rules of signs; peft: its rules"
         ),
     ] = None,
+    memory: Annotated[
+        str, typer.Option(help="with --into: bytes of slices under way")
+    ] = DEFAULT_MEMORY,
     seed: Annotated[int, typer.Option(help="of random masks")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no summary")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="tracebacks of errors")] = False,
 ) -> None:
-    """Merge LoRA adapters of one base into one, without forming their matrices.
+    """Merge LoRA adapters of one base into one, or into that base, without forming their matrices.
 
-    Prints the ranks, and what a truncation left out.
+    Prints the ranks, and what a truncation left out. --method cat folds one adapter as it is.
     """
     if out.exists():
         raise ArgumentError.of("adapters", "OUT exists", out, "a folder to make")
@@ -58,6 +76,9 @@ def adapters(
         folders,
         method,
         out=out,
+        into=into,
+        memory=memory,
+        progress=not quiet,
         rank=rank,
         union=union,
         host=host,

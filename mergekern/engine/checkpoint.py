@@ -85,7 +85,7 @@ class Checkpoint:
         if (folder / "adapter_config.json").exists():
             raise CheckpointError(
                 f"{folder}: a LoRA adapter; merging its factors would not merge their products. "
-                "Fold it into its base first"
+                "Fold it into its base first (mergekern adapters --into)"
             )
         index = _index_of(folder)
         if index is not None:

@@ -240,7 +240,8 @@ class Job:
             if self.options.report is not None:
                 self._report(folder / self.options.report, entries, i)
             about = describe(self.plan, config, entries, i, folder, carried, left_out)
-            text = card(about, library=library_of(folder), report=self.options.report)
+            library, report = library_of(folder), self.options.report
+            text = card(about, library=library, report=report, method=config.method)
             (folder / CARD).write_text(text, encoding="utf-8")
             about["files"][CARD] = digest_of(text)
             abouts.append(about)

@@ -15,7 +15,7 @@ import yaml
 
 from ..check import name_of, parse_size
 from ..errors import CheckpointError
-from ..methods import slices
+from ..methods import REGISTRY, slices
 from ..methods.compat import Signature
 from .checkpoint import Checkpoint
 from .config import load_config
@@ -235,6 +235,11 @@ def _replay(
     if about["slice"] != slices.SLICE:
         raise CheckpointError(
             f"replay: made by slices of {about['slice']} elements; this version has {slices.SLICE}"
+        )
+    if about["method"] not in REGISTRY:
+        raise CheckpointError(
+            f"replay: what {about['method']} added to the base is not in the output; "
+            "make it again, as its configuration says, and compare"
         )
     config = load_config(yaml.safe_load(about["config"])).with_parameters(about["swept"])
     options = Options(memory, 1 << 62, seed=about["seed"], host=about["host"])

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from contextlib import ExitStack
+from types import ModuleType
 from typing import Any
+
+from ..errors import BackendError
 
 ABSENT: Any = object()
 
@@ -57,3 +62,33 @@ def _restore(owner: Any, name: str, new: Any, old: Any) -> None:
 def _restore_item(owner: dict[str, Any], key: str, new: Any, old: Any) -> None:
     if owner.get(key) is new:
         owner[key] = old
+
+
+# ---- what a checkout of a host has -------------------------------------------------------------
+
+
+def host_module(host: str, name: str) -> ModuleType:
+    """A module of a tool that is no package, from its checkout on sys.path."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BackendError(
+            f"{host.lower()}: {name} does not import; got {error}; expected a checkout of {host}, "
+            "and what it needs, on sys.path"
+        ) from None
+
+
+def require_parameters(host: str, owner: Any, name: str, new: Any) -> None:
+    """Whether owner.name is what `new` replaces. Of a class, its `update` tells."""
+
+    def parameters(f: Any) -> list[str]:
+        return [*inspect.signature(getattr(f, "update", f)).parameters]
+
+    theirs = getattr(owner, name, None)
+    if theirs is None or parameters(theirs) != parameters(new):
+        got = "nothing" if theirs is None else f"parameters {parameters(theirs)}"
+        where = getattr(owner, "__name__", host)
+        raise BackendError(
+            f"{host.lower()}: {where}.{name} is not what this drop-in replaces; got {got}; "
+            f"expected parameters {parameters(new)}"
+        )

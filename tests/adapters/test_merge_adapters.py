@@ -241,7 +241,7 @@ def test_refusals(what: str) -> None:
 
 
 def test_out_is_a_folder_that_loads(tmp_path: Path) -> None:
-    from mergekern.adapters.peft_folder import load_adapter
+    from mergekern.adapters.files import load_adapter
 
     got = merge_adapters([adapter(i, 2 + i) for i in range(2)], "svd", out=tmp_path / "merged")
     loaded = load_adapter(tmp_path / "merged")

@@ -49,6 +49,9 @@ PROBLEMS: dict[str, tuple[Callable[[Tensors, Config], object], str]] = {
         "factors that do not fit; got [3, 40] and [48, 4]; expected [r, in] and [out, r] for r = 4",
     ),
     "rank of the config": (lambda t, c: c.update(r=5), "factors that do not fit"),
+    "no rank": (lambda t, c: c.pop("r"), "no scale of blocks.0.fc; got r = None"),
+    "no alpha": (lambda t, c: c.pop("lora_alpha"), "no scale of blocks.0.fc; got r = 4 and"),
+    "rank 0": (lambda t, c: c.update(r=0), "no scale of blocks.0.fc; got r = 0"),
     "a vector": (lambda t, c: t.update({f"{Q}A.weight": torch.zeros(4)}), "that do not fit"),
     "dora": (lambda t, c: c.update(use_dora=True), "use_dora is not supported (DoRA scales"),
     "its vectors": (
@@ -115,7 +118,7 @@ def test_an_interrupted_write_leaves_the_old_one(
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("mergekern.adapters.peft_folder.save_file", full)
+    monkeypatch.setattr("mergekern.adapters.tensors.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         mk.save_adapter(adapter(1), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

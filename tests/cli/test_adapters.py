@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import mergekern as mk
 from mergekern.cli import run
@@ -76,3 +78,22 @@ def test_an_output_is_not_written_over(
 ) -> None:
     assert run(["adapters", *folders, "--out", folders[0]]) == 2
     assert "OUT exists" in capsys.readouterr().err
+
+
+def test_into_a_base(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {"blocks.0.q": (48, 40), "blocks.0.fc": (33, 48), "stem": (20, 3, 5, 5)}
+    base = {f"{name}.weight": torch.zeros(shape) for name, shape in weights.items()}
+    save_file({**base, "norm": torch.ones(3)}, tmp_path / "model.safetensors")
+    options = ["--method", "cat", "--into", str(tmp_path / "model.safetensors"), "-q"]
+    assert run(["adapters", folders[0], *options, "--out", str(tmp_path / "out")]) == 0
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    for name, f in mk.load_adapter(folders[0]).modules.items():
+        assert_bits_equal(got[f"{name}.weight"], f.delta().float())
+    assert_bits_equal(got["norm"], torch.ones(3))
+    save_file({"norm": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert run(["adapters", *folders, *options, "--out", str(tmp_path / "other")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "3 of 3 parts do not fit the base; got blocks.0.fc.weight (no such tensor)" in line
+    assert not (tmp_path / "other").exists()

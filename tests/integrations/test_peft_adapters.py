@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mergekern.adapters.files import load_adapter, save_adapter
 from mergekern.adapters.merge import merge_adapters
-from mergekern.adapters.peft_folder import load_adapter, save_adapter
 
 from accuracy import assert_bits_equal, assert_within
 from required import peer

@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 from ...check import FLOATS, name_of
+from ...methods import REGISTRY
 from ...methods.merge import method_named
+from ...methods.registry import Method
 from ..journal import joined
 
 _FLOATS = tuple(map(name_of, FLOATS))
@@ -42,24 +44,30 @@ def library_of(folder: Path) -> str | None:
 
 
 def card(
-    manifest: Mapping[str, Any], *, library: str | None = None, report: str | None = None
+    manifest: Mapping[str, Any],
+    *,
+    library: str | None = None,
+    report: str | None = None,
+    method: Method | None = None,
 ) -> str:
     """A model card of what the manifest (of `describe`) says.
 
-    library: `library_of` the output. report: name of a report file in the output.
+    library: `library_of` the output. report: name of a report file in the output. method: if it is
+    in no registry.
     Result: a pure function of its arguments: no date, no machine. In the front matter, base_model
     lists those inputs that came from the hub (which have a commit) and no paths.
     Source: the hub's model cards; mergekit writes one with method, models and configuration.
     """
+    method = method or method_named(manifest["method"])
     parts = [
         f"---\n{_front(manifest, library)}---",
         "# Merged model",
-        _method(manifest),
+        _method(manifest, method),
         *_linked(report),
-        f"## Models\n\n{_models(manifest)}",
+        f"## Models\n\n{_models(manifest, method)}",
         f"## Tensors\n\n{_tensors(manifest)}",
         f"## Configuration\n\n{_configuration(manifest)}",
-        f"## Check\n\n{_check(manifest)}",
+        f"## Check\n\n{_check(manifest, method)}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -76,8 +84,8 @@ def _front(manifest: Mapping[str, Any], library: str | None) -> str:
     return text
 
 
-def _method(manifest: Mapping[str, Any]) -> str:
-    method, host = method_named(manifest["method"]), manifest["host"]
+def _method(manifest: Mapping[str, Any], method: Method) -> str:
+    host = manifest["host"]
     version = manifest["mergekern"]
     text = f"Made by mergekern {version} with the method `{method.name}`: {_cited(method.doc)}"
     if host is not None:
@@ -102,9 +110,9 @@ def _linked(report: str | None) -> Iterable[str]:
         yield f"[Report]({report}): norms, cosines and conflicts of the task vectors."
 
 
-def _models(manifest: Mapping[str, Any]) -> str:
+def _models(manifest: Mapping[str, Any], method: Method) -> str:
     configured = yaml.safe_load(manifest["config"]).get("base_model") is not None
-    apart = configured and method_named(manifest["method"]).subtracts_base
+    apart = configured and method.subtracts_base
     lines = ["| | model | commit | bytes | XXH3-128 of what was read |", "|---|---|---|---|---|"]
     for i, model in enumerate(manifest["models"]):
         role = "base" if apart and i == 0 else "model"
@@ -153,15 +161,15 @@ def _configuration(manifest: Mapping[str, Any]) -> str:
     return f"{fence}yaml\n{text}\n{fence}\n\nSeed of random masks: {manifest['seed']}."
 
 
-def _check(manifest: Mapping[str, Any]) -> str:
+def _check(manifest: Mapping[str, Any], method: Method) -> str:
+    again = "mergekern verify . --replay '*'    # merge again, and compare\n"
     return f"""`mergekern_manifest.json` has the digests of every tensor, of the inputs it was made
 of and of every file. In this folder:
 
 ```console
 mergekern verify .                 # tensors and files against the manifest
 mergekern verify . --inputs        # the inputs, too
-mergekern verify . --replay '*'    # merge again, and compare
-```
+{again if method.name in REGISTRY else ""}```
 
 The plan of this merge is `{manifest["plan"]}`."""
 

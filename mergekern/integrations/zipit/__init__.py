@@ -12,16 +12,13 @@ the original gets wrong; install(host=True) gives its own results there too.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
-from ...errors import BackendError
-from .._swaps import Swaps
+from .._swaps import Swaps, host_module, require_parameters
 from . import matching_functions as _matching
 from .matching_functions import (
     add_bias_to_mats,
@@ -56,10 +53,10 @@ def install(*, host: bool = False) -> None:
     with Swaps() as swaps:
         originals: dict[Any, Any] = {}
         for module, names in _NAMES.items():
-            theirs = _import(module)
+            theirs = host_module("ZipIt", module)
             for name in names:
                 new = globals()[name]
-                _check(module, name, getattr(theirs, name, None), new)
+                require_parameters("ZipIt", theirs, name, new)
                 originals[swaps.attribute(theirs, name, new)] = new
         for module in _BINDING:
             bound = vars(sys.modules[module]) if module in sys.modules else {}
@@ -86,28 +83,6 @@ def accelerated(*, host: bool = False) -> Iterator[None]:
     finally:
         if not before:
             uninstall()
-
-
-def _import(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise BackendError(
-            f"zipit: {module} does not import; got {error}; expected a checkout of ZipIt, and what "
-            "it needs, on sys.path"
-        ) from None
-
-
-def _check(module: str, name: str, theirs: Any, new: Any) -> None:
-    def parameters(f: Any) -> list[str]:
-        return [*inspect.signature(getattr(f, "update", f)).parameters]
-
-    if theirs is None or parameters(theirs) != parameters(new):
-        got = "nothing" if theirs is None else f"parameters {parameters(theirs)}"
-        raise BackendError(
-            f"zipit: {module}.{name} is not what this drop-in replaces; got {got}; expected "
-            f"parameters {parameters(new)}"
-        )
 
 
 __all__ = [
