@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .adapters.adapter import Adapter
     from .adapters.merge import merge_adapters
     from .adapters.peft_folder import load_adapter, save_adapter
+    from .adapters.study import study_adapters
     from .align.declare import declare_spaces
     from .align.discover import discover_spaces
     from .align.matching.match import Match, match
@@ -109,6 +110,7 @@ __all__ = [
     "repair",
     "save_adapter",
     "save_masks",
+    "study_adapters",
     "tall_masks",
     "variance_mask",
     "verify",
@@ -124,6 +126,7 @@ _MODULES = {
     "adapters.adapter": "Adapter",
     "adapters.merge": "merge_adapters",
     "adapters.peft_folder": "load_adapter save_adapter",
+    "adapters.study": "study_adapters",
     "align.declare": "declare_spaces",
     "align.discover": "discover_spaces",
     "align.matching.match": "Match match",
