@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from experts import TASKS, State
 from report import describe
 
 RESULTS = Path(__file__).parent / "results"
+VALIDATION, TEST = 200, 1000  # images of a task
 GRID = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
 Merge = Callable[[float], State]  # by the coefficient
 
@@ -120,15 +121,13 @@ class Judge:
     """Accuracies by task, on the images for choosing or on those of the test."""
 
     def __init__(self) -> None:
-        cifar = Cifar10()
-        chosen = experts.pixels(cifar, experts.held_out_indices(cifar)[: 2 * experts.VALIDATION])
-        test = experts.pixels(cifar, cifar.test_indices()[: 2 * experts.TEST])
+        chosen, test = experts.test_pixels(Cifar10())
         self._codes = weights("cifar5/codes.safetensors")["codes"]
         self._images = {
             split: {name: experts.part(images, task, most) for name, task in TASKS.items()}
             for split, images, most in (
-                ("validation", chosen, experts.VALIDATION),
-                ("test", test, experts.TEST),
+                ("validation", chosen, VALIDATION),
+                ("test", test, TEST),
             )
         }
 
@@ -143,7 +142,9 @@ class Judge:
         return experts.accuracy(model, TASKS[name], self.image(split, name), self._codes)
 
 
-def rows(judge: Judge, base: State, models: Sequence[State], more: Mapping[str, Merge], seed: int):
+def rows(
+    judge: Judge, base: State, models: Sequence[State], more: Mapping[str, Merge], seed: int
+) -> Iterator[Row]:
     """The base's row, the experts' own accuracies (not normalised), and a row for each merge."""
     best = {
         split: {
