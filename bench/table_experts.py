@@ -17,15 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 import mergekern as mk
 from bench import paths  # noqa: F401
 
 import experts
-from cifar import Cifar10, Images, weights
+from cifar import Cifar10, weights
 from experts import TASKS, State
 from report import describe
+from vits import ViT
 
 RESULTS = Path(__file__).parent / "results"
 VALIDATION, TEST = 200, 1000  # images of a task
@@ -47,6 +49,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "WUDI": ("wudi", {}),
     "RegMean": ("regmean", {}),
 }
+FIXED = ("linear", "regmean")  # without a base and a coefficient
 FACTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "KnOTS-TIES": ("knots_ties", TIES),
     "KnOTS-DARE-TIES": ("knots_dare_ties", DARE),
@@ -70,48 +73,60 @@ class Row(NamedTuple):
 # ---- merging ---------------------------------------------------------------------------------
 
 
-def folded(base: Mapping[str, Tensor], adapter: mk.Adapter) -> State:
-    """The base with an adapter's changes in its weights."""
-    state = dict(base)
-    for name, f in adapter.modules.items():
-        key = f"{name}.weight"
-        state[key] = (base[key].double() + f.delta()).float()
-    return state
+def changes(adapter: mk.Adapter) -> State:
+    """Its task vectors in float64, of the rank that they have."""
+    return {f"{name}.weight": f.delta() for name, f in adapter.modules.items()}
 
 
-def merges(base: State, models: Sequence[State], batches: Sequence[Tensor]) -> dict[str, Merge]:
-    """Of state dicts, by title."""
-    found: dict[str, Merge] = {}
-    for title, (method, parameters) in WHOLE.items():
-        if method not in mk.methods():
-            print(f"{title}: no method {method}", flush=True)
-        else:
-            found[title] = partial(_whole, base, models, batches, method, parameters)
-    return found
+def onto(base: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> State:
+    return {k: (x.double() + added[k]).float() if k in added else x for k, x in base.items()}
 
 
-def _whole(
-    base: State,
-    models: Sequence[State],
-    batches: Sequence[Tensor],
-    method: str,
-    parameters: dict[str, Any],
-    coefficient: float,
-) -> State:
-    if method == "linear":
-        return mk.merge_state_dicts(models, method, **parameters)
-    return mk.merge_state_dicts(models, method, base=base, lambda_=coefficient, **parameters)
+class Experts(NamedTuple):
+    """models, and base: what a method takes. whole: to the network's weights from what it gives.
+
+    Adapters are merged as their task vectors from a base of zeros: folded into float32 weights
+    they would have noise of full rank, which methods that level a spectrum raise.
+    """
+
+    base: State
+    models: list[State]
+    whole: Callable[[State], State]
+    more: Mapping[str, Merge]  # merges that end in the network's weights
 
 
-def factor_merges(base: State, folders: Sequence[Path]) -> dict[str, Merge]:
-    """Of adapters, by title."""
-    loaded = [mk.load_adapter(folder) for folder in folders]
+def copies(seed: int) -> Experts:
+    models = [experts.full(name, seed) for name in TASKS]
+    return Experts(experts.base(), models, lambda merged: merged, {})
+
+
+def adapters(seed: int) -> Experts:
+    base = experts.base()
+    loaded = [mk.load_adapter(experts.lora(name, seed)) for name in TASKS]
+    models = [changes(adapter) for adapter in loaded]
+    zeros = {key: torch.zeros_like(x) for key, x in models[0].items()}
+
+    def factors(method: str, parameters: dict[str, Any], coefficient: float) -> State:
+        merged = mk.merge_adapters(loaded, method, lambda_=coefficient, **parameters)
+        return onto(base, changes(merged))
+
+    more = {title: partial(factors, *given) for title, given in FACTORS.items()}
+    return Experts(zeros, models, partial(onto, base), more)
+
+
+def merges(of: Experts) -> dict[str, Merge]:
+    """By title."""
 
     def merge(method: str, parameters: dict[str, Any], coefficient: float) -> State:
-        merged = mk.merge_adapters(loaded, method, lambda_=coefficient, **parameters)
-        return folded(base, merged)
+        given = dict(parameters)
+        if method not in FIXED:
+            given |= {"base": of.base, "lambda_": coefficient}
+        return of.whole(mk.merge_state_dicts(of.models, method, **given))
 
-    return {title: partial(merge, *method) for title, method in FACTORS.items()}
+    return {
+        **{title: partial(merge, *x) for title, x in WHOLE.items() if x[0] in mk.methods()},
+        **of.more,
+    }
 
 
 # ---- the rows --------------------------------------------------------------------------------
@@ -131,57 +146,51 @@ class Judge:
             )
         }
 
-    def image(self, split: str, task: str) -> Images:
-        return self._images[split][task]
-
     def accuracies(self, state: Mapping[str, Tensor], split: str) -> dict[str, float]:
-        return {name: self.accuracy(state, split, name) for name in TASKS}
-
-    def accuracy(self, state: Mapping[str, Tensor], split: str, name: str) -> float:
         model = experts.network(state)
-        return experts.accuracy(model, TASKS[name], self.image(split, name), self._codes)
+        return {name: self.accuracy(model, split, name) for name in TASKS}
+
+    def accuracy(self, model: ViT, split: str, name: str) -> float:
+        return experts.accuracy(model, TASKS[name], self._images[split][name], self._codes)
 
 
-def rows(
-    judge: Judge, base: State, models: Sequence[State], more: Mapping[str, Merge], seed: int
-) -> Iterator[Row]:
-    """The base's row, the experts' own accuracies (not normalised), and a row for each merge."""
+def rows(judge: Judge, of: Experts, seed: int) -> Iterator[Row]:
+    """The experts' own accuracies (not normalised), the base's row, and a row for each merge."""
+    networks = [of.whole(model) for model in of.models]
     best = {
         split: {
-            name: judge.accuracy(model, split, name)
-            for name, model in zip(TASKS, models, strict=True)
+            name: judge.accuracy(experts.network(state), split, name)
+            for name, state in zip(TASKS, networks, strict=True)
         }
         for split in ("validation", "test")
     }
-    yield Row("experts, accuracy", seed, None, best["test"])
 
     def normalised(state: State, split: str) -> dict[str, float]:
         got = judge.accuracies(state, split)
         return {name: 100 * got[name] / best[split][name] for name in TASKS}
 
-    yield Row("pretrained", seed, None, normalised(base, "test"))
-    batches: list[Tensor] = []
-    for title, merge in {**merges(base, models, batches), **more}.items():
-        if title in ("average", "RegMean"):
-            yield Row(title, seed, None, normalised(merge(1.0), "test"))
-            continue
-        scored = [(statistics.mean(normalised(merge(c), "validation").values()), -c) for c in GRID]
-        coefficient = -max(scored)[1]
-        yield Row(title, seed, coefficient, normalised(merge(coefficient), "test"))
+    def row(title: str, merge: Merge) -> Row:
+        coefficient = None
+        if title not in WHOLE or WHOLE[title][0] not in FIXED:
+            means = {c: statistics.mean(normalised(merge(c), "validation").values()) for c in GRID}
+            coefficient = max(GRID, key=lambda c: means[c])
+        return Row(title, seed, coefficient, normalised(merge(coefficient or 1.0), "test"))
+
+    yield Row("experts, accuracy", seed, None, best["test"])
+    yield Row("base", seed, None, normalised(experts.base(), "test"))
+    for title, merge in merges(of).items():
+        yield row(title, merge)
 
 
 def main(seeds: Sequence[int]) -> None:
-    judge, base = Judge(), experts.base()
+    judge = Judge()
     found: dict[str, list[Row]] = {"full": [], "lora": []}
+    for title, (method, _) in WHOLE.items():
+        if method not in mk.methods():
+            print(f"{title}: there is no method {method}")
     for seed in seeds:
-        copies = [experts.full(name, seed) for name in TASKS]
-        folders = [experts.lora(name, seed) for name in TASKS]
-        adapted = [folded(base, mk.load_adapter(folder)) for folder in folders]
-        for kind, models, more in (
-            ("full", copies, {}),
-            ("lora", adapted, factor_merges(base, folders)),
-        ):
-            for row in rows(judge, base, models, more, seed):
+        for kind, of in (("full", copies(seed)), ("lora", adapters(seed))):
+            for row in rows(judge, of, seed):
                 print(kind, seed, row.title, row.coefficient, f"{row.mean:.1f}", flush=True)
                 found[kind].append(row)
     for kind, of_kind in found.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from table_experts import folded
+from table_experts import changes, onto
 from torch import Tensor
 
 import mergekern as mk
@@ -60,7 +60,7 @@ def test_a_folded_adapter_answers_as_pefts_model(
 ) -> None:
     for name, (folder, expected) in adapters.items():
         x = seen(TASKS[name], images.x)
-        got = answers(folded(base, mk.load_adapter(folder)), x)
+        got = answers(onto(base, changes(mk.load_adapter(folder))), x)
         # Float32 in another order: sums of at most 192 products in each of 18 layers one above the
         # other, relative to the largest answer.
         bound = 18 * 192 * 2.0**-24 * float(expected.abs().max())
@@ -74,9 +74,9 @@ def test_merged_factors_are_merged_weights(
     method: str, base: State, adapters: dict[str, tuple[Path, Tensor]]
 ) -> None:
     folders = [folder for folder, _ in adapters.values()]
-    whole = [folded(base, mk.load_adapter(folder)) for folder in folders]
+    whole = [onto(base, changes(mk.load_adapter(folder))) for folder in folders]
     expected = mk.merge_state_dicts(whole, "task_arithmetic", base=base, weight=0.4)
-    got = folded(base, mk.merge_adapters(folders, method, weight=0.4))
+    got = onto(base, changes(mk.merge_adapters(folders, method, weight=0.4)))
     for key, x in expected.items():
         # Each folded weight is rounded once, and each sum of three task vectors a few times.
         assert_within(got[key], x.double(), 16 * 2.0**-24 * x.double().abs().max())
