@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mergekern as mk
 from bench import paths  # noqa: F401
 
 import experts
-from cifar import Cifar10, weights
+from cifar import Cifar10, Images, weights
 from experts import TASKS, State
 from report import describe
 from vits import ViT
@@ -47,6 +47,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "Iso-CTS": ("iso_cts", {}),
     "SVC": ("svc", {}),
     "WUDI": ("wudi", {}),
+    "WUDI, exact": ("wudi_exact", {}),
     "RegMean": ("regmean", {}),
 }
 FIXED = ("linear", "regmean")  # without a base and a coefficient
@@ -114,11 +115,30 @@ def adapters(seed: int) -> Experts:
     return Experts(zeros, models, partial(onto, base), more)
 
 
-def merges(of: Experts) -> dict[str, Merge]:
-    """By title."""
+def grams(state: State, images: Images) -> State:
+    """x^T x / n of the inputs of every linear layer."""
+    model, found = experts.network(state), {}
+
+    def take(module: nn.Module, inputs: tuple[Tensor], name: str) -> None:
+        rows = inputs[0].flatten(0, -2).double()
+        found[f"{name}.weight"] = rows.T @ rows / len(rows)
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(partial(take, name=name))
+    with torch.no_grad():
+        model(images.x)
+    return found
+
+
+def merges(of: Experts, seen: Mapping[str, Images]) -> dict[str, Merge]:
+    """By title. seen: images of each task, which RegMean takes the inputs of layers from."""
 
     def merge(method: str, parameters: dict[str, Any], coefficient: float) -> State:
         given = dict(parameters)
+        if method == "regmean":
+            found = [grams(of.whole(m), x) for m, x in zip(of.models, seen.values(), strict=True)]
+            given["gram"] = [{key: g[key] for key in of.models[0] if key in g} for g in found]
         if method not in FIXED:
             given |= {"base": of.base, "lambda_": coefficient}
         return of.whole(mk.merge_state_dicts(of.models, method, **given))
@@ -138,7 +158,7 @@ class Judge:
     def __init__(self) -> None:
         chosen, test = experts.test_pixels(Cifar10())
         self._codes = weights("cifar5/codes.safetensors")["codes"]
-        self._images = {
+        self.images = {
             split: {name: experts.part(images, task, most) for name, task in TASKS.items()}
             for split, images, most in (
                 ("validation", chosen, VALIDATION),
@@ -151,7 +171,7 @@ class Judge:
         return {name: self.accuracy(model, split, name) for name in TASKS}
 
     def accuracy(self, model: ViT, split: str, name: str) -> float:
-        return experts.accuracy(model, TASKS[name], self._images[split][name], self._codes)
+        return experts.accuracy(model, TASKS[name], self.images[split][name], self._codes)
 
 
 def rows(judge: Judge, of: Experts, seed: int) -> Iterator[Row]:
@@ -178,7 +198,7 @@ def rows(judge: Judge, of: Experts, seed: int) -> Iterator[Row]:
 
     yield Row("experts, accuracy", seed, None, best["test"])
     yield Row("base", seed, None, normalised(experts.base(), "test"))
-    for title, merge in merges(of).items():
+    for title, merge in merges(of, judge.images["validation"]).items():
         yield row(title, merge)
 
 

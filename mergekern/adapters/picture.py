@@ -27,7 +27,7 @@ _DPI = 110
 
 
 def check_report(folder: str | PathLike[str]) -> None:
-    """Raises ArgumentError where `report` could not write: to be asked before a merge."""
+    """Raises ArgumentError where `write_report` could not: to be asked before a merge."""
     for name in (PICTURE, NUMBERS):
         if (path := Path(folder) / name).exists():
             raise ArgumentError.of(_OP, f"{name} exists", path, "a folder without one")
@@ -51,9 +51,8 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {"title": title, "adapters": [*names], **study.plain()}
-    (folder / NUMBERS).write_text(
-        json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(numbers, indent=1, allow_nan=False) + "\n"
+    (folder / NUMBERS).write_text(text, encoding="utf-8")
     _figure(study, names, title).savefig(
         folder / PICTURE, format="png", dpi=_DPI, metadata={"Software": None}
     )
@@ -70,7 +69,7 @@ def _figure(study: Study, names: Sequence[str], title: str) -> Any:
     figure = Figure(figsize=(11, 0.5 + sum(heights)), layout="constrained")
     figure.suptitle(plain(title), fontsize=12)
     parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
-    _spectra(next(parts), study, names[:panels])
+    _spectra(next(parts), study, names[:panels], n)
     if n > 1:
         _alignments(next(parts), study, names)
     if merged:
@@ -78,9 +77,10 @@ def _figure(study: Study, names: Sequence[str], title: str) -> Any:
     return figure
 
 
-def _spectra(where: Any, study: Study, names: Sequence[str]) -> None:
+def _spectra(where: Any, study: Study, names: Sequence[str], of: int) -> None:
+    """Of the first adapters of so many."""
     found = [[m.spectra[i] or [] for m in study.modules.values()] for i in range(len(names))]
-    longest = max((len(s) for of in found for s in of), default=0)
+    longest = max((len(s) for spectra in found for s in spectra), default=0)
     rows = -(-len(names) // _ACROSS)
     across = min(_ACROSS, len(names))
     axes = where.subplots(rows, across, squeeze=False, sharex=True, sharey=True)
@@ -102,11 +102,11 @@ def _spectra(where: Any, study: Study, names: Sequence[str]) -> None:
         each.tick_params(labelsize=7)
         each.grid(alpha=0.3)
     where.supxlabel("singular value, the largest first", fontsize=8)
-    where.suptitle(
-        f"Singular values of the task vectors: median of {len(study.modules)} modules, "
-        f"percentiles {_SHARES[0]} to {_SHARES[-1]}",
-        fontsize=10,
-    )
+    title = f"Singular values of the task vectors: median of {len(study.modules)} modules, "
+    title += f"percentiles {_SHARES[0]} to {_SHARES[-1]}"
+    if len(names) < of:
+        title += f"; the first {len(names)} of {of} adapters"
+    where.suptitle(title, fontsize=10)
 
 
 def _alignments(where: Any, study: Study, names: Sequence[str]) -> None:
@@ -115,7 +115,7 @@ def _alignments(where: Any, study: Study, names: Sequence[str]) -> None:
     for side, (axes, (title, matrix)) in enumerate(zip(where.subplots(1, 2), both)):
         values = matrix.numpy().copy()
         np.fill_diagonal(values, np.nan)  # 1, and of no interest
-        highest = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
+        highest = float(np.nan_to_num(values).max()) or 1.0
         axes.set_facecolor("#DDDDDD")
         shown = axes.imshow(values, cmap="Blues", vmin=0, vmax=highest, interpolation="nearest")
         axes.set_xticks(range(n), [str(i) for i in range(n)], fontsize=7)
@@ -143,15 +143,8 @@ def _kept(where: Any, study: Study) -> None:
     places = range(len(modules))
     axes.bar(places, kept, color=COLOURS[-1], label="norm of the merged / norm of the sum")
     if not all(map(math.isnan, lost)):
-        axes.plot(
-            places,
-            lost,
-            "D",
-            color=COLOURS[1],
-            markersize=4,
-            clip_on=False,
-            label="left out by truncation",
-        )
+        style = {"color": COLOURS[1], "markersize": 4, "clip_on": False}
+        axes.plot(places, lost, "D", label="left out by truncation", **style)
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     step = -(-len(modules) // _NAMES)
     ticks = [plain(short(name, 24)) for name in modules[::step]]

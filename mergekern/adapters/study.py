@@ -24,7 +24,7 @@ OP = "study_adapters"
 
 
 @dataclass(frozen=True)
-class Module:
+class ModuleStudy:
     """Of the n task vectors of one weight [out, in]; None or NaN where an adapter has none, or 0.
 
     spectra: singular values above rounding, each in descending order. columns, rows [n, n]: the
@@ -46,7 +46,7 @@ class Module:
 class Study:
     """By module, in order of depth."""
 
-    modules: dict[str, Module]
+    modules: dict[str, ModuleStudy]
 
     def columns(self) -> Tensor:
         """[n, n], the means over those modules where both have a task vector."""
@@ -97,8 +97,8 @@ def study_adapters(adapters: Sequence[Given], merged: Adapter | None = None) -> 
     float64 rounding of |b_i| |a_i|; those below that are left out, as directions of no meaning.
     Cost: for each task vector two QR, of [out, r] and [in, r], and an SVD of [r, r]; for each pair
     two products of [r, out] and [r, in].
-    Raises: ArgumentError where there is no adapter, shapes differ, or `merged` has a module that
-    none of them has; CheckpointError as `load_adapter`.
+    Raises: ArgumentError where there is no module, shapes differ, a factor holds NaN or infinities,
+    or `merged` has a module that no adapter has; CheckpointError as `load_adapter`.
     Source: principal angles by Björck and Golub, 1973; the subspaces of task vectors as in Iso-C
     (Marczak et al., 2502.04959).
 
@@ -129,9 +129,9 @@ def _by_depth(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", name)]
 
 
-def _module(name: str, given: Sequence[Factors | None], merged: Adapter | None) -> Module:
+def _module(name: str, given: Sequence[Factors | None], merged: Adapter | None) -> ModuleStudy:
     there = [f for f in given if f is not None]
-    if len(sizes := {(len(f.b), f.shape) for f in there}) > 1:
+    if len(sizes := {(len(f.b), f.shape, f.embedding) for f in there}) > 1:
         got = ", ".join(sorted(map(str, sizes)))
         raise ArgumentError.of(OP, f"{name} differs in shape", got, "the same in all adapters")
     found = [None if f is None else _decomposed(name, i, f) for i, f in enumerate(given)]
@@ -140,7 +140,7 @@ def _module(name: str, given: Sequence[Factors | None], merged: Adapter | None) 
         whole = _norm(there)
         kept = _norm([merged.modules[name]]) / whole if whole else math.nan
         lost = merged.lost.get(name)
-    return Module(
+    return ModuleStudy(
         (len(there[0].b), there[0].a.shape[1]),
         [None if d is None else d.s.tolist() for d in found],
         _alignment([None if d is None else d.u for d in found]),
