@@ -82,7 +82,7 @@ def _spectra(where: Any, study: Study, names: Sequence[str], of: int) -> None:
     found = [[m.spectra[i] or [] for m in study.modules.values()] for i in range(len(names))]
     longest = max((len(s) for spectra in found for s in spectra), default=0)
     rows = -(-len(names) // _ACROSS)
-    across = min(_ACROSS, len(names))
+    across = -(-len(names) // rows)
     axes = where.subplots(rows, across, squeeze=False, sharex=True, sharey=True)
     for i, each in enumerate(axes.ravel()):
         if i >= len(names):
@@ -98,8 +98,9 @@ def _spectra(where: Any, study: Study, names: Sequence[str], of: int) -> None:
             each.fill_between(index, low, high, color=COLOURS[0], alpha=0.25, linewidth=0)
             each.plot(index, middle, ".-", color=COLOURS[0], markersize=4, linewidth=1.3)
         each.set_yscale("log")
+        each.xaxis.get_major_locator().set_params(integer=True)
         each.set_title(plain(f"{i}: {short(names[i])}"), fontsize=9)
-        each.tick_params(labelsize=7)
+        each.tick_params(labelsize=7, labelbottom=i + across >= len(names))
         each.grid(alpha=0.3)
     where.supxlabel("singular value, the largest first", fontsize=8)
     title = f"Singular values of the task vectors: median of {len(study.modules)} modules, "
