@@ -1,10 +1,10 @@
 """Experts of one small ViT merged by every method: normalised accuracies, of whole copies and LoRA.
 
-`python -m bench.table_experts [SEED ...]` trains what is missing (`bench.experts`), prints two
-tables in markdown and writes them under bench/results. A normalised accuracy is the merged model's
-over that of the task's expert, on test images; the coefficient of each row is the best of `GRID` on
-images that are neither for training nor for testing. Rows of methods that are not there are left
-out, and said.
+`python -m bench.table_experts [SEED ...]` trains what is missing (`bench.experts`), writes the rows
+of these seeds under bench/results in the place of earlier ones, and prints two tables in markdown
+of all that are there. A normalised accuracy is the merged model's over that of the task's expert,
+on test images; the factor on the merged task vector is the best of `GRID` on images that are
+neither for training nor for testing. Methods that are not there are left out, and said.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vits import ViT
 RESULTS = Path(__file__).parent / "results"
 VALIDATION, TEST = 100, 1000  # images of a task
 GRID = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
-Merge = Callable[[float], State]  # by the coefficient
+Merge = Callable[[], State]  # weights of the network
 
 # By title: the method and its parameters. DARE drops a fifth and TIES keeps one, as in the
 # experiments of KnOTS on ViT-B/32; everything else is by default.
@@ -59,7 +59,7 @@ FACTORS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Row(NamedTuple):
-    """coefficient: None where the method has none. percents: by task, of the expert's accuracy."""
+    """coefficient: the factor, None where there is none. percents: by task, of the expert's."""
 
     title: str
     seed: int
@@ -93,7 +93,7 @@ class Experts(NamedTuple):
     base: State
     models: list[State]
     whole: Callable[[State], State]
-    more: Mapping[str, Merge]  # merges that end in the network's weights
+    more: Mapping[str, Merge]
 
 
 def copies(seed: int) -> Experts:
@@ -107,9 +107,8 @@ def adapters(seed: int) -> Experts:
     models = [changes(adapter) for adapter in loaded]
     zeros = {key: torch.zeros_like(x) for key, x in models[0].items()}
 
-    def factors(method: str, parameters: dict[str, Any], coefficient: float) -> State:
-        merged = mk.merge_adapters(loaded, method, lambda_=coefficient, **parameters)
-        return onto(base, changes(merged))
+    def factors(method: str, parameters: dict[str, Any]) -> State:
+        return onto(base, changes(mk.merge_adapters(loaded, method, **parameters)))
 
     more = {title: partial(factors, *given) for title, given in FACTORS.items()}
     return Experts(zeros, models, partial(onto, base), more)
@@ -118,13 +117,11 @@ def adapters(seed: int) -> Experts:
 def merges(of: Experts, seen: Mapping[str, Images]) -> dict[str, Merge]:
     """By title. seen: images of each task, of which RegMean takes what goes into layers."""
 
-    def merge(method: str, parameters: dict[str, Any], coefficient: float) -> State:
-        given = dict(parameters)
-        if method != "linear":
-            given |= {"base": of.base, "lambda_": coefficient}
-        return of.whole(mk.merge_state_dicts(of.models, method, **given))
+    def merge(method: str, parameters: dict[str, Any]) -> State:
+        base = None if method == "linear" else of.base
+        return of.whole(mk.merge_state_dicts(of.models, method, base=base, **parameters))
 
-    def regmean(parameters: dict[str, Any], _: float) -> State:
+    def regmean(parameters: dict[str, Any]) -> State:
         models = [experts.network(of.whole(m)) for m in of.models]
         batches = [[images.x] for images in seen.values()]
         return mk.regmean(models, batches, **parameters).state_dict()
@@ -162,7 +159,7 @@ class Judge:
 
 def rows(judge: Judge, of: Experts, seed: int) -> Iterator[Row]:
     """The experts' own accuracies (not normalised), the base's row, and a row for each merge."""
-    networks = [of.whole(model) for model in of.models]
+    base, networks = experts.base(), [of.whole(model) for model in of.models]
     best = {
         split: {
             name: judge.accuracy(experts.network(state), split, name)
@@ -175,34 +172,38 @@ def rows(judge: Judge, of: Experts, seed: int) -> Iterator[Row]:
         got = judge.accuracies(state, split)
         return {name: 100 * got[name] / best[split][name] for name in TASKS}
 
-    def row(title: str, merge: Merge) -> Row:
-        coefficient = None
-        if title not in FIXED:
-            means = {c: statistics.mean(normalised(merge(c), "validation").values()) for c in GRID}
-            coefficient = max(GRID, key=lambda c: means[c])
-        return Row(title, seed, coefficient, normalised(merge(coefficient or 1.0), "test"))
+    def row(title: str, merged: State) -> Row:
+        if title in FIXED:
+            return Row(title, seed, None, normalised(merged, "test"))
+        scaled = {c: {k: x + c * (merged[k] - x) for k, x in base.items()} for c in GRID}
+        means = {
+            c: statistics.mean(normalised(s, "validation").values()) for c, s in scaled.items()
+        }
+        best = max(GRID, key=lambda c: means[c])
+        return Row(title, seed, best, normalised(scaled[best], "test"))
 
     yield Row("experts, accuracy", seed, None, best["test"])
-    yield Row("base", seed, None, normalised(experts.base(), "test"))
+    yield Row("base", seed, None, normalised(base, "test"))
     for title, merge in merges(of, judge.images["validation"]).items():
-        yield row(title, merge)
+        yield row(title, merge())
 
 
 def main(seeds: Sequence[int]) -> None:
-    judge = Judge()
-    found: dict[str, list[Row]] = {"full": [], "lora": []}
+    judge, path = Judge(), RESULTS / "experts.json"
     for title, (method, _) in WHOLE.items():
         if method not in mk.methods():
             print(f"{title} is left out: there is no method {method}")
-    for seed in seeds:
-        for kind, of in (("full", copies(seed)), ("lora", adapters(seed))):
-            for row in rows(judge, of, seed):
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    out: dict[str, Any] = {"machine": describe()}
+    for kind, experts_of in (("full", copies), ("lora", adapters)):
+        found = [Row(**row) for row in earlier.get(kind, ()) if row["seed"] not in seeds]
+        for seed in seeds:
+            for row in rows(judge, experts_of(seed), seed):
                 print(kind, seed, row.title, row.coefficient, f"{row.mean:.1f}", flush=True)
-                found[kind].append(row)
-    for kind, of_kind in found.items():
-        print(f"\n{kind}\n\n{markdown(of_kind)}")
-    out = {"machine": describe(), **{k: [r._asdict() for r in v] for k, v in found.items()}}
-    (RESULTS / "experts.json").write_text(json.dumps(out, indent=1) + "\n")
+                found.append(row)
+        out[kind] = [row._asdict() for row in found]
+        print(f"\n{markdown(found)}\n")
+    path.write_text(json.dumps(out, indent=1) + "\n")
 
 
 def markdown(found: Sequence[Row]) -> str:
