@@ -176,11 +176,9 @@ def rows(judge: Judge, of: Experts, seed: int) -> Iterator[Row]:
         if title in FIXED:
             return Row(title, seed, None, normalised(merged, "test"))
         scaled = {c: {k: x + c * (merged[k] - x) for k, x in base.items()} for c in GRID}
-        means = {
-            c: statistics.mean(normalised(s, "validation").values()) for c, s in scaled.items()
-        }
-        best = max(GRID, key=lambda c: means[c])
-        return Row(title, seed, best, normalised(scaled[best], "test"))
+        validated = {c: normalised(state, "validation") for c, state in scaled.items()}
+        chosen = max(GRID, key=lambda c: sum(validated[c].values()))
+        return Row(title, seed, chosen, normalised(scaled[chosen], "test"))
 
     yield Row("experts, accuracy", seed, None, best["test"])
     yield Row("base", seed, None, normalised(base, "test"))
