@@ -30,7 +30,7 @@ from report import describe
 from vits import ViT
 
 RESULTS = Path(__file__).parent / "results"
-VALIDATION, TEST = 100, 1000  # images of a task
+VALIDATION, TEST = 100, 800  # images of a task
 GRID = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
 Merge = Callable[[], State]  # weights of the network
 
