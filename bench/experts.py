@@ -98,7 +98,7 @@ def pixels(cifar: Cifar10, indices: np.ndarray) -> Images:
     return cifar.images(indices, mean=[0.0] * 3, std=[1.0] * 3)
 
 
-def test_pixels(cifar: Cifar10) -> tuple[Images, Images]:
+def held_out_and_test(cifar: Cifar10) -> tuple[Images, Images]:
     """In an order drawn at random, as the archive is sorted by class: held out, and for testing."""
     order = np.random.default_rng(0).permutation(cifar.test_indices())
     return pixels(cifar, order[:HELD_OUT]), pixels(cifar, order[HELD_OUT:])
@@ -215,4 +215,4 @@ def main(seeds: Iterable[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(seed) for seed in sys.argv[1:]] or [0, 1, 2])
+    main([int(seed) for seed in sys.argv[1:]] or [0, 1])

@@ -141,7 +141,7 @@ class Judge:
     """Accuracies by task, on the images for choosing or on those of the test."""
 
     def __init__(self) -> None:
-        chosen, test = experts.test_pixels(Cifar10())
+        chosen, test = experts.held_out_and_test(Cifar10())
         self._codes = weights("cifar5/codes.safetensors")["codes"]
         self.images = {
             split: {name: experts.part(images, task, most) for name, task in TASKS.items()}
@@ -193,18 +193,24 @@ def rows(judge: Judge, of: Experts, seed: int) -> Iterator[Row]:
         yield row(title, merged)
 
 
+KINDS = (
+    ("full", "Whole copies", copies),
+    ("lora", f"LoRA of rank {experts.RANK}", adapters),
+)
+
+
 def main(seeds: Sequence[int]) -> None:
     judge, path = Judge(), RESULTS / "experts.json"
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     out: dict[str, Any] = {"machine": describe()}
-    for kind, experts_of in (("full", copies), ("lora", adapters)):
+    for kind, title, experts_of in KINDS:
         found = [Row(**row) for row in earlier.get(kind, ()) if row["seed"] not in seeds]
         for seed in seeds:
             for row in rows(judge, experts_of(seed), seed):
                 print(kind, seed, row.title, row.coefficient, f"{row.mean:.1f}", flush=True)
                 found.append(row)
         out[kind] = [row._asdict() for row in found]
-        print(f"\n{markdown(found)}\n")
+        print(f"\n{title}\n\n{markdown(found)}\n")
     path.write_text(json.dumps(out, indent=1) + "\n")
 
 
@@ -227,4 +233,4 @@ def markdown(found: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main([int(seed) for seed in sys.argv[1:]] or [0, 1, 2])
+    main([int(seed) for seed in sys.argv[1:]] or [0, 1])
