@@ -30,8 +30,8 @@ from report import describe
 from vits import ViT
 
 RESULTS = Path(__file__).parent / "results"
-VALIDATION, TEST = 100, 800  # images of a task
-GRID = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+VALIDATION, TEST = 150, 800  # images of a task
+GRID = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 Merge = Callable[[], State]  # weights of the network
 
 # By title: the method and its parameters. DARE drops a fifth and TIES keeps one, as in the
