@@ -100,7 +100,7 @@ def vit_b() -> ViT:
 # ---- training --------------------------------------------------------------------------------
 
 
-def _moved(x: Tensor, g: torch.Generator) -> Tensor:
+def moved(x: Tensor, g: torch.Generator) -> Tensor:
     """Each image shifted by up to four pixels, zeros around it, and mirrored or not."""
     n, side = len(x), torch.arange(32)
     top, left = torch.randint(0, 9, (2, n, 1), generator=g)
@@ -131,7 +131,7 @@ def train(images: Images, codes: Tensor, seed: int) -> ViT:
         for chosen in torch.randperm(len(images), generator=g).split(BATCH):
             if len(chosen) < BATCH:
                 continue  # its gradient is the noisiest
-            tokens = model.tokens(_moved(images.x[chosen], g))
+            tokens = model.tokens(moved(images.x[chosen], g))
             y = model.read(_half(tokens, g) if epoch < EPOCHS - WHOLE else tokens)
             loss = functional.cross_entropy(10 * cosines(y, codes), images.label[chosen])
             optimizer.zero_grad()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .adapters.adapter import Adapter
     from .adapters.files import load_adapter, save_adapter
     from .adapters.merge import merge_adapters
+    from .adapters.study import study_adapters
     from .align.declare import declare_spaces
     from .align.discover import discover_spaces
     from .align.matching.match import Match, match
@@ -117,6 +118,7 @@ __all__ = [
     "repair",
     "save_adapter",
     "save_masks",
+    "study_adapters",
     "tall_masks",
     "variance_mask",
     "verify",
@@ -132,6 +134,7 @@ _MODULES = {
     "adapters.adapter": "Adapter",
     "adapters.files": "load_adapter save_adapter",
     "adapters.merge": "merge_adapters",
+    "adapters.study": "study_adapters",
     "align.declare": "declare_spaces",
     "align.discover": "discover_spaces",
     "align.matching.match": "Match match",

@@ -59,6 +59,13 @@ def adapters(
         str, typer.Option(help="with --into: bytes of slices under way")
     ] = DEFAULT_MEMORY,
     seed: Annotated[int, typer.Option(help="of random masks")] = 0,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder for report.png, of spectra, alignment and what is kept (needs "
+            "matplotlib), and report.json"
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no summary")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="tracebacks of errors")] = False,
 ) -> None:
@@ -70,6 +77,10 @@ def adapters(
         raise ArgumentError.of("adapters", "OUT exists", out, "a folder to make")
     with paused():
         from ..adapters.merge import merge_adapters
+    if report is not None:  # the room of alignment takes half a second
+        from ..adapters.picture import check_report
+
+        check_report(report)
 
     given: dict[str, Any] = {"density": density, "lambda_": lambda_}
     merged = merge_adapters(
@@ -86,6 +97,14 @@ def adapters(
         weight=weight[0] if weight and len(weight) == 1 else weight,
         **{name: value for name, value in given.items() if value is not None},
     )
+    if report is not None:
+        from ..adapters.picture import write_report
+        from ..adapters.study import study_adapters
+
+        title = f"{out}, by {method}"
+        write_report(
+            study_adapters(folders, merged), report, names=[*map(str, folders)], title=title
+        )
     if quiet:
         return
     ranks = [f.rank for f in merged.modules.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,19 @@ def test_weights(folders: list[str], tmp_path: Path) -> None:
     assert run(["adapters", *folders, "--out", str(out), "--method", "cat", "-q", *weights]) == 0
     expected = mk.merge_adapters(folders, "cat", weight=[1, -0.5, 2])
     assert_bits_equal(mk.load_adapter(out).modules["stem"].b, expected.modules["stem"].b)
+
+
+def test_a_report(folders: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib: not installed")
+    out = tmp_path / "merged"
+    assert run(["adapters", *folders, "--out", str(out), "--report", str(out), "-q"]) == 0
+    numbers = json.loads((out / "report.json").read_text())
+    assert numbers["adapters"] == folders
+    assert numbers["modules"] == mk.study_adapters(folders, mk.load_adapter(out)).plain()["modules"]
+    assert (out / "report.png").is_file()
+    again = ["adapters", *folders, "--out", str(tmp_path / "again"), "--report", str(out)]
+    assert run(again) == 2
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from mergekern.methods.registry import Inputs, Method
 
 from accuracy import assert_bits_equal, assert_within
 from cases import values
+from drawn import check_texts
 from engine.models import write_folder
 from refusal import refused
 
@@ -402,32 +403,7 @@ def test_a_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", [2, 8])
 def test_names_do_not_overlap(n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts as they are drawn of 300 tensors: none lies on another, none leaves the picture."""
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
-
-    boxes: dict[Text, Any] = {}
-    draw, save = Text.draw, Figure.savefig
-
-    def recording(self: Text, renderer: Any) -> None:
-        boxes[self] = self.get_window_extent(renderer)
-        draw(self, renderer)
-
-    def checked(self: Figure, *arguments: Any, **options: Any) -> None:
-        boxes.clear()
-        save(self, *arguments, **options)
-        right, top = options["dpi"] * self.get_size_inches()
-        shown = [(t.get_text(), b) for t, b in boxes.items() if t.get_text().strip()]
-        assert len(shown) > 10
-        for i, (text, a) in enumerate(shown):
-            assert min(a.x0, a.y0) >= -1, text
-            assert a.x1 <= right + 1, text
-            assert a.y1 <= top + 1, text
-            for other, b in shown[:i]:
-                beside = a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1
-                assert beside or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1, (text, other)
-
-    monkeypatch.setattr(Text, "draw", recording)
-    monkeypatch.setattr(Figure, "savefig", checked)
+    check_texts(monkeypatch)
     keys = [f"encoder.layers.{i}.{k}" for i in range(24) for k in "abcdefghijkl"]
     keys += [f"outside_with_a_very_long_name_that_is_cut_{c}.weight" for c in "abcdefghijkl"]
     rows = dict.fromkeys(keys, rows_of(n)["stem"])
