@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import check
 from ..errors import ArgumentError
-from .chunked import chunks_for, elementwise
+from .chunked import chunks_for, rounded
 from .interpolation import linear
 from .registry import Inputs, Method, Parameter
 
 _SKEW = 1e-3  # of a Gram matrix, relative to its largest element: more is no rounding
-_UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
 def prepared(gram: Tensor, reduce: float, what: str) -> Tensor:
     """A given Gram matrix in float64, symmetric, off the diagonal times `reduce`."""
-    if gram.dtype not in _UNIT:
+    if gram.dtype not in UNIT:
         got = check.name_of(gram.dtype)
         raise ArgumentError.of("regmean", f"{what} is too coarse", got, "float32 or float64")
     check.finite("regmean", what, gram)
@@ -37,19 +37,31 @@ def prepared(gram: Tensor, reduce: float, what: str) -> Tensor:
     return wide
 
 
-def factored(total: Tensor, unit: float, name: str) -> Tensor:
+class Singular(NamedTuple):
+    """A sum of Gram matrices with a pivot of at most `least` of its diagonal, and what was added.
+
+    pivot, least, jitter: shares of the diagonal.
+    """
+
+    name: str
+    pivot: float
+    least: float
+    jitter: float
+
+
+def factored(total: Tensor, unit: float, name: str) -> tuple[Tensor, Singular | None]:
     """The Cholesky factor L of sum_i w_i G_i, whose elements are exact to `unit`.
 
     Where a pivot is at most in * unit of its diagonal element, which errors alone make of 0, eight
-    times that share of the diagonal is added, with a warning. It goes on each G_i and not on their
-    sum alone, which leaves sum_i w_i (W_i - mean) G_i as it is: inputs that no data tell apart keep
-    the models' mean, and equal models stay equal. So do inputs that are always 0.
+    times that share of the diagonal is added. It goes on each G_i and not on their sum alone, which
+    leaves sum_i w_i (W_i - mean) G_i as it is: what no data tell apart keeps the models' mean but
+    for an eighth, and equal models stay equal. Inputs that are always 0 keep the mean.
     """
     least = len(total) * unit
     total.diagonal()[total.diagonal() == 0] = 1
     factor, pivot = _cholesky(total)
     if pivot > least:
-        return factor
+        return factor, None
     jitter = 8 * least
     shifted = total.clone()
     shifted.diagonal().mul_(1 + jitter)
@@ -58,12 +70,19 @@ def factored(total: Tensor, unit: float, name: str) -> Tensor:
         what = f"the Gram matrices of {name} are not positive semidefinite"
         got = f"a pivot of {after:.2g} of its diagonal beside a jitter of {jitter:.2g}"
         raise ArgumentError.of("regmean", what, got, "second moments of inputs")
-    warnings.warn(
-        f"regmean: the Gram matrix of {name} is singular; got a pivot of {pivot:.2g} of its "
-        f"diagonal; expected more than {least:.2g}: {jitter:.2g} of the diagonal was added",
-        stacklevel=2,
-    )
-    return factor
+    return factor, Singular(name, pivot, least, jitter)
+
+
+def warn_of(found: Sequence[Singular], stacklevel: int) -> None:
+    """One warning that names all of them and says how much jitter they got, if there are any."""
+    if found:
+        worst, most = min(s.pivot for s in found), max(found, key=lambda s: s.jitter)
+        warnings.warn(
+            f"regmean: the Gram matrix of {', '.join(s.name for s in found)} is singular; got a "
+            f"pivot of {worst:.2g} of its diagonal; expected more than {most.least:.2g}: "
+            f"{most.jitter:.2g} of the diagonal was added",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _cholesky(matrix: Tensor) -> tuple[Tensor, float]:
@@ -107,8 +126,9 @@ def _regmean_matrix(
         own = prepared(given, reduce, what)
         total.add_(own, alpha=w)
         moved.addmm_(x.double() - mean, own, alpha=w)
-    unit = max(_UNIT[g.dtype] for g in gram)
-    return solved(mean, moved, factored(total, unit, name))
+    factor, singular = factored(total, max(UNIT[g.dtype] for g in gram), name)
+    warn_of([singular] if singular else [], stacklevel=4)
+    return solved(mean, moved, factor)
 
 
 @torch.no_grad()
@@ -130,7 +150,7 @@ def regmean(
     if not inputs.xs[0].numel():
         return linear(inputs, weight=weight, normalize=True)
     merged = _regmean_matrix(inputs, share, given, reduce)
-    return elementwise("regmean", [merged], lambda part: part(0), out_dtype=inputs.out_dtype)
+    return rounded("regmean", merged, inputs.out_dtype)
 
 
 def _beside(shape: Sequence[int]) -> Sequence[int] | None:

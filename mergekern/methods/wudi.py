@@ -20,7 +20,7 @@ from torch.optim.adam import adam
 from .. import check
 from ..errors import ArgumentError
 from ..ops.merge_deltas import merge_deltas
-from .chunked import chunks_for, elementwise
+from .chunked import chunks_for, rounded
 from .registry import Inputs, Method, Parameter
 
 _PERIOD = 20  # steps between float64 products, each of which takes the time of two
@@ -121,8 +121,7 @@ def _average(inputs: Inputs, lambda_: float) -> Tensor:
 def _added(inputs: Inputs, lambda_: float, vector: Tensor) -> Tensor:
     """base + lambda times the merged task vector, rounded once."""
     assert inputs.base is not None
-    merged = vector.mul_(lambda_).add_(inputs.base)
-    return elementwise("wudi", [merged], lambda part: part(0), out_dtype=inputs.out_dtype)
+    return rounded("wudi", vector.mul_(lambda_).add_(inputs.base), inputs.out_dtype)
 
 
 @torch.no_grad()
