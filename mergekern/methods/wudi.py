@@ -23,11 +23,11 @@ from ..ops.merge_deltas import merge_deltas
 from .chunked import chunks_for, rounded
 from .registry import Inputs, Method, Parameter
 
-_PERIOD = 20  # steps between float64 products, each of which takes the time of two
+PERIOD = 20  # steps between float64 products, each of which takes the time of two
 _LAMBDA = Parameter("lambda", float, "tensor", 1.0, "factor on the merged task vector")
 
 
-class _Quadratic(NamedTuple):
+class Quadratic(NamedTuple):
     """S, G and R of one matrix, in float64."""
 
     total: Tensor
@@ -35,7 +35,7 @@ class _Quadratic(NamedTuple):
     residual: Tensor
 
 
-def _quadratic(inputs: Inputs) -> _Quadratic:
+def quadratic(inputs: Inputs) -> Quadratic:
     """R as sum_i (S - tau_i) tau_i^T tau_i / |tau_i|^2: exactly 0 where one model is all there is.
 
     A task vector of length 0 has nothing to be disturbed, and adds nothing.
@@ -63,18 +63,18 @@ def _quadratic(inputs: Inputs) -> _Quadratic:
             own = unit.T @ unit
             gram += own
             residual.addmm_(others, own)
-    return _Quadratic(total, gram, residual)
+    return Quadratic(total, gram, residual)
 
 
-def _descend(q: _Quadratic, steps: int, rate: float, acc: torch.dtype) -> None:
+def descend(q: Quadratic, steps: int, rate: float, acc: torch.dtype) -> None:
     """Moves S by so many steps of Adam, in `acc`: every few of them S and R follow in float64."""
     gram = (2 * q.gram).to(acc)
     moved, mean, square = (torch.zeros_like(q.total, dtype=acc) for _ in range(3))
     residual, gradient = torch.empty_like(moved), torch.empty_like(moved)
     count = torch.zeros((), device=moved.device)
-    for begin in range(0, steps, _PERIOD):
+    for begin in range(0, steps, PERIOD):
         residual.copy_(q.residual).mul_(2)
-        for _ in range(begin, min(begin + _PERIOD, steps)):
+        for _ in range(begin, min(begin + PERIOD, steps)):
             torch.addmm(residual, moved, gram, out=gradient)
             adam(
                 [moved],
@@ -128,8 +128,8 @@ def _added(inputs: Inputs, lambda_: float, vector: Tensor) -> Tensor:
 def wudi(inputs: Inputs, *, steps: int, rate: float, lambda_: float) -> Tensor:
     if inputs.shape is not None or not _is_matrix(inputs.xs[0].shape):
         return _average(inputs, lambda_)
-    q = _quadratic(inputs)
-    _descend(q, steps, rate, check.accumulator(inputs.xs[0].dtype))
+    q = quadratic(inputs)
+    descend(q, steps, rate, check.accumulator(inputs.xs[0].dtype))
     return _added(inputs, lambda_, q.total)
 
 
@@ -137,7 +137,7 @@ def wudi(inputs: Inputs, *, steps: int, rate: float, lambda_: float) -> Tensor:
 def wudi_exact(inputs: Inputs, *, lambda_: float) -> Tensor:
     if inputs.shape is not None or not _is_matrix(inputs.xs[0].shape):
         return _average(inputs, lambda_)
-    q = _quadratic(inputs)
+    q = quadratic(inputs)
     inverse = torch.linalg.pinv(q.gram, rtol=len(q.gram) * 2.0**-52, hermitian=True)
     q.total.addmm_(q.residual, inverse, alpha=-1)
     return _added(inputs, lambda_, q.total)
