@@ -1,4 +1,4 @@
-"""RegMean of one layer of eight models, and the second moments of what goes into the layers."""
+"""RegMean of one layer of four models, and the second moments of what goes into the layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergekern.ops._cost import Cost
 
 import peers
 
-TASKS = 8
+TASKS = 4
 
 
 def layer(timed: bool, out: int, into: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -31,7 +31,7 @@ def layer(timed: bool, out: int, into: int) -> tuple[list[Tensor], list[Tensor]]
     return [torch.randn(out, into, generator=g) for _ in range(TASKS)], grams
 
 
-@pytest.mark.parametrize(("out", "into"), [(768, 768), (3072, 768), (768, 3072)])
+@pytest.mark.parametrize(("out", "into"), [(768, 768), (3072, 768)])
 def bench_regmean(row, timed: bool, out: int, into: int) -> None:
     """In float64, sums and a Cholesky solve; fusion_bench: in float32, sums and an inverse.
 
@@ -58,13 +58,15 @@ def _merged(inputs: Inputs, given: Mapping[str, object]) -> Tensor:
     return REGISTRY["regmean"].merge(inputs, **given)
 
 
-def by_hooks(model: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
-    """As one writes it in torch: a product of each layer's inputs, in their type."""
+def by_hooks(
+    model: nn.Module, run: Callable[[], object], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """As one writes it in torch: a product of each layer's inputs."""
     found: dict[str, Tensor] = {}
 
     def look(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2)
+            x = args[0].flatten(0, -2).to(dtype)
             found[name] = found.get(name, 0) + x.T @ x
 
         return hook
@@ -104,9 +106,7 @@ def bench_input_moments(row, timed: bool) -> None:
             forward()
         return moments
 
-    with torch.no_grad():
-        exact = by_hooks(model.double(), lambda: model(images.double()))
-    model.float()
+    exact = by_hooks(model, forward, torch.float64)
     error, costs = 0.0, []
     for names, found in call().groups():
         mine, own = found.second_moment().diagonal(), exact[names[0]].diagonal() / found.count

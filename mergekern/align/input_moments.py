@@ -32,7 +32,7 @@ class InputMoments:
 
     Layers that read one tensor are called one after another (queries, keys and values; gates), so
     only the last tensor is remembered. It is read at once: what is changed in place later is
-    another tensor.
+    another tensor. Who reads a tensor twice is named twice.
     """
 
     def __init__(self, label: str, nan: str, backend: str) -> None:
@@ -58,7 +58,7 @@ class InputMoments:
 
     def _read(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         x, last = args[0] if args else kwargs["input"], self._last
-        if last and x is last.x and x._version == last.version and name not in last.readers:
+        if last and x is last.x and x._version == last.version:
             last.readers.append(name)
             return
         self._keep()

@@ -149,8 +149,8 @@ def _scratch(arguments: Mapping[str, Any], shape: Sequence[int]) -> int:
 
 
 def _exact_scratch(arguments: Mapping[str, Any], shape: Sequence[int]) -> int:
-    """Of [out, in] S, R and two temporaries; of [in, in] G and an eigendecomposition's five."""
-    return 8 * (4 * shape[0] * shape[1] + 6 * shape[1] ** 2) if _is_matrix(shape) else 0
+    """Of [out, in] S, R and what they are summed from; of [in, in] G and an eigendecomposition."""
+    return 8 * (6 * shape[0] * shape[1] + 5 * shape[1] ** 2) if _is_matrix(shape) else 0
 
 
 WUDI = Method(
