@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,13 +26,13 @@ from ..methods.regmean import (
     solved,
     warn_of,
 )
+from .batches import Batches, reading
 from .block_inputs import Captured, block_names, first_inputs, next_inputs
 from .input_moments import InputMoments, Layers
 from .tracing.inputs import arguments_of
 from .tracing.program import evaluating, named_tensors
 
 _OP = "regmean"
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 Run = Callable[[int], None]  # everything of model i goes through it
 
 
@@ -158,10 +158,9 @@ class _Sums:
                 total = torch.stack([totals[group] for group in groups]).sum(0)
                 factors[groups], singular = factored(total, unit, name)
                 self.singular += [singular] if singular else []
+            merged = solved(self._mean(name), sums, factors[groups])
             weight = result.get_parameter(name)
-            weight.copy_(
-                rounded(_OP, solved(self._mean(name), sums, factors[groups]), weight.dtype)
-            )
+            weight.copy_(rounded(_OP, merged, weight.dtype))
 
     def _mean(self, name: str) -> Tensor:
         return mean_of([state[name] for state in self._states], self._share)
@@ -227,13 +226,8 @@ def _calls(
     model: nn.Module, batches: Batches, passes: int = 1
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Every batch as the arguments of a call; there has to be one."""
-    source = batches() if callable(batches) else batches
-    if passes > 1 and not callable(batches) and iter(source) is source:
-        what = f"batches can be read once only, and memory asks for {passes} passes"
-        expected = "a list, a DataLoader or a callable that returns an iterator, or more memory"
-        raise ArgumentError.of(_OP, what, type(source).__name__, expected)
     empty = True
-    for batch in source:
+    for batch in reading(_OP, batches, passes):
         empty = False
         yield arguments_of(_OP, model, batch)
     if empty:

@@ -127,7 +127,7 @@ def _regmean_matrix(
         total.add_(own, alpha=w)
         moved.addmm_(x.double() - mean, own, alpha=w)
     factor, singular = factored(total, max(UNIT[g.dtype] for g in gram), name)
-    warn_of([singular] if singular else [], stacklevel=4)
+    warn_of([singular] if singular else [], stacklevel=5)
     return solved(mean, moved, factor)
 
 
