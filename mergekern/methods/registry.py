@@ -120,7 +120,7 @@ class Inputs:
 Cut = Callable[[Mapping[str, Any], Sequence[int], str | None], str | None]
 Needs = Callable[[Mapping[str, Any], Sequence[int], str | None], bool]
 Joins = Callable[[Mapping[str, Any]], int]  # of arguments
-Scratch = Callable[[Mapping[str, Any], Sequence[int]], int]  # of (arguments, shape)
+Scratch = Callable[[Mapping[str, Any], Sequence[int]], int]  # of arguments and shape
 
 
 def whole(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> str | None:
@@ -143,8 +143,8 @@ def never(arguments: Mapping[str, Any]) -> int:
     return 0
 
 
-def little(arguments: Mapping[str, Any], shape: Sequence[int]) -> int:
-    """That a recipe takes no more than chunks beside its inputs and result."""
+def nothing(arguments: Mapping[str, Any], shape: Sequence[int]) -> int:
+    """The scratch of a method that works in chunks."""
     return 0
 
 
@@ -175,8 +175,9 @@ class Method:
     joins: a number of elements; tensors of fewer may be merged end to end in one call, without a
     host, and `inputs.sizes` says where each ends. The result is what `merge` of each gives, to the
     bit. A method that surveys joins none.
+    scratch: bytes that `merge` of a tensor of that shape takes beside its inputs and its result,
+    where that is more than a few chunks.
     studied: the parameters on which survey or measure depend; None: all.
-    scratch: bytes that `merge` of a tensor of that shape takes beside its inputs and its result.
 
     kept: what `merge` keeps of each task vector, with the same inputs and arguments, for reports.
     It returns None where that cannot be told without a change to the result, as of draws from
@@ -196,8 +197,8 @@ class Method:
     needs: Needs = always
     draws: frozenset[str] = frozenset()
     joins: Joins = never
+    scratch: Scratch = nothing
     studied: tuple[str, ...] | None = None
-    scratch: Scratch = little
     kept: Callable[..., list[Keep] | None] | None = None
 
     # (parameters, names of floating tensors, backend) -> parameters, once before the first tensor

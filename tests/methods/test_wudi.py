@@ -248,7 +248,7 @@ def test_memory_is_planned_with_what_is_computed_with(tmp_path: Path) -> None:
         (task,) = plan.tasks
         assert task.scratch == REGISTRY[method].scratch({}, (8, 300)) > 16 * 300**2
         assert plan.peak == 8 * 300 * 4 * 3 + task.scratch
-        with pytest.raises(mk.CheckpointError, match="computation and cannot be cut"):
+        with pytest.raises(mk.CheckpointError, match="scratch and result and cannot be cut"):
             mk.plan_merge(config_of(method, folders), tmp_path / "out", memory="1MiB")
 
 
