@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import ArgumentError
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+def passes_of(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """The names in order, as many in each pass over the batches as fit the limit.
+
+    >>> passes_of({"a": 2, "b": 2, "c": 3}, 4)
+    [['a', 'b'], ['c']]
+    """
+    passes: list[list[str]] = [[]]
+    left = limit
+    for name, size in sizes.items():
+        if size > left:
+            passes.append([])
+            left = limit
+        passes[-1].append(name)
+        left -= size
+    return passes
 
 
 def reading(op: str, batches: Batches, passes: int) -> Iterable[Any]:

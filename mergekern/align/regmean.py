@@ -26,7 +26,7 @@ from ..methods.regmean import (
     solved,
     warn_of,
 )
-from .batches import Batches, reading
+from .batches import Batches, passes_of, reading
 from .block_inputs import Captured, block_names, first_inputs, next_inputs
 from .input_moments import InputMoments, Layers
 from .tracing.inputs import arguments_of
@@ -200,19 +200,13 @@ def _linear_layers(model: nn.Module) -> dict[str, list[nn.Linear]]:
 
 def _passes(model: nn.Module, names: Sequence[str], limit: int) -> list[list[str]]:
     """The layers in order, as many in each pass as fit."""
-    passes: list[list[str]] = [[]]
-    left = limit
+    sizes = {}
     for name in names:
         out, into = model.get_parameter(name).shape
-        size = 8 * (2 * into + out) * into
+        sizes[name] = size = 8 * (2 * into + out) * into
         if size > limit:
             raise ArgumentError.of(_OP, f"{name} does not fit memory", limit, f"{size} or more")
-        if size > left:
-            passes.append([])
-            left = limit
-        passes[-1].append(name)
-        left -= size
-    return passes
+    return passes_of(sizes, limit)
 
 
 def _through(model: nn.Module, batches: Batches, passes: int = 1) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from ... import check
 from ...errors import ArgumentError
 from ...ops.covariance import Covariance
-from ..batches import Batches, reading
+from ..batches import Batches, passes_of, reading
 from ..models import fingerprints, spaces_fingerprint, states_of
 from ..spaces import Spaces
 from .collector import Collector, Mask
@@ -131,22 +131,16 @@ def collect_statistics(
 
 def _passes(spaces: Spaces, models: int, within: bool, limit: int) -> list[list[str]]:
     """The movable spaces in order, as many in each pass as fit."""
-    passes: list[list[str]] = [[]]
-    left = limit
+    sizes = {}
     for name, space in spaces.movable.items():
         if not space.probes:
             what = f"space {name} is read nowhere"
             raise ArgumentError.of(_OP, what, "no probe", "at least one, or method='weights'")
-        size = 8 * space.size**2 * (models**2 if within else models - 1)
+        sizes[name] = size = 8 * space.size**2 * (models**2 if within else models - 1)
         if size > limit:
             what = f"space {name} of {space.size} features in {models} models does not fit memory"
             raise ArgumentError.of(_OP, what, limit, f"{size} bytes or more")
-        if size > left:
-            passes.append([])
-            left = limit
-        passes[-1].append(name)
-        left -= size
-    return passes
+    return passes_of(sizes, limit)
 
 
 def _share(together: Group, count: int, found: list[Covariance]) -> None:
