@@ -86,6 +86,34 @@ def fusion_bench_ties(base: Tensor, xs: list[Tensor], density: float) -> Peers:
     return {"fusion_bench": (call, _share(base, SORT_ELEMENTS))}
 
 
+def fusion_bench_wudi(taus: list[Tensor], steps: int, share: float) -> Peers:
+    """So many steps on one matrix, as `share` of what is compared."""
+    if not _installed("fusion_bench"):
+        return {}
+    vectors = [{"w": t} for t in taus]
+
+    def call() -> object:
+        # Imported in the first of two calls, the best of which counts: it takes seconds.
+        from fusion_bench.method.wudi.wudi import wudi_merging
+
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return wudi_merging(vectors, "cpu", steps)
+
+    return {"fusion_bench": (call, share)}
+
+
+def fusion_bench_regmean(ws: list[Tensor], grams: list[Tensor]) -> Peers:
+    if not _installed("fusion_bench"):
+        return {}
+
+    def call() -> object:
+        from fusion_bench.method.regmean_plusplus.regmean_plusplus import regmean_params_merge
+
+        return regmean_params_merge(ws, grams)
+
+    return {"fusion_bench": (call, 1.0)}
+
+
 def torch_ties(base: Tensor, xs: list[Tensor], density: float) -> Peers:
     """TIES as one writes it in torch: top-k by sort, stacked masks."""
     b, tensors = _slice(base, SORT_ELEMENTS), [_slice(x, SORT_ELEMENTS) for x in xs]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .align.merging.apply import apply
     from .align.merging.partial import PartialZip
     from .align.merging.repair import repair
+    from .align.regmean import regmean
     from .align.spaces import Spaces
     from .align.statistics.collect import collect_statistics
     from .align.statistics.statistics import Statistics
@@ -115,6 +116,7 @@ __all__ = [
     "permute_all",
     "plan_merge",
     "rank_mask",
+    "regmean",
     "repair",
     "save_adapter",
     "save_masks",
@@ -141,6 +143,7 @@ _MODULES = {
     "align.merging.apply": "apply",
     "align.merging.partial": "PartialZip",
     "align.merging.repair": "repair",
+    "align.regmean": "regmean",
     "align.spaces": "Spaces",
     "align.statistics.collect": "collect_statistics",
     "align.statistics.statistics": "Statistics",

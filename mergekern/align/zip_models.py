@@ -10,10 +10,11 @@ from torch import nn
 
 from .. import check
 from ..errors import ArgumentError
+from .batches import Batches
 from .discover import discover_spaces
 from .matching.match import METHODS, match
 from .merging.apply import apply
-from .merging.repair import Batches, has_norms
+from .merging.repair import has_norms
 from .merging.repair import repair as repair_model
 from .merging.split import split
 from .spaces import Spaces

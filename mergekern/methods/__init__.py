@@ -10,10 +10,12 @@ from . import (
     interpolation,
     masks,
     ram,
+    regmean,
     sce,
     selective,
     task_vectors,
     whole_model,
+    wudi,
 )
 from .registry import Inputs, Method, Parameter
 
@@ -43,9 +45,12 @@ REGISTRY: dict[str, Method] = {
         selective.NEARSWAP,
         selective.ARCEE_FUSION,
         fisher.FISHER,
+        regmean.REGMEAN,
         emr.EMR_MERGING,
         masks.MAGMAX,
         masks.CONSENSUS,
+        wudi.WUDI,
+        wudi.WUDI_EXACT,
     )
 }
 

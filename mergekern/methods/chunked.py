@@ -61,6 +61,11 @@ def elementwise(
     return result
 
 
+def rounded(op: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, rounded once (torch takes float64 to 16 bits by way of float32)."""
+    return elementwise(op, [x], lambda part: part(0), out_dtype=dtype)
+
+
 def number(value: float, like: Tensor) -> Tensor:
     """A number rounded to the dtype of `like`, on its device."""
     return torch.tensor(value, dtype=torch.float64).to(like)

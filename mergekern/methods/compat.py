@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Signature(NamedTuple):
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, x: Tensor) -> Signature:
+    def of(cls, x: Any) -> Signature:
         return cls(x.dtype, x.shape)
 
     def dtype_class(self) -> str:
@@ -56,12 +56,14 @@ def agree(models: Mapping[str, Mapping[str, Signature]]) -> dict[str, str]:
     return problems
 
 
-def _alike(x: Tensor | None, y: Tensor) -> bool:
+def _alike(x: Any, y: Any) -> bool:
     return x is not None and x.dtype == y.dtype and x.shape == y.shape
 
 
-def require_fit(op: str, models: Mapping[str, Mapping[str, Tensor]]) -> None:
+def require_fit(op: str, models: Mapping[str, Mapping[str, Any]]) -> None:
     """Whether the tensors agree by name, and those that are not floating in every bit.
+
+    A signature may stand for a tensor that is floating.
 
     Raises: ArgumentError with all that do not.
     """

@@ -14,7 +14,7 @@ from .. import check
 from ..errors import ArgumentError
 from ..ops.permute import end_to_end
 from . import REGISTRY
-from .compat import require_fit
+from .compat import Signature, require_fit
 from .registry import Inputs, Method
 
 # From so many elements on tensors go alone: a call takes 20 to 35 us, and at 2**16 elements the
@@ -126,7 +126,7 @@ def merge_state_dicts(
     Small tensors are merged in one call where their elements need nothing else of their tensor, or
     only ranks; these lie end to end in one buffer then, with the bits they would have alone.
     Parameters: as in `merge_tensors`, the same for all tensors; of those that are a tensor per
-    model (`fisher`), a state dict per model with exactly the floating tensors.
+    model (`fisher`, `gram`), a state dict per model with exactly the tensors that have one.
     Raises: ArgumentError.
 
     >>> import torch
@@ -219,7 +219,7 @@ def _tensors(label: str, state_dict: Any) -> dict[str, Tensor]:
 def _require_tensors(
     spec: Method, parameters: Mapping[str, Any], like: Mapping[str, Tensor], n: int
 ) -> None:
-    """Whether the parameters that are tensors hold n state dicts with the tensors of `like`."""
+    """Whether the parameters that are tensors hold n state dicts that fit the tensors `like`."""
     for name in spec.tensor_valued:
         given = parameters.get(name)
         if (
@@ -229,13 +229,29 @@ def _require_tensors(
         ):
             got = f"{len(given)} values" if isinstance(given, Sequence) else type(given).__name__
             raise ArgumentError.of(spec.name, f"{name} does not fit", got, f"{n} state dicts")
-        labels = {f"{name}[{i}]": d for i, d in enumerate(given)}
-        require_fit("merge_state_dicts", {"state_dicts": like, **labels})
+        p = spec.parameter(name)
+        shapes = {key: p.beside(x.shape) for key, x in like.items()}
+        expected = {
+            key: Signature(like[key].dtype, tuple(shape))
+            for key, shape in shapes.items()
+            if shape is not None and not (p.optional and all(d.get(key, 0) is None for d in given))
+        }
+        for key in (key for d in given for key, x in d.items() if x is None):
+            if not p.optional or shapes.get(key) is None:
+                what = f"{name} of {key} is no tensor"
+                raise ArgumentError.of(spec.name, what, None, "a tensor, or no such key")
+        labels = {
+            f"{name}[{i}]": {key: x for key, x in d.items() if x is not None}
+            for i, d in enumerate(given)
+        }
+        require_fit("merge_state_dicts", {"state_dicts": expected, **labels})
 
 
 def _of_tensor(spec: Method, parameters: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The parameters for the tensor of that name."""
+    """The parameters for the tensor of that name; those that are tensors where it has some."""
+    tensors = spec.tensor_valued
     return {
-        name: [d[key] for d in value] if name in spec.tensor_valued else value
+        name: [d[key] for d in value] if name in tensors else value
         for name, value in parameters.items()
+        if name not in tensors or key in value[0]
     }

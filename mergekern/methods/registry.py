@@ -25,8 +25,11 @@ class Parameter:
 
     scope "model": one value per model; "tensor": one value for all models. Both may vary from
     tensor to tensor in a configuration (filters, gradients over layers).
-    kind Tensor (scope "model"): a tensor of the shape of the model's; for whole models, a state
-    dict each. A configuration cannot give them. Default None: the method finds a value itself.
+    kind Tensor (scope "model"): a tensor per model; for whole models, a state dict each. A
+    configuration cannot give them. beside: the shape that it has beside a tensor of that shape,
+    None where it has none. optional: None may stand for the tensor in the list or state dict of
+    every model; what the method does then is what its doc says.
+    Default None: the method finds a value itself.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Parameter:
     doc: str
     bounds: tuple[float, float] | None = None
     choices: tuple[str, ...] = ()  # of a text
+    beside: Callable[[Sequence[int]], Sequence[int] | None] = tuple
+    optional: bool = False
 
     @property
     def required(self) -> bool:
@@ -44,7 +49,8 @@ class Parameter:
     def value(self, owner: str, given: Any) -> Any:
         """`given` as this parameter's type; strings as YAML leaves them ("1e-3") are read."""
         if self.kind is Tensor:
-            return check.tensor(owner, given, self.name)
+            none = given is None and self.optional
+            return None if none else check.tensor(owner, given, self.name)
         if self.kind is str:
             check.choice(owner, self.name, given, self.choices)
             return given
@@ -114,6 +120,7 @@ class Inputs:
 Cut = Callable[[Mapping[str, Any], Sequence[int], str | None], str | None]
 Needs = Callable[[Mapping[str, Any], Sequence[int], str | None], bool]
 Joins = Callable[[Mapping[str, Any]], int]  # of arguments
+Scratch = Callable[[Mapping[str, Any], Sequence[int]], int]  # of arguments and shape
 
 
 def whole(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> str | None:
@@ -133,6 +140,11 @@ def always(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None)
 
 def never(arguments: Mapping[str, Any]) -> int:
     """That no tensors may be joined, empty ones neither."""
+    return 0
+
+
+def nothing(arguments: Mapping[str, Any], shape: Sequence[int]) -> int:
+    """The scratch of a method that works in chunks."""
     return 0
 
 
@@ -163,6 +175,8 @@ class Method:
     joins: a number of elements; tensors of fewer may be merged end to end in one call, without a
     host, and `inputs.sizes` says where each ends. The result is what `merge` of each gives, to the
     bit. A method that surveys joins none.
+    scratch: bytes that `merge` of a tensor of that shape takes beside its inputs and its result,
+    where that is more than a few chunks.
     studied: the parameters on which survey or measure depend; None: all.
 
     kept: what `merge` keeps of each task vector, with the same inputs and arguments, for reports.
@@ -183,6 +197,7 @@ class Method:
     needs: Needs = always
     draws: frozenset[str] = frozenset()
     joins: Joins = never
+    scratch: Scratch = nothing
     studied: tuple[str, ...] | None = None
     kept: Callable[..., list[Keep] | None] | None = None
 

@@ -249,6 +249,15 @@ class Covariance:
             warnings.warn(f"{_OP}: fewer rows than features; {few}", stacklevel=2)
         return out if self._squares else _mirror(out)
 
+    def second_moment(self) -> Tensor:
+        """M[i, j] = mean over rows of x_i y_j, not centred; float64, symmetric without y.
+
+        |error| <= 264 u s_i s_j + (6 n + 140) 2**-53 a_i a_j, letters as in `covariance`: that of
+        the covariance and of the product of the means.
+        """
+        out = torch.addr(self._products / self._some(), self._means[0], self._means[-1])
+        return out if self._squares else _mirror(out)
+
     def correlation(self, eps: float = 0.0) -> Tensor:
         """float64 [dim_x, dim_x] or [dim_x, dim_y]; see `mergekern.correlation`."""
         eps = check.number(_OP, "eps", eps)

@@ -52,6 +52,9 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "nearswap": [{"t": 0.001}, {"t": 1e-8}],
     "arcee_fusion": [{}],
     "fisher": [{}, {"norm": [1.0, 2.0, 3.0]}, {"normalize": False}],
+    "regmean": [{}, {"weight": [1.0, 0.0, 2.5], "reduce": 0.9}],
+    "wudi": [{"steps": 30}, {"steps": 0, "lambda": 0.4}],
+    "wudi_exact": [{}],
     "emr": [{"scale": 0.7}],
     "magmax": [{}],
     "consensus": [{"lambda": 0.4}, {"lambda": 1.0, "k": 1}],
@@ -75,6 +78,17 @@ def models(
             x[3 + i :: 1211] = -float("inf")
             x[:40] = base.view(-1)[:40]
     return list(xs), base.to(dtype)
+
+
+def with_tensors(name: str, given: dict[str, Any], xs: list[Tensor]) -> dict[str, Any]:
+    """The arguments, and those that are tensors, for these models."""
+    if name == "fisher":
+        return {"fisher": [x.nan_to_num(0.5, 0.5, 0.5).abs() for x in xs], **given}
+    if name == "regmean" and xs[0].ndim == 2:
+        rows = [x.nan_to_num(0.5, 0.5, 0.5).double() for x in xs]
+        eye = torch.eye(xs[0].shape[1], dtype=torch.float64)
+        return {"gram": [r.T @ r + eye for r in rows], **given}
+    return given
 
 
 def count_of(name: str) -> int:

@@ -15,7 +15,7 @@ from mergekern.methods import REGISTRY, Inputs, Method
 from mergekern.methods.trims import JOINED
 
 from accuracy import assert_bits_equal
-from methods.arguments import ARGUMENTS, cases, count_of, models
+from methods.arguments import ARGUMENTS, cases, count_of, models, with_tensors
 
 SIZES = (0, 1, 2, 3, 7, 64, 1, 0, 65, JOINED - 2, JOINED - 1)
 
@@ -25,7 +25,8 @@ def joining() -> list[Any]:
     found = []
     for case in cases():
         name, given = case.values
-        arguments = REGISTRY[name].arguments(_tensors(name, given), count_of(name))
+        given = with_tensors(name, given, [torch.ones(1)] * count_of(name))
+        arguments = REGISTRY[name].arguments(given, count_of(name))
         if REGISTRY[name].joins(arguments):
             found.append(case)
     return found
@@ -39,10 +40,6 @@ def by_tensor() -> list[Any]:
         for method in [REGISTRY[case.values[0]]]
         if not (method.survey or method.whole_models or method.tensor_valued)
     ]
-
-
-def _tensors(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    return {"fisher": [torch.ones(1)] * 3, **given} if name == "fisher" else given
 
 
 def inputs(method: Method, xs: list[Tensor], base: Tensor, **others: Any) -> Inputs:

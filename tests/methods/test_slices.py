@@ -29,7 +29,7 @@ from mergekern.methods.trims import Kept
 from mergekern.methods.whole_model import Found
 
 from accuracy import assert_bits_equal, assert_bytes_equal
-from methods.arguments import ARGUMENTS, cases, count_of, models
+from methods.arguments import ARGUMENTS, cases, count_of, models, with_tensors
 from refusal import refused
 
 BACKENDS = ("torch", "cpu")
@@ -37,6 +37,9 @@ BACKENDS = ("torch", "cpu")
 # What stays whole, and why; the host None is the method itself.
 WHOLE: dict[tuple[str, str | None], str] = {
     ("arcee_fusion", None): "quantiles: the softmax of every row anew in each of four passes",
+    ("regmean", None): "one Gram matrix for all rows",
+    ("wudi", None): "every step has products of the whole matrix",
+    ("wudi_exact", None): "the Gram matrix of all rows",
     ("breadcrumbs_ties", "mergekit"): "rescale: norms as torch sums a whole tensor",
     ("arcee_fusion", "mergekit"): "takes its quantiles from a sample that torch draws",
     ("dare_linear", "mergekit"): "masks come from torch's generator, model by model",
@@ -47,6 +50,7 @@ WHOLE: dict[tuple[str, str | None], str] = {
     ("della_linear", "mergekit"): "masks come from torch's generator, model by model",
 }
 TORCH_ONLY = {"nearswap", "arcee_fusion", "fisher", "emr", "magmax", "consensus"}
+TORCH_ONLY |= {"regmean", "wudi", "wudi_exact"}
 
 
 class Merge:
@@ -64,9 +68,7 @@ class Merge:
     ) -> None:
         self.method: Method = REGISTRY[name]
         self.xs, self.base = xs, base if self.method.base == "required" else None
-        if name == "fisher":
-            given = {"fisher": [x.nan_to_num(0.5, 0.5, 0.5).abs() for x in xs], **given}
-        self.arguments = self.method.arguments(given, len(xs))
+        self.arguments = self.method.arguments(with_tensors(name, given, xs), len(xs))
         self.whole = Inputs(self.xs, self.base, "w", 3, xs[0].dtype, backend, host)
         self.shape = tuple(xs[0].shape)
         self.cut = self.method.cut(self.arguments, self.shape, host)
@@ -122,12 +124,9 @@ def test_what_stays_whole_is_known() -> None:
     """Of matrices, with arguments that make a method choose; nothing else may need all at once."""
     found = set()
     for name, method in REGISTRY.items():
-        arguments = method.arguments(
-            {"fisher": [torch.zeros(1)] * 3, **ARGUMENTS[name][0]}
-            if name == "fisher"
-            else ARGUMENTS[name][0],
-            count_of(name),
-        )
+        n = count_of(name)
+        given = with_tensors(name, ARGUMENTS[name][0], [torch.zeros(300, 70)] * n)
+        arguments = method.arguments(given, n)
         for host in (None, *method.parity):
             if method.cut(arguments, (300, 70), host) is None:
                 found.add((name, host))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
+from ..batches import Batches
 from ..layers import norms_of
 from ..matching.match import Match
 from ..statistics.statistics import Statistics
@@ -19,7 +20,6 @@ from .partial import PartialZip, running_statistics, train_norms
 from .rescale import rescale
 
 _OP = "repair"
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from ... import check
 from ...errors import ArgumentError
 from ...ops.covariance import Covariance
+from ..batches import Batches, passes_of, reading
 from ..models import fingerprints, spaces_fingerprint, states_of
 from ..spaces import Spaces
 from .collector import Collector, Mask
@@ -18,8 +19,6 @@ from .statistics import Moments, Statistics, Stored, accumulator
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 _OP = "collect_statistics"
 
@@ -132,22 +131,16 @@ def collect_statistics(
 
 def _passes(spaces: Spaces, models: int, within: bool, limit: int) -> list[list[str]]:
     """The movable spaces in order, as many in each pass as fit."""
-    passes: list[list[str]] = [[]]
-    left = limit
+    sizes = {}
     for name, space in spaces.movable.items():
         if not space.probes:
             what = f"space {name} is read nowhere"
             raise ArgumentError.of(_OP, what, "no probe", "at least one, or method='weights'")
-        size = 8 * space.size**2 * (models**2 if within else models - 1)
+        sizes[name] = size = 8 * space.size**2 * (models**2 if within else models - 1)
         if size > limit:
             what = f"space {name} of {space.size} features in {models} models does not fit memory"
             raise ArgumentError.of(_OP, what, limit, f"{size} bytes or more")
-        if size > left:
-            passes.append([])
-            left = limit
-        passes[-1].append(name)
-        left -= size
-    return passes
+    return passes_of(sizes, limit)
 
 
 def _share(together: Group, count: int, found: list[Covariance]) -> None:
@@ -161,11 +154,7 @@ def _share(together: Group, count: int, found: list[Covariance]) -> None:
 
 def _again(batches: Batches, round_: int, rounds: int, progress: bool) -> Iterable[Any]:
     """The batches once more."""
-    source = batches() if callable(batches) else batches
-    if iter(source) is source and not callable(batches) and rounds > 1:
-        what = f"batches can be read once only, and memory asks for {rounds} passes"
-        expected = "a list, a DataLoader or a callable that returns an iterator, or more memory"
-        raise ArgumentError.of(_OP, what, type(source).__name__, expected)
+    source = reading(_OP, batches, rounds)
     if not progress:
         return source
     from rich.console import Console

@@ -2,8 +2,9 @@
 
 `method._target_=mergekern.integrations.fusion_bench.TiesMergingAlgorithm` in the place of
 FusionBench's path switches one on. Each class here is a subclass of FusionBench's own that
-overrides `run` alone; nothing is patched, as FusionBench binds its functions by name in dozens of
-modules. docs/fusion_bench.md says what is equal bit for bit and what differs.
+overrides `run`, and for CLIP's RegMean how moments are taken; nothing is patched, as FusionBench
+binds its functions by name in dozens of modules. docs/fusion_bench.md says what is equal bit for
+bit and what differs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from __future__ import annotations
 import importlib
 
 from ...errors import BackendError
-from . import averages, emr, model_stock, task_vectors
+from . import averages, emr, model_stock, regmean, task_vectors, wudi
+from .regmean import merging_with_regmean_weights, regmean_params_merge
+from .wudi import wudi_merging
+
+__all__ = ["merging_with_regmean_weights", "regmean_params_merge", "wudi_merging"]
 
 # Name here: what overrides `run`, and where FusionBench has the class of that name.
 _CLASSES: dict[str, tuple[type, str]] = {
@@ -24,6 +29,9 @@ _CLASSES: dict[str, tuple[type, str]] = {
     "MagMaxAlgorithm": (averages.MagMax, "magmax.magmax"),
     "EMRMerging": (emr.EMR, "emr_merging.emr_merging"),
     "ModelStock": (model_stock.ModelStock, "model_stock.model_stock"),
+    "WUDIMerging": (wudi.WUDI, "wudi.wudi"),
+    "RegMeanAlgorithm": (regmean.RegMean, "regmean.regmean"),
+    "RegMeanAlgorithmForCLIP": (regmean.RegMeanForCLIP, "regmean.clip_regmean"),
 }
 
 
