@@ -3,18 +3,22 @@ merge of factors is that of the folded weights."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from table_experts import changes, onto
 from torch import Tensor
 
 import mergekern as mk
 
 from accuracy import assert_within
-from cifar import Cifar10, Images
+from cifar import ROOT, Cifar10, Images
+
+sys.path.append(str(ROOT))  # for the package `bench`; last, so that mergekern is what is installed
+
 from experts import TASKS, State, network, pixels, seen, tune, with_adapter
+from table_experts import changes, onto
 
 CHOSEN = ("quarter turn", "inverted", "animals")
 RATE, STEPS = 1e-2, 3
