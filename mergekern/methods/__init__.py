@@ -12,6 +12,7 @@ from . import (
     ram,
     sce,
     selective,
+    spectral,
     task_vectors,
     whole_model,
 )
@@ -46,6 +47,10 @@ REGISTRY: dict[str, Method] = {
         emr.EMR_MERGING,
         masks.MAGMAX,
         masks.CONSENSUS,
+        spectral.TSV_M,
+        spectral.ISO_C,
+        spectral.ISO_CTS,
+        spectral.SVC,
     )
 }
 
