@@ -1,10 +1,10 @@
-"""Singular values and polar factors of task vectors in float64, from the eigenvalues of a Gram matrix.
+"""Singular values and polar factors in float64, from the eigenvalues of a Gram matrix.
 
-The Gram matrix g = a^T a of the shorter side costs an eighth of an SVD, and gives all that spectral
+The Gram matrix g = a^T a of the shorter side costs a fraction of an SVD, and gives all that spectral
 methods need: a = u diag(s) v^T with g = v diag(s^2) v^T and u = a v / s. But it squares the
-condition: with an error of 2**-49 |g| in g (16 float64 roundings; `gram` and `eigh` together were
-never seen to make 4), directions of singular value s are off by 2**-49 (s_1 / s)^2. Where that is
-more than the tolerance, a QR and the SVD of its small factor take over, off by 2**-52 s_1 / s.
+condition: errors of 2**-49 |g|_F in g (`gram` and `eigh` together were never seen to make half as
+much) turn directions of singular value s by 2**-49 |g|_F / s^2. Where that is more than the
+tolerance, a QR and the SVD of its small factor take over, which turn them by about 2**-52 s_1 / s.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_EPS = 2.0**-52
-_GRAM = 16 * _EPS  # error of a Gram matrix and its eigenvalues, relative to the largest of these
+_GRAM = 2.0**-49
 
 
 class Spectrum(NamedTuple):
@@ -33,32 +32,42 @@ class Spectrum(NamedTuple):
 
     @property
     def polar(self) -> tuple[Tensor, Tensor]:
-        """u v^T as a product of two: the nearest matrix with orthonormal columns."""
+        """Factors of u v^T: of the matrices with orthonormal columns the nearest to a."""
         return self.left, self.w @ self.v.T
 
 
-def spectrum(a: Tensor, tolerance: float, k: int | None = None) -> Spectrum:
+def spectrum(
+    a: Tensor, tolerance: float, k: int | None = None, *, beside: Tensor | None = None
+) -> Spectrum:
     """The k (None: all) largest singular values and vectors of a float64 matrix, tall or square.
 
-    tolerance: the relative error that singular vectors may have, apart from what a small gap
-    between two values does to these. Values that are 0 but for rounding, s <= rows eps s_1, are
-    left out with their vectors, which nothing determines; so there may be fewer than k.
-    Cost: rows columns^2 and about 2 columns^3 flops (k = columns: 9 columns^3); where it takes a
+    beside: orthonormal columns q. Then they are those of a - q q^T a, but that u may have a part
+    in q, which is to be taken out.
+    tolerance: of the direction of a singular vector, apart from what a small gap between values
+    does to it; and the share of the largest value (beside q: of |a|_F) up to which others count as
+    0 and are left out with their vectors, so that there may be fewer than k.
+    Cost: rows columns^2 and about 2 columns^3 flops (9 for all of many values); where it takes a
     QR and an SVD, 4 rows columns^2 and about 22 columns^3.
     """
     rows, columns = a.shape
     k = columns if k is None else k
     if not k or not rows:
-        empty = a.new_zeros(columns, 0)
-        return Spectrum(a, empty, a.new_zeros(0), empty)
+        none = a.new_zeros(columns, 0)
+        return Spectrum(a, none, a.new_zeros(0), none)
+    inside = None if beside is None else beside.T @ a
     if tolerance > _GRAM:
-        values, v = _eigen(_gram(a), k)
-        if values[-1] > values[0] * (_GRAM / tolerance):
+        g = _gram(a)
+        size = torch.linalg.vector_norm(g)
+        if inside is not None:
+            g -= _gram(inside)
+        values, v = _eigen(g, k)
+        if values[-1] > size * (_GRAM / tolerance):
             s = values.sqrt()
             return Spectrum(a, v / s, s, v)
-    q, r = torch.linalg.qr(a)
+    largest = None if inside is None else torch.linalg.vector_norm(a)
+    q, r = torch.linalg.qr(a if inside is None else a - beside @ inside)
     u, s, vh = torch.linalg.svd(r)
-    k = min(k, int((s > rows * _EPS * s[0]).sum()))
+    k = min(k, int((s > tolerance * (s[0] if largest is None else largest)).sum()))
     return Spectrum(q, u[:, :k], s[:k], vh[:k].T)
 
 
@@ -75,11 +84,15 @@ def _eigen(g: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if g.device.type != "cpu":
         values, vectors = torch.linalg.eigh(g)
     else:
-        from scipy.linalg import eigh  # a merge that needs no eigenvalues does not load scipy
+        from scipy.linalg import eigh  # merges by other methods do not load scipy
 
         n = len(g)
-        some = {"driver": "evr", "subset_by_index": (n - k, n - 1)}
-        which = some if 2 * k < n else {"driver": "evd"}
-        found = eigh(g.numpy(), check_finite=False, overwrite_a=True, **which)
+        few = {"driver": "evr", "subset_by_index": (n - k, n - 1)}
+        found = eigh(
+            g.numpy(),
+            check_finite=False,
+            overwrite_a=True,
+            **(few if 2 * k < n else {"driver": "evd"}),
+        )
         values, vectors = map(torch.from_numpy, found)
     return values[-k:].flip(0), vectors[:, -k:].flip(1)

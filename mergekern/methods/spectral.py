@@ -1,17 +1,18 @@
 """tsv_m, iso_c, iso_cts, svc: methods on the singular values and vectors of task vectors.
 
 Each works on matrices by themselves, in float64, and adds the result to the base with one rounding.
-Singular vectors have a relative error of 2**-24 at most (2**-52 s_1 / s for float64 tensors), so
-what is merged errs by less than the rounding of float32; see `singular`. As in the tools, only what
-a small gap between singular values does to their vectors is beyond that. Where the tools take
-arbitrary vectors for singular values of 0, as those of sums of fewer low-rank task vectors than the
-matrix has rows, nothing is put: inverse roots are of what is there, polar factors partial isometries.
-A task vector that was of low rank and then rounded with its model has full rank, of noise; Iso-C
-and Iso-CTS raise that noise as the tools do. Merge such models as adapters (`core_iso_c`).
+Singular vectors are right to 2**-23 (2**-42 for float64 tensors) but for what a small gap between
+their values does, so that what is merged errs by less than its rounding to float32; and singular
+values up to that share of the largest count as 0. Where the tools take arbitrary vectors for values
+of 0, as of sums of a few task vectors of low rank, nothing is put here: polar factors are partial
+isometries. A task vector of low rank that was added to a base and rounded with it has full rank, of
+noise, which Iso-C and Iso-CTS raise, here as in the tools: merge such models as adapters
+(`core_iso_c`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,10 +43,12 @@ class Matrices:
     host: str | None
 
     def __iter__(self) -> Iterator[Tensor]:
-        for i, (x, w) in enumerate(zip(self.xs, self.weight, strict=True)):
-            vector = x.to(torch.float64, copy=True).sub_(self.base)
-            check.finite(self.op, f"task vector {i} of {self.name}", vector)
-            yield vector if w == 1 else vector.mul_(w)
+        return map(self.vector, range(len(self.xs)))
+
+    def vector(self, i: int) -> Tensor:
+        vector = self.xs[i].to(torch.float64, copy=True).sub_(self.base)
+        check.finite(self.op, f"task vector {i} of {self.name}", vector)
+        return vector if self.weight[i] == 1 else vector.mul_(self.weight[i])
 
     def __len__(self) -> int:
         return len(self.xs)
@@ -60,13 +63,10 @@ class Matrices:
 
     @property
     def tolerance(self) -> float:
-        return 2.0**-52 if self.base.dtype == torch.float64 else 2.0**-24
+        return 2.0**-42 if self.base.dtype == torch.float64 else 2.0**-23
 
     def total(self) -> Tensor:
-        total = self.base.new_zeros(self.base.shape, dtype=torch.float64)
-        for vector in self:
-            total += vector
-        return total
+        return functools.reduce(Tensor.add_, self)
 
     def upright(self, a: Tensor) -> Tensor:
         """Transposed where a task vector is wide, so that it is tall; and back."""
@@ -82,11 +82,16 @@ class Matrices:
 def tsv_m(matrices: Matrices) -> Tensor:
     k = matrices.rank // len(matrices)
     if not k and matrices.host is None:
-        return matrices.total() / len(matrices)
-    found = [(f.u, f.s, f.v) for f in (matrices.spectrum(a, k) for a in matrices)]
-    us, ss, vs = zip(*found, strict=True)
-    left, inner = matrices.polar(us)
+        return matrices.total().div_(len(matrices))
+    us, ss, vs = [], [], []
+    for vector in matrices:
+        found = matrices.spectrum(vector, k)
+        us.append(found.u)
+        ss.append(found.s)
+        vs.append(found.v)
+        del vector, found  # before the next
     right, other = matrices.polar(vs)
+    left, inner = matrices.polar(us)
     return matrices.upright(left @ ((inner * torch.cat(ss)) @ (right @ other).T))
 
 
@@ -112,18 +117,20 @@ def iso_cts(matrices: Matrices, common: float) -> Tensor:
     found = matrices.spectrum(matrices.total(), size)
     u, v = (found.u, found.v) if matrices.tall else (found.v, found.u)
     us, ss, vs = [], [found.s], []
+    del found
     # What lies in the common space, on the side of the rows, is taken out of each task vector.
     rest = None if matrices.tall else torch.linalg.qr(u, "complete").Q[:, u.shape[1] :]
-    for a in matrices if each else ():
+    for vector in matrices if each else ():
         if rest is None:
-            own = spectrum(a.sub_(u @ (u.T @ a)), matrices.tolerance, each)
-            us.append(own.u)
+            own = spectrum(vector, matrices.tolerance, each, beside=u)
+            us.append(own.u - u @ (u.T @ own.u))
             vs.append(own.v)
         else:
-            own = spectrum(a.T @ rest, matrices.tolerance, each)
+            own = spectrum(vector.T @ rest, matrices.tolerance, each)
             us.append(rest @ own.v)
             vs.append(own.u)
         ss.append(own.s)
+        del vector, own  # before the next
     # The two groups of columns on that side are orthogonal, and the second is so in itself.
     tasks = [torch.matmul(*matrices.polar(us))] if us else []
     left = torch.cat([*tasks, u], 1)
@@ -155,11 +162,11 @@ def _by_matrix(
     """base + scale * recipe(matrices); with `split` of each matrix of a fused qkv by itself."""
     base, name = inputs.base, inputs.name or "the tensor"
     assert base is not None
-    merged = torch.empty(base.shape, dtype=torch.float64, device=base.device)
     count, axis = _thirds(op, name, base.shape) if split else (1, 0)
-    parts = [torch.chunk(x, count, axis) for x in (merged, base, *inputs.xs)]
-    for out, origin, *xs in zip(*parts, strict=True):
-        out.copy_(recipe(Matrices(op, name, xs, origin, weight, inputs.host)))
+    parts = zip(*(torch.chunk(x, count, axis) for x in (base, *inputs.xs)), strict=True)
+    each = [recipe(Matrices(op, name, xs, part, weight, inputs.host)) for part, *xs in parts]
+    merged = each[0] if count == 1 else torch.cat(each, axis)
+    check.finite(op, f"the merged {name}", merged)
 
     def step(part: Part) -> Tensor:
         return part(1).mul_(scale).add_(part(0))
