@@ -45,6 +45,7 @@ class Task:
     slices: tuple[tuple[int, int], ...]  # ranges of elements, computed one by one
     measured: bool  # all slices must be seen before the first is merged
     element: int  # bytes in memory per element while a slice is under way
+    scratch: int = 0  # and those that the method takes beside
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -63,7 +64,7 @@ class Task:
         return math.prod(self.shape) * sum(d.itemsize for d in self.stored)
 
     def cost(self, extent: tuple[int, int]) -> int:
-        return (extent[1] - extent[0]) * self.element
+        return (extent[1] - extent[0]) * self.element + self.scratch
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,8 @@ def make_plan(
         task = max(tasks, key=lambda t: max(map(t.cost, t.slices)))
         whole = "" if len(task.slices) > 1 else " and cannot be cut into slices"
         raise CheckpointError(
-            f"tensor {task.key} needs {-(-plan.peak // 2**20)} MiB for its inputs and "
-            f"result{whole}, more than the memory limit of {memory / 2**20:.1f} MiB; "
+            f"tensor {task.key} needs {-(-plan.peak // 2**20)} MiB for its inputs"
+            f"{', scratch' if task.scratch else ''} and result{whole}, more than the memory limit of {memory / 2**20:.1f} MiB; "
             "raise it with --memory"
         )
     return plan
@@ -252,6 +253,7 @@ def _task(
         and len(ranges) > 1
         and any(method.needs(each, shape, host) for each in given or ()),
         element=element,
+        scratch=max((method.scratch(each, shape) for each in given or ()), default=0),
     )
 
 

@@ -114,6 +114,7 @@ class Inputs:
 Cut = Callable[[Mapping[str, Any], Sequence[int], str | None], str | None]
 Needs = Callable[[Mapping[str, Any], Sequence[int], str | None], bool]
 Joins = Callable[[Mapping[str, Any]], int]  # of arguments
+Scratch = Callable[[Mapping[str, Any], Sequence[int]], int]  # of arguments and shape
 
 
 def whole(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> str | None:
@@ -133,6 +134,11 @@ def always(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None)
 
 def never(arguments: Mapping[str, Any]) -> int:
     """That no tensors may be joined, empty ones neither."""
+    return 0
+
+
+def nothing(arguments: Mapping[str, Any], shape: Sequence[int]) -> int:
+    """The scratch of a method that works in chunks."""
     return 0
 
 
@@ -163,6 +169,8 @@ class Method:
     joins: a number of elements; tensors of fewer may be merged end to end in one call, without a
     host, and `inputs.sizes` says where each ends. The result is what `merge` of each gives, to the
     bit. A method that surveys joins none.
+    scratch: bytes that `merge` of a tensor of that shape takes beside its inputs and its result, where
+    these are more than a few chunks.
     studied: the parameters on which survey or measure depend; None: all.
 
     kept: what `merge` keeps of each task vector, with the same inputs and arguments, for reports.
@@ -183,6 +191,7 @@ class Method:
     needs: Needs = always
     draws: frozenset[str] = frozenset()
     joins: Joins = never
+    scratch: Scratch = nothing
     studied: tuple[str, ...] | None = None
     kept: Callable[..., list[Keep] | None] | None = None
 

@@ -247,6 +247,14 @@ def _cut(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -
     return None if arguments["spectral"] and len(shape) == 2 else "elements"
 
 
+def _scratch(arguments: Mapping[str, Any], shape: Sequence[int]) -> int:
+    """At most 8 matrices of the tensor's size and 10 squares of its shorter side, in float64."""
+    if _cut(arguments, shape, None) is not None:
+        return 0
+    rows, columns = shape
+    return 8 * (8 * rows * columns + 10 * min(rows, columns) ** 2)
+
+
 def _method(
     name: str,
     doc: str,
@@ -270,6 +278,7 @@ def _method(
         ),
         merge=merge,
         cut=_cut,
+        scratch=_scratch,
         parity=parity or {},
     )
 
