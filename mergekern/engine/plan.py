@@ -181,8 +181,8 @@ def make_plan(
         whole = "" if len(task.slices) > 1 else " and cannot be cut into slices"
         raise CheckpointError(
             f"tensor {task.key} needs {-(-plan.peak // 2**20)} MiB for its inputs"
-            f"{', scratch' if task.scratch else ''} and result{whole}, more than the memory limit of {memory / 2**20:.1f} MiB; "
-            "raise it with --memory"
+            f"{', scratch' if task.scratch else ''} and result{whole}, more than the memory limit "
+            f"of {memory / 2**20:.1f} MiB; raise it with --memory"
         )
     return plan
 

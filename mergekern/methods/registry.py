@@ -169,8 +169,8 @@ class Method:
     joins: a number of elements; tensors of fewer may be merged end to end in one call, without a
     host, and `inputs.sizes` says where each ends. The result is what `merge` of each gives, to the
     bit. A method that surveys joins none.
-    scratch: bytes that `merge` of a tensor of that shape takes beside its inputs and its result, where
-    these are more than a few chunks.
+    scratch: bytes that `merge` of a tensor of that shape takes beside its inputs and its result,
+    where that is more than a few chunks.
     studied: the parameters on which survey or measure depend; None: all.
 
     kept: what `merge` keeps of each task vector, with the same inputs and arguments, for reports.

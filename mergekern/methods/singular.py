@@ -1,10 +1,10 @@
 """Singular values and polar factors in float64, from the eigenvalues of a Gram matrix.
 
-The Gram matrix g = a^T a of the shorter side costs a fraction of an SVD, and gives all that spectral
+The Gram matrix g = a^T a of the shorter side costs a fraction of an SVD and gives all that spectral
 methods need: a = u diag(s) v^T with g = v diag(s^2) v^T and u = a v / s. But it squares the
-condition: errors of 2**-49 |g|_F in g (`gram` and `eigh` together were never seen to make half as
-much) turn directions of singular value s by 2**-49 |g|_F / s^2. Where that is more than the
-tolerance, a QR and the SVD of its small factor take over, which turn them by about 2**-52 s_1 / s.
+condition: errors of 2**-49 |g|_F in g and its eigenvalues (half as much was never seen) turn
+directions of singular value s by 2**-49 |g|_F / s^2. Where that is more than the tolerance, a QR
+and the SVD of its small factor take over, which turn them by about 2**-52 s_1 / s.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def spectrum(
     beside: orthonormal columns q. Then they are those of a - q q^T a, but that u may have a part
     in q, which is to be taken out.
     tolerance: of the direction of a singular vector, apart from what a small gap between values
-    does to it; and the share of the largest value (beside q: of |a|_F) up to which others count as
-    0 and are left out with their vectors, so that there may be fewer than k.
+    does to it; and the share of the largest value (or of |q^T a|_F) up to which others count as 0
+    and are left out with their vectors, so that there may be fewer than k.
     Cost: rows columns^2 and about 2 columns^3 flops (9 for all of many values); where it takes a
     QR and an SVD, 4 rows columns^2 and about 22 columns^3.
     """
@@ -54,21 +54,20 @@ def spectrum(
     if not k or not rows:
         none = a.new_zeros(columns, 0)
         return Spectrum(a, none, a.new_zeros(0), none)
-    inside = None if beside is None else beside.T @ a
+    q = a[:, :0] if beside is None else beside
+    inside = q.T @ a
     if tolerance > _GRAM:
         g = _gram(a)
         size = torch.linalg.vector_norm(g)
-        if inside is not None:
-            g -= _gram(inside)
-        values, v = _eigen(g, k)
+        values, v = _eigen(g if beside is None else g - _gram(inside), k)
         if values[-1] > size * (_GRAM / tolerance):
             s = values.sqrt()
             return Spectrum(a, v / s, s, v)
-    largest = None if inside is None else torch.linalg.vector_norm(a)
-    q, r = torch.linalg.qr(a if inside is None else a - beside @ inside)
+    left, r = torch.linalg.qr(a - q @ inside)
     u, s, vh = torch.linalg.svd(r)
-    k = min(k, int((s > tolerance * (s[0] if largest is None else largest)).sum()))
-    return Spectrum(q, u[:, :k], s[:k], vh[:k].T)
+    least = tolerance * torch.maximum(s[0], torch.linalg.vector_norm(inside))
+    k = min(k, int((s > least).sum()))
+    return Spectrum(left, u[:, :k], s[:k], vh[:k].T)
 
 
 def _gram(a: Tensor) -> Tensor:

@@ -23,8 +23,7 @@ from torch import Tensor
 from .. import check
 from ..errors import ArgumentError
 from ..ops.merge_deltas import merge_deltas
-from . import slices
-from .chunked import elementwise, Part
+from .chunked import Part, elementwise
 from .registry import Inputs, Method, Parameter
 from .singular import Spectrum, spectrum
 

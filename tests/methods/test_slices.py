@@ -38,6 +38,12 @@ BACKENDS = ("torch", "cpu")
 WHOLE: dict[tuple[str, str | None], str] = {
     ("arcee_fusion", None): "quantiles: the softmax of every row anew in each of four passes",
     ("breadcrumbs_ties", "mergekit"): "rescale: norms as torch sums a whole tensor",
+    ("tsv_m", None): "singular vectors of a matrix",
+    ("tsv_m", "fusion_bench"): "singular vectors of a matrix",
+    ("iso_c", None): "singular vectors of a matrix",
+    ("iso_cts", None): "singular vectors of a matrix",
+    ("svc", None): "singular vectors of a matrix",
+    ("svc", "fusion_bench"): "singular vectors of a matrix",
     ("arcee_fusion", "mergekit"): "takes its quantiles from a sample that torch draws",
     ("dare_linear", "mergekit"): "masks come from torch's generator, model by model",
     ("dare_linear", "peft"): "masks come from torch's generator, model by model",
@@ -47,6 +53,7 @@ WHOLE: dict[tuple[str, str | None], str] = {
     ("della_linear", "mergekit"): "masks come from torch's generator, model by model",
 }
 TORCH_ONLY = {"nearswap", "arcee_fusion", "fisher", "emr", "magmax", "consensus"}
+TORCH_ONLY |= {"tsv_m", "iso_c", "iso_cts", "svc"}
 
 
 class Merge:

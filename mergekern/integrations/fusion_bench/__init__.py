@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 
 from ...errors import BackendError
-from . import averages, emr, model_stock, task_vectors
+from . import averages, emr, model_stock, spectral, task_vectors
 
 # Name here: what overrides `run`, and where FusionBench has the class of that name.
 _CLASSES: dict[str, tuple[type, str]] = {
@@ -24,6 +24,15 @@ _CLASSES: dict[str, tuple[type, str]] = {
     "MagMaxAlgorithm": (averages.MagMax, "magmax.magmax"),
     "EMRMerging": (emr.EMR, "emr_merging.emr_merging"),
     "ModelStock": (model_stock.ModelStock, "model_stock.model_stock"),
+    "TaskSingularVectorMerging": (spectral.TSVM, "task_singular_vector.TSVM"),
+    "IsotropicMergingInCommonSubspace": (spectral.IsoC, "isotropic_merging.iso"),
+    "ISO_C_Merge": (spectral.IsoC, "isotropic_merging.iso"),
+    "IsotropicMergingInCommonAndTaskSubspace": (spectral.IsoCTS, "isotropic_merging.iso"),
+    "ISO_CTS_Merge": (spectral.IsoCTS, "isotropic_merging.iso"),
+    "SingularValueCalibrationArithmeticTask": (
+        spectral.CalibratedTaskArithmetic,
+        "singular_value_calibration.task_arithmetic",
+    ),
 }
 
 
