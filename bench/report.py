@@ -41,7 +41,8 @@ COLUMNS = (
     ("mm_16_bit", "vs 16-bit mm", "{:.1f}"),
     ("einsum", "vs einsum", "{:.0f}"),
     ("extra_mb", "extra MB", "{:.0f}"),
-    ("error", "error / bound", "{:.2f}"),
+    ("error", "error / bound", "{:.2g}"),
+    ("host_error", "host's", "{:.2g}"),
 )
 NOTES = (
     "x limit: time over the least time that the bytes (or FLOPs) of cost() need at the copy "
