@@ -37,15 +37,20 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(
-    a: Tensor, tolerance: float, k: int | None = None, *, beside: Tensor | None = None
+    a: Tensor,
+    tolerance: float,
+    k: int | None = None,
+    *,
+    beside: Tensor | None = None,
+    least: float = 0.0,
 ) -> Spectrum:
     """The k (None: all) largest singular values and vectors of a float64 matrix, tall or square.
 
     beside: orthonormal columns q. Then they are those of a - q q^T a, but that u may have a part
     in q, which is to be taken out.
     tolerance: of the direction of a singular vector, apart from what a small gap between values
-    does to it; and the share of the largest value (or of |q^T a|_F) up to which others count as 0
-    and are left out with their vectors, so that there may be fewer than k.
+    does to it. Values up to that share of the largest, or up to `least`, count as 0 and are left
+    out with their vectors, so that there may be fewer than k.
     Cost: rows columns^2 and about 2 columns^3 flops (9 for all of many values); where it takes a
     QR and an SVD, 4 rows columns^2 and about 22 columns^3.
     """
@@ -60,13 +65,12 @@ def spectrum(
         g = _gram(a)
         size = torch.linalg.vector_norm(g)
         values, v = _eigen(g if beside is None else g - _gram(inside), k)
-        if values[-1] > size * (_GRAM / tolerance):
+        if values[-1] > torch.clamp(size * (_GRAM / tolerance), min=least**2):
             s = values.sqrt()
             return Spectrum(a, v / s, s, v)
     left, r = torch.linalg.qr(a - q @ inside)
     u, s, vh = torch.linalg.svd(r)
-    least = tolerance * torch.maximum(s[0], torch.linalg.vector_norm(inside))
-    k = min(k, int((s > least).sum()))
+    k = min(k, int((s > torch.clamp(tolerance * s[0], min=least)).sum()))
     return Spectrum(left, u[:, :k], s[:k], vh[:k].T)
 
 

@@ -119,13 +119,15 @@ def iso_cts(matrices: Matrices, common: float) -> Tensor:
     del found
     # What lies in the common space, on the side of the rows, is taken out of each task vector.
     rest = None if matrices.tall else torch.linalg.qr(u, "complete").Q[:, u.shape[1] :]
+    tolerance = matrices.tolerance
     for vector in matrices if each else ():
+        least = tolerance * float(torch.linalg.vector_norm(vector))
         if rest is None:
-            own = spectrum(vector, matrices.tolerance, each, beside=u)
+            own = spectrum(vector, tolerance, each, beside=u, least=least)
             us.append(own.u - u @ (u.T @ own.u))
             vs.append(own.v)
         else:
-            own = spectrum(vector.T @ rest, matrices.tolerance, each)
+            own = spectrum(vector.T @ rest, tolerance, each, least=least)
             us.append(rest @ own.v)
             vs.append(own.u)
         ss.append(own.s)
