@@ -12,9 +12,7 @@ noise, which Iso-C and Iso-CTS raise, here as in the tools: merge such models as
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,144 +21,19 @@ from torch import Tensor
 from .. import check
 from ..errors import ArgumentError
 from ..ops.merge_deltas import merge_deltas
+from . import directions
 from .chunked import Part, elementwise
+from .directions import Matrices
 from .registry import Inputs, Method, Parameter
-from .singular import Spectrum, spectrum
 
 _QKV = ("qkv", "in_proj_weight", "c_attn")
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """One matrix of every model; iterating gives the task vectors in float64, one at a time."""
-
-    op: str
-    name: str
-    xs: Sequence[Tensor]
-    base: Tensor
-    weight: Sequence[float]
-    host: str | None
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return map(self.vector, range(len(self.xs)))
-
-    def vector(self, i: int) -> Tensor:
-        vector = self.xs[i].to(torch.float64, copy=True).sub_(self.base)
-        check.finite(self.op, f"task vector {i} of {self.name}", vector)
-        return vector if self.weight[i] == 1 else vector.mul_(self.weight[i])
-
-    def __len__(self) -> int:
-        return len(self.xs)
-
-    @property
-    def rank(self) -> int:
-        return min(self.base.shape)
-
-    @property
-    def tall(self) -> bool:
-        return self.base.shape[0] >= self.base.shape[1]
-
-    @property
-    def tolerance(self) -> float:
-        return 2.0**-42 if self.base.dtype == torch.float64 else 2.0**-23
-
-    def total(self) -> Tensor:
-        return functools.reduce(Tensor.add_, self)
-
-    def upright(self, a: Tensor) -> Tensor:
-        """Transposed where a task vector is wide, so that it is tall; and back."""
-        return a if self.tall else a.T
-
-    def spectrum(self, a: Tensor, k: int | None = None) -> Spectrum:
-        return spectrum(self.upright(a), self.tolerance, k)
-
-    def polar(self, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return spectrum(torch.cat(list(columns), 1), self.tolerance).polar
-
-
-def tsv_m(matrices: Matrices) -> Tensor:
-    k = matrices.rank // len(matrices)
-    if not k and matrices.host is None:
-        return matrices.total().div_(len(matrices))
-    us, ss, vs = [], [], []
-    for vector in matrices:
-        found = matrices.spectrum(vector, k)
-        us.append(found.u)
-        ss.append(found.s)
-        vs.append(found.v)
-        del vector, found  # before the next
-    right, other = matrices.polar(vs)
-    left, inner = matrices.polar(us)
-    return matrices.upright(left @ ((inner * torch.cat(ss)) @ (right @ other).T))
-
-
-def iso_c(matrices: Matrices) -> Tensor:
-    found = matrices.spectrum(matrices.total())
-    left, right = found.polar
-    mean = found.s.sum() / max(1, matrices.rank)
-    return matrices.upright(left @ (right * mean))
-
-
-def shares(rank: int, n: int, common: float) -> tuple[int, int]:
-    """Directions of the common space, and of each task: all of `rank`, rounded as in the tools.
-
-    >>> shares(768, 8, 0.8), shares(4, 8, 0.0)
-    ((616, 19), (4, 0))
-    """
-    each = min(round((rank - int(rank * common)) / n), rank // n)
-    return rank - n * each, each
-
-
-def iso_cts(matrices: Matrices, common: float) -> Tensor:
-    size, each = shares(matrices.rank, len(matrices), common)
-    found = matrices.spectrum(matrices.total(), size)
-    u, v = (found.u, found.v) if matrices.tall else (found.v, found.u)
-    us, ss, vs = [], [found.s], []
-    del found
-    # What lies in the common space, on the side of the rows, is taken out of each task vector.
-    rest = None if matrices.tall else torch.linalg.qr(u, "complete").Q[:, u.shape[1] :]
-    tolerance = matrices.tolerance
-    for vector in matrices if each else ():
-        least = tolerance * float(torch.linalg.vector_norm(vector))
-        if rest is None:
-            own = spectrum(vector, tolerance, each, beside=u, least=least)
-            us.append(own.u - u @ (u.T @ own.u))
-            vs.append(own.v)
-        else:
-            own = spectrum(vector.T @ rest, tolerance, each, least=least)
-            us.append(rest @ own.v)
-            vs.append(own.u)
-        ss.append(own.s)
-        del vector, own  # before the next
-    # The two groups of columns on that side are orthogonal, and the second is so in itself.
-    tasks = [torch.matmul(*matrices.polar(us))] if us else []
-    left = torch.cat([*tasks, u], 1)
-    right, inner = matrices.polar([*vs, v])
-    mean = torch.cat(ss).sum() / max(1, matrices.rank)
-    return (left * mean) @ (right @ inner).T
-
-
-def svc(matrices: Matrices, scale: float, alpha: float, least: float) -> Tensor:
-    found = matrices.spectrum(matrices.total().mul_(scale))
-    u, v = (found.u, found.v) if matrices.tall else (found.v, found.u)
-    total = torch.zeros_like(found.s)
-    for a in matrices:
-        response = u.T @ a
-        square = response.square().sum(1).clamp_(min=least)
-        along = found.s * torch.linalg.vecdot(response, v.T)
-        total += torch.where(square > 0, along / square, alpha).clamp_(min=alpha)
-    return (u * (found.s * len(matrices) / total)) @ v.T
-
-
-# ---- one tensor ------------------------------------------------------------------------------
-
 Recipe = Callable[[Matrices], Tensor]
 
 
 def _by_matrix(
-    op: str, inputs: Inputs, weight: Sequence[float], scale: float, split: bool, recipe: Recipe
+    op: str, inputs: Inputs, weight: Sequence[float], split: bool, recipe: Recipe
 ) -> Tensor:
-    """base + scale * recipe(matrices); with `split` of each matrix of a fused qkv by itself."""
+    """recipe(matrices) in float64; with `split` of each matrix of a fused qkv by itself."""
     base, name = inputs.base, inputs.name or "the tensor"
     assert base is not None
     count, axis = _thirds(op, name, base.shape) if split else (1, 0)
@@ -168,13 +41,18 @@ def _by_matrix(
     each = [recipe(Matrices(op, name, xs, part, weight, inputs.host)) for part, *xs in parts]
     merged = each[0] if count == 1 else torch.cat(each, axis)
     check.finite(op, f"the merged {name}", merged)
+    return merged
+
+
+def _added(op: str, inputs: Inputs, merged: Tensor, scale: float) -> Tensor:
+    """base + scale * merged, rounded once."""
 
     def step(part: Part) -> Tensor:
-        return part(1).mul_(scale).add_(part(0))
+        return part(0) + scale * part(1)
 
     return elementwise(
         op,
-        [base],
+        [inputs.base],
         step,
         beside=[merged],
         out_dtype=inputs.out_dtype,
@@ -223,7 +101,13 @@ def _merge(op: str, recipe: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         if not _is_matrix(inputs, spectral):
             return _plain(inputs, weight, lambda_ / len(weight))
-        return _by_matrix(op, inputs, weight, lambda_, split_qkv, lambda m: recipe(m, **given))
+        # The points of a sweep that differ in lambda only share what is merged.
+        about = (weight, split_qkv, given)
+        if inputs.shared.get("about") != about:
+            inputs.shared.pop("merged", None)  # before the next is there
+            merged = _by_matrix(op, inputs, weight, split_qkv, lambda m: recipe(m, **given))
+            inputs.shared.update(about=about, merged=merged)
+        return _added(op, inputs, inputs.shared["merged"], lambda_)
 
     return merge
 
@@ -239,9 +123,9 @@ def _merge_svc(
     least = 1e-12 if inputs.host == "fusion_bench" else 0.0
 
     def recipe(matrices: Matrices) -> Tensor:
-        return svc(matrices, lambda_, alpha, least)
+        return directions.svc(matrices, lambda_, alpha, least)
 
-    return _by_matrix("svc", inputs, weight, 1.0, split_qkv, recipe)
+    return _added("svc", inputs, _by_matrix("svc", inputs, weight, split_qkv, recipe), 1.0)
 
 
 def _cut(arguments: Mapping[str, Any], shape: Sequence[int], host: str | None) -> str | None:
@@ -296,7 +180,7 @@ TSV_M = _method(
     "and vectors, r the rank of a full matrix; P and Q are the nearest matrices with orthonormal "
     "columns to those of all tasks side by side (Gargiulo et al., 2412.00081). Matrices of fewer "
     f"than T rows or columns, where r // T is 0, get the mean of the task vectors. {_MATRICES}",
-    _merge("tsv_m", tsv_m),
+    _merge("tsv_m", directions.tsv_m),
     parity={"fusion_bench": "matrices of fewer than T rows or columns stay the base's"},
 )
 ISO_C = _method(
@@ -304,7 +188,7 @@ ISO_C = _method(
     "base + lambda * mean(s) U V^T, U diag(s) V^T the SVD of the sum of task vectors: all of its "
     "directions as long as they are on average, over min(shape) (Marczak et al., 2502.04959). "
     f"{_MATRICES}",
-    _merge("iso_c", iso_c),
+    _merge("iso_c", directions.iso_c),
 )
 ISO_CTS = _method(
     "iso_cts",
@@ -312,7 +196,7 @@ ISO_CTS = _method(
     "share `common` of all; of what each task vector has beside the columns of these, the largest "
     "for its part of the rest. P and Q are the nearest matrices with orthonormal columns to their "
     f"vectors side by side (Marczak et al., 2502.04959). {_MATRICES}",
-    _merge("iso_cts", iso_cts),
+    _merge("iso_cts", directions.iso_cts),
     Parameter("common", float, "tensor", 0.8, "share of the common space", bounds=(0, 1)),
 )
 SVC = _method(

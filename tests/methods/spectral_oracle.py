@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from accuracy import assert_within, half_ulp
+
 GRAM = 2.0**-49
 
 
@@ -115,3 +117,31 @@ ORACLES: dict[str, Callable[..., Oracle]] = {
     "iso_cts": iso_cts,
     "svc": svc,
 }
+
+
+# ---- models, and how a merge of them is held to an oracle ------------------------------------
+
+
+def family(
+    n: int, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """A base and n models whose task vectors have something in common."""
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=g)
+    shared = torch.randn(shape, generator=g)
+    xs = [base + 0.01 * (torch.randn(shape, generator=g) + 0.3 * shared) for _ in range(n)]
+    return base.to(dtype), [x.to(dtype) for x in xs]
+
+
+def taus(base: Tensor, xs: list[Tensor]) -> list[Tensor]:
+    return [x.double() - base.double() for x in xs]
+
+
+def assert_merged(
+    got: Tensor, base: Tensor, oracle: Oracle, scale: float = 1.0, rounding: float = 1.0
+) -> None:
+    """base + scale * oracle, rounded once; the sum of the two in float64 before."""
+    exact = base.double() + scale * oracle.merged
+    error = abs(scale) * oracle.error + 2.0**-52 * (base.double().abs() + exact.abs())
+    assert oracle.error <= 2.0**-18 * float(torch.linalg.matrix_norm(oracle.merged, 2))
+    assert_within(got, exact, error + rounding * half_ulp(exact.abs() + error, got.dtype))
