@@ -3,7 +3,8 @@
 Each works on matrices by themselves, in float64, and adds the result to the base with one rounding.
 Singular vectors are right to 2**-23 (2**-42 for float64 tensors) but for what a small gap between
 their values does, so that what is merged errs by less than its rounding to float32; and singular
-values up to that share of the largest count as 0. Where the tools take arbitrary vectors for values
+values up to that share of the largest count as 0. Within that error bits depend on the BLAS and on
+its number of threads. Where the tools take arbitrary vectors for values
 of 0, as of sums of a few task vectors of low rank, nothing is put here: polar factors are partial
 isometries. A task vector of low rank that was added to a base and rounded with it has full rank, of
 noise, which Iso-C and Iso-CTS raise, here as in the tools: merge such models as adapters
