@@ -42,7 +42,8 @@ COLUMNS = (
     ("einsum", "vs einsum", "{:.0f}"),
     ("extra_mb", "extra MB", "{:.0f}"),
     ("fusion_bench_mb", "fusion-bench's", "{:.0f}"),
-    ("error", "error / bound", "{:.2f}"),
+    ("error", "error / bound", "{:.2g}"),
+    ("host_error", "host's", "{:.2g}"),
 )
 NOTES = (
     "x limit: time over the least time that the bytes (or FLOPs) of cost() need at the copy "

@@ -13,6 +13,7 @@ from . import (
     regmean,
     sce,
     selective,
+    spectral,
     task_vectors,
     whole_model,
     wudi,
@@ -51,6 +52,10 @@ REGISTRY: dict[str, Method] = {
         masks.CONSENSUS,
         wudi.WUDI,
         wudi.WUDI_EXACT,
+        spectral.TSV_M,
+        spectral.ISO_C,
+        spectral.ISO_CTS,
+        spectral.SVC,
     )
 }
 

@@ -58,6 +58,10 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "emr": [{"scale": 0.7}],
     "magmax": [{}],
     "consensus": [{"lambda": 0.4}, {"lambda": 1.0, "k": 1}],
+    "tsv_m": [{"weight": [1.0, 0.5, -2.0], "lambda": 0.7}, {"spectral": False}],
+    "iso_c": [{}, {"weight": 0.4, "spectral": False}],
+    "iso_cts": [{"common": 0.5}, {"spectral": False}],
+    "svc": [{"lambda": 0.3, "alpha": 0.5}, {"spectral": False}],
 }
 
 

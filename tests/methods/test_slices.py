@@ -41,6 +41,12 @@ WHOLE: dict[tuple[str, str | None], str] = {
     ("wudi", None): "every step has products of the whole matrix",
     ("wudi_exact", None): "the Gram matrix of all rows",
     ("breadcrumbs_ties", "mergekit"): "rescale: norms as torch sums a whole tensor",
+    ("tsv_m", None): "singular vectors of a matrix",
+    ("tsv_m", "fusion_bench"): "singular vectors of a matrix",
+    ("iso_c", None): "singular vectors of a matrix",
+    ("iso_cts", None): "singular vectors of a matrix",
+    ("svc", None): "singular vectors of a matrix",
+    ("svc", "fusion_bench"): "singular vectors of a matrix",
     ("arcee_fusion", "mergekit"): "takes its quantiles from a sample that torch draws",
     ("dare_linear", "mergekit"): "masks come from torch's generator, model by model",
     ("dare_linear", "peft"): "masks come from torch's generator, model by model",
@@ -50,7 +56,7 @@ WHOLE: dict[tuple[str, str | None], str] = {
     ("della_linear", "mergekit"): "masks come from torch's generator, model by model",
 }
 TORCH_ONLY = {"nearswap", "arcee_fusion", "fisher", "emr", "magmax", "consensus"}
-TORCH_ONLY |= {"regmean", "wudi", "wudi_exact"}
+TORCH_ONLY |= {"regmean", "wudi", "wudi_exact", "tsv_m", "iso_c", "iso_cts", "svc"}
 
 
 class Merge:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 
 from ...errors import BackendError
-from . import averages, emr, model_stock, regmean, task_vectors, wudi
+from . import averages, emr, model_stock, regmean, spectral, task_vectors, wudi
 from .regmean import merging_with_regmean_weights, regmean_params_merge
 from .wudi import wudi_merging
 
@@ -32,6 +32,15 @@ _CLASSES: dict[str, tuple[type, str]] = {
     "WUDIMerging": (wudi.WUDI, "wudi.wudi"),
     "RegMeanAlgorithm": (regmean.RegMean, "regmean.regmean"),
     "RegMeanAlgorithmForCLIP": (regmean.RegMeanForCLIP, "regmean.clip_regmean"),
+    "TaskSingularVectorMerging": (spectral.TSVM, "task_singular_vector.TSVM"),
+    "IsotropicMergingInCommonSubspace": (spectral.IsoC, "isotropic_merging.iso"),
+    "ISO_C_Merge": (spectral.IsoC, "isotropic_merging.iso"),
+    "IsotropicMergingInCommonAndTaskSubspace": (spectral.IsoCTS, "isotropic_merging.iso"),
+    "ISO_CTS_Merge": (spectral.IsoCTS, "isotropic_merging.iso"),
+    "SingularValueCalibrationArithmeticTask": (
+        spectral.CalibratedTaskArithmetic,
+        "singular_value_calibration.task_arithmetic",
+    ),
 }
 
 
