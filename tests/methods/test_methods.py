@@ -72,7 +72,7 @@ PER_MODEL = {
 }
 # Tested in files of their own.
 ELSEWHERE = {"nearswap", "arcee_fusion", "fisher", "emr", "magmax", "consensus"}
-ELSEWHERE |= {"tsv_m", "iso_c", "iso_cts", "svc"}
+ELSEWHERE |= {"tsv_m", "iso_c", "iso_cts", "svc", "regmean", "wudi", "wudi_exact"}
 
 
 def test_methods_are_those_of_the_table() -> None:
