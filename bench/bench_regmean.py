@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -88,7 +87,7 @@ def bench_input_moments(row, timed: bool) -> None:
     torch: hooks that form the product of each layer's inputs. error: of a diagonal element, over
     1e-6 of it.
     """
-    transformers = importlib.import_module("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers: not installed")
     sizes = {} if timed else {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
     config = transformers.CLIPVisionConfig(num_hidden_layers=1, patch_size=16, **sizes)
     torch.manual_seed(0)
