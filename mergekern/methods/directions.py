@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import check
+from .chunked import Part, elementwise
 from .singular import Spectrum, spectrum
 
 
@@ -48,7 +49,21 @@ class Matrices:
         return 2.0**-42 if self.base.dtype == torch.float64 else 2.0**-23
 
     def total(self) -> Tensor:
-        return functools.reduce(Tensor.add_, self)
+        """The sum of the task vectors, in chunks that stay in cache."""
+        of = range(1, len(self) + 1)
+
+        def step(part: Part) -> Tensor:
+            base = part(0)
+            terms = ((part(i) - base).mul_(w) for i, w in zip(of, self.weight, strict=True))
+            return functools.reduce(Tensor.add_, terms)
+
+        both = [self.base, *self.xs]
+        total = elementwise(self.op, both, step, out_dtype=torch.float64, acc=torch.float64)
+        if not bool(total.isfinite().all()):
+            for _ in self:  # says which task vector it is
+                pass
+            check.finite(self.op, f"the sum of task vectors of {self.name}", total)
+        return total
 
     def upright(self, a: Tensor) -> Tensor:
         """Transposed where a task vector is wide, so that it is tall; and back."""

@@ -42,6 +42,15 @@ def test_dtypes_are_rounded_once(name: str, dtype: torch.dtype) -> None:
     assert_merged(got, base, ORACLES[name](taus(base, xs)))
 
 
+def test_the_gram_matrix_serves_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more columns than a block of it has; an SVD is for what it cannot resolve."""
+    base, xs = family(2, 520, 400)
+    monkeypatch.delattr(torch.linalg, "qr")
+    got = mk.merge_tensors(xs, "iso_c", base=base, out_dtype=torch.float64)
+    monkeypatch.undo()
+    assert_merged(got, base, ORACLES["iso_c"](taus(base, xs)))
+
+
 @pytest.mark.parametrize("common", [0.0, 0.3, 0.5, 0.77, 1.0])
 @pytest.mark.parametrize("shape", [(31, 17), (17, 31)])
 def test_common_space(shape: tuple[int, int], common: float) -> None:
