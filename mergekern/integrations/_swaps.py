@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sized
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +42,20 @@ class Swaps:
     def take_back(self) -> None:
         """Put everything back, last first."""
         self._undo.close()
+
+
+@contextmanager
+def within(
+    installed: Sized, install: Callable[[], None], uninstall: Callable[[], None]
+) -> Iterator[None]:
+    """Installed inside the block, as it was before afterwards, whatever happens inside."""
+    before = bool(installed)
+    install()
+    try:
+        yield
+    finally:
+        if not before:
+            uninstall()
 
 
 def _set(owner: Any, name: str, value: Any) -> None:

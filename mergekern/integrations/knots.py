@@ -24,7 +24,7 @@ from torch import Tensor
 from ..adapters.low_rank import svd_above
 from ..errors import ArgumentError
 from ..ops.kth_magnitude import kth_magnitude
-from ._swaps import Swaps, host_module, require_parameters
+from ._swaps import Swaps, host_module, require_parameters, within
 
 _CUT = 1e-5  # of singular values, absolute
 _PIECE = 1 << 14  # elements of each vector
@@ -68,13 +68,8 @@ def uninstall() -> None:
 @contextmanager
 def accelerated() -> Iterator[None]:
     """KnOTS by mergekern inside the block, as it was before afterwards."""
-    before = bool(_installed)
-    install()
-    try:
+    with within(_installed, install, uninstall):
         yield
-    finally:
-        if not before:
-            uninstall()
 
 
 # ---- the decomposition -----------------------------------------------------------------------

@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...errors import BackendError
+from .._swaps import within
 from .adapters import METHOD, svd_weighted_adapter
 from .fallback import LORA, LORA_MODEL, UTILS, fallbacks, originals, served
 from .functions import (
@@ -77,13 +78,8 @@ def uninstall() -> None:
 @contextmanager
 def accelerated() -> Iterator[None]:
     """PEFT by mergekern inside the block, as it was before afterwards, whatever happens inside."""
-    before = bool(originals)
-    install()
-    try:
+    with within(originals, install, uninstall):
         yield
-    finally:
-        if not before:
-            uninstall()
 
 
 def _version() -> tuple[int, int]:

@@ -16,9 +16,10 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from .._swaps import Swaps, host_module, require_parameters
+from .._swaps import Swaps, host_module, require_parameters, within
 from . import matching_functions as _matching
 from .matching_functions import (
     add_bias_to_mats,
@@ -76,13 +77,8 @@ def uninstall() -> None:
 @contextmanager
 def accelerated(*, host: bool = False) -> Iterator[None]:
     """ZipIt by mergekern inside the block, as it was before afterwards."""
-    before = bool(_installed)
-    install(host=host)
-    try:
+    with within(_installed, partial(install, host=host), uninstall):
         yield
-    finally:
-        if not before:
-            uninstall()
 
 
 __all__ = [
