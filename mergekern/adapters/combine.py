@@ -13,9 +13,9 @@ from .. import check
 from ..errors import ArgumentError
 from ..methods.merge import merge_tensors
 from .adapter import Factors
+from .fit import OP
 from .truncation import best_of_rank
 
-OP = "merge_adapters"
 # PEFT's names of what merges factors, and the method that merges them.
 FACTORED = {
     "linear": "task_arithmetic",

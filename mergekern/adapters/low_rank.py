@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .factors import svd_of_product
+
 _BLOCK = 64  # columns of a sketch that are tried at a time
 _ROUNDING = 2.0**-34  # of sums of squares of 1e8 terms: they tell when to look, and prove nothing
 _ROWS = 256  # of what is left, at a time
@@ -67,7 +69,7 @@ def _by_sketches(c: Tensor, cut: float) -> Svd | None:
         q = torch.linalg.qr(c @ b.T).Q
         b = q.T @ c
         angle *= gap**2
-    return _of_product(q, b) if angle < _ANGLE else None
+    return svd_of_product(q, b) if angle < _ANGLE else None
 
 
 def _left(c: Tensor, q: Tensor, b: Tensor, total: float, cut: float) -> float:
@@ -77,10 +79,3 @@ def _left(c: Tensor, q: Tensor, b: Tensor, total: float, cut: float) -> float:
         return math.sqrt(square)
     each = zip(torch.split(c, _ROWS), torch.split(q, _ROWS), strict=True)
     return math.hypot(*(float(torch.linalg.vector_norm(x - y @ b)) for x, y in each))
-
-
-def _of_product(q: Tensor, b: Tensor) -> Svd:
-    """Of q @ b, where q has orthonormal columns."""
-    p, r = torch.linalg.qr(b.T)
-    u, s, vh = torch.linalg.svd(r.T, full_matrices=False)
-    return q @ u, s, vh @ p.T

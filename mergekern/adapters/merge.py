@@ -18,8 +18,8 @@ from ..methods.merge import merge_state_dicts
 from . import combine, factors, fit
 from .adapter import Adapter, Factors
 from .files import load_adapter, save_adapter
+from .fit import OP
 
-OP = "merge_adapters"
 _PLAIN = ("cat", "svd")
 # Names of the field for methods of the registry, behind knots_ and core_.
 _NAMES = {"ta": "task_arithmetic", "ties": "ties_global"}
