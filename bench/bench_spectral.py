@@ -1,4 +1,4 @@
-"""tsv_m, iso_c and iso_cts of one matrix of a ViT-B beside FusionBench's functions.
+"""tsv_m, iso_c and iso_cts of one matrix of a ViT-B or ViT-L beside FusionBench's functions.
 
 Host and method take turns; "vs" is the host's best time over ours. Errors are those of the merged
 task vector in the Frobenius norm against FusionBench's function in float64, relative to it, in
@@ -25,6 +25,8 @@ peer = pytest.importorskip("fusion_bench.method")
 MODELS = 8
 ROUNDS = 3
 UNIT = 2.0**-23
+LAYERS = ((4, 1), (1, 4), (1, 1))  # of an MLP and of attention, by the width
+SHAPES = [(out * width, into * width) for width in (768, 1024) for out, into in LAYERS]
 
 
 def functions() -> dict[str, Callable[[Any], Any]]:
@@ -37,7 +39,7 @@ def functions() -> dict[str, Callable[[Any], Any]]:
     }
 
 
-@pytest.mark.parametrize("shape", [(3072, 768), (768, 3072), (768, 768)])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
 def bench_spectral(benchmark: Any, timed: bool, method: str, shape: tuple[int, int]) -> None:
     rows, columns = shape if timed else (shape[0] // 16, shape[1] // 16)

@@ -31,7 +31,7 @@ from vits import ViT
 
 RESULTS = Path(__file__).parent / "results"
 VALIDATION, TEST = 150, 800  # images of a task
-GRID = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+GRID = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6)
 Merge = Callable[[], State]  # weights of the network
 
 # By title: the method and its parameters. DARE drops a fifth and TIES keeps one, as in the
@@ -233,4 +233,4 @@ def markdown(found: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main([int(seed) for seed in sys.argv[1:]] or [0, 1])
+    main([int(seed) for seed in sys.argv[1:]] or [0, 1, 2])

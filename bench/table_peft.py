@@ -44,9 +44,10 @@ def milliseconds(call: Call) -> float:
     return 1e3 * (time.process_time() - start)
 
 
-def adapted(layers: int, falling: float) -> Any:
+def adapted(layers: int, falling: float, shape: tuple[int, int] = (OUT, IN)) -> Any:
     """Layers with three adapters, the factors of which have singular values falling by that."""
-    net = nn.ModuleDict({f"fc{i}": nn.Linear(IN, OUT, bias=False) for i in range(layers)})
+    out, into = shape
+    net = nn.ModuleDict({f"fc{i}": nn.Linear(into, out, bias=False) for i in range(layers)})
     config = peft.LoraConfig(r=RANK, target_modules=[*net])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
