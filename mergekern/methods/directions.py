@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import check
+from ..ops.weighted_sum import weighted_sum
 from .chunked import Part, elementwise
 from .singular import Spectrum, spectrum
+
+DIRECT = (torch.float32, torch.float64)  # of which a weighted sum is held in float64
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,17 @@ class Matrices:
     base: Tensor
     weight: Sequence[float]
     host: str | None
+    backend: str = "auto"
 
     def __iter__(self) -> Iterator[Tensor]:
         return map(self.vector, range(len(self.xs)))
 
     def vector(self, i: int) -> Tensor:
-        vector = self.xs[i].to(torch.float64, copy=True).sub_(self.base)
+        x = self.xs[i]
+        if x.dtype in DIRECT:  # one rounding, as below, and a pass
+            vector = self._sum([x, self.base], [1.0, -1.0])
+        else:
+            vector = x.to(torch.float64, copy=True).sub_(self.base)
         check.finite(self.op, f"task vector {i} of {self.name}", vector)
         return vector if self.weight[i] == 1 else vector.mul_(self.weight[i])
 
@@ -49,21 +57,34 @@ class Matrices:
         return 2.0**-42 if self.base.dtype == torch.float64 else 2.0**-23
 
     def total(self) -> Tensor:
-        """The sum of the task vectors, in chunks that stay in cache."""
-        of = range(1, len(self) + 1)
-
-        def step(part: Part) -> Tensor:
-            base = part(0)
-            terms = ((part(i) - base).mul_(w) for i, w in zip(of, self.weight, strict=True))
-            return functools.reduce(Tensor.add_, terms)
-
-        both = [self.base, *self.xs]
-        total = elementwise(self.op, both, step, out_dtype=torch.float64, acc=torch.float64)
-        if not bool(total.isfinite().all()):
+        """The sum of the task vectors."""
+        n = len(self)
+        if self.base.dtype == torch.float32 and all(w == 1 for w in self.weight):
+            # Exact, unless an x is beyond 2**26 times another or the base: then its task vector is
+            # so long that it is right to n 2**-52 of that.
+            total = self._sum([self.base, *self.xs], [-float(n), *self.weight])
+        else:
+            total = self._chunked()
+        if not check.is_finite(total):
             for _ in self:  # says which task vector it is
                 pass
             check.finite(self.op, f"the sum of task vectors of {self.name}", total)
         return total
+
+    def _sum(self, xs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        return weighted_sum(xs, weights, out_dtype=torch.float64, backend=self.backend)
+
+    def _chunked(self) -> Tensor:
+        of = range(1, len(self) + 1)
+
+        def step(part: Part) -> Tensor:
+            base = part(0)
+            terms = (part(i) - base for i in of)
+            weighted = (x if w == 1 else x.mul_(w) for x, w in zip(terms, self.weight, strict=True))
+            return functools.reduce(Tensor.add_, weighted)
+
+        both, kind = [self.base, *self.xs], torch.float64
+        return elementwise(self.op, both, step, out_dtype=kind, acc=kind, backend=self.backend)
 
     def upright(self, a: Tensor) -> Tensor:
         """Transposed where a task vector is wide, so that it is tall; and back."""

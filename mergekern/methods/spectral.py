@@ -39,7 +39,10 @@ def _by_matrix(
     assert base is not None
     count, axis = _thirds(op, name, base.shape) if split else (1, 0)
     parts = zip(*(torch.chunk(x, count, axis) for x in (base, *inputs.xs)), strict=True)
-    each = [recipe(Matrices(op, name, xs, part, weight, inputs.host)) for part, *xs in parts]
+    each = [
+        recipe(Matrices(op, name, xs, part, weight, inputs.host, inputs.backend))
+        for part, *xs in parts
+    ]
     merged = each[0] if count == 1 else torch.cat(each, axis)
     check.finite(op, f"the merged {name}", merged)
     return merged
