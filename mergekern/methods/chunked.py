@@ -61,9 +61,9 @@ def elementwise(
     return result
 
 
-def rounded(op: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(op: str, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """x in `dtype`, rounded once (torch takes float64 to 16 bits by way of float32)."""
-    return elementwise(op, [x], lambda part: part(0), out_dtype=dtype)
+    return elementwise(op, [x], lambda part: part(0), out_dtype=dtype, backend=backend)
 
 
 def number(value: float, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from .. import check
 from ..errors import ArgumentError
 from ..ops.coefficient_gradients import coefficient_gradients
 from ..ops.merge_deltas import merge_deltas
-from .compat import require_fit
+from .compat import Signature, identical, require_fit
 
 _OP = "MergedModel"
 LAYERS: dict[str, Callable[[str], str]] = {"tensor": lambda name: name, "model": lambda name: ""}
@@ -69,10 +70,10 @@ class MergedModel(nn.Module):
 
     model: the architecture; its forward runs with the merged parameters in the place of its own,
     which stay as they are. state_dicts: the N fine-tuned models. base: a state dict, by default
-    the parameters of `model`. All hold every parameter of `model` by its name, in one shape and
-    dtype each; merged parameters have the dtype of `model`, so that bfloat16 files serve a float32
-    model. Buffers are those of `model`, as in FusionBench: statistics of activations are not
-    linear in the weights.
+    the parameters of `model`. All hold every parameter of `model` by its name, of tied ones by any
+    of their names, in one shape and dtype each; merged parameters have the dtype of `model`, so
+    that bfloat16 files serve a float32 model. Buffers are those of `model`, as in FusionBench:
+    statistics of activations are not linear in the weights.
     coefficients: one number, one a model, or [N, layers]; the nn.Parameter `coefficients`, float32
     [N, layers], is what to optimise.
     layers: "tensor" has coefficients of its own for each tensor (layer-wise), "model" one for each
@@ -82,7 +83,8 @@ class MergedModel(nn.Module):
 
     Result: merged weights have the bits of `merge_deltas` (task arithmetic), gradients the bound
     of `coefficient_gradients`, rounded once to float32. Weights are merged anew when coefficients
-    have changed, not when somebody writes into the models given; the graph holds no tensor for a
+    have changed, or the parameters of `model` where they are the base, not when somebody writes
+    into the state dicts given; the graph holds no tensor for a
     model, and every loss of one merge may be differentiated by a call of `backward` of its own.
     `to` and its like move the models too.
     Cost: a merge reads base and the N models and writes W; a gradient reads dL/dW, base and the N
@@ -135,13 +137,14 @@ class MergedModel(nn.Module):
             _parameters(f"state_dicts[{t}]", d, model) for t, d in enumerate(state_dicts)
         ]
         self._base = None if base is None else _parameters("base", base, model)
-        _require_one_dtype(self._models, self._base or own)
+        origin = ("the model", own) if self._base is None else ("base", self._base)
+        _require_one_dtype(self._models, *origin)
         self._places = _places(model)
         self._layer_of = {name: layers(name) for name in own}
         self.layers = tuple(dict.fromkeys(self._layer_of.values()))
         values = _matrix(coefficients, len(state_dicts), len(self.layers))
         self.coefficients = nn.Parameter(values.to(next(iter(own.values())).device))
-        self._merged: tuple[list[list[float]], dict[str, Tensor]] | None = None
+        self._merged: tuple[Any, dict[str, Tensor]] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weights = self.weights()
@@ -150,11 +153,13 @@ class MergedModel(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """The merged parameters by name; autograd knows how they depend on the coefficients."""
-        values = self.coefficients.tolist()
+        made_of = self._made_of()
         graph = torch.is_grad_enabled() and self.coefficients.requires_grad
-        if self._merged is not None and self._merged[0] == values:
+        if self._merged is not None and self._merged[0] == made_of:
             known = self._merged[1]
-            if not graph or next(iter(known.values())).requires_grad:
+            first = next(iter(known.values()))
+            usable = torch.is_inference_mode_enabled() or not first.is_inference()
+            if usable and (first.requires_grad or not graph):
                 return known
         self._merged = None  # its memory may serve the next one
         check.finite(_OP, "coefficients", self.coefficients.detach())
@@ -169,17 +174,27 @@ class MergedModel(nn.Module):
             merged[name] = _Merged.apply(  # type: ignore[no-untyped-call]
                 columns[layer], weights[layer], base, xs, self.backend, own.dtype
             )
-        self._merged = values, merged
+        self._merged = made_of, merged
         return merged
 
-    def merge(self) -> dict[str, Tensor]:
-        """The merged state dict: parameters, and the buffers of `model`."""
+    def _made_of(self) -> Any:
+        """What merged weights depend on, but for the models given: equal, they are made already."""
+        own = () if self._base is not None else self.model.parameters()
+        base = [(x.data_ptr(), None if x.is_inference() else x._version) for x in own]
+        return self.coefficients.tolist(), self.clamp, self.softmax, base
+
+    def merge(self) -> dict[str, Any]:
+        """The merged state dict: parameters, and the buffers and other state of `model`."""
         with torch.no_grad():
             merged = self.weights()
         name_of = {id(x): name for name, x in self.model.named_parameters()}
-        return {
-            key: (merged[name_of[id(x)]] if id(x) in name_of else x).detach().clone()
+        found = {
+            key: merged[name_of[id(x)]] if id(x) in name_of else x
             for key, x in self.model.state_dict(keep_vars=True).items()
+        }
+        return {
+            key: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x)
+            for key, x in found.items()
         }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
@@ -214,30 +229,41 @@ def _places(model: nn.Module) -> dict[str, str]:
 
 
 def _parameters(label: str, state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Its tensors for the parameters of `model`; other names must be names of `model` too."""
+    """Its tensors for the parameters of `model`; other names must be names of `model` too.
+
+    Where `model` ties weights, any of their names will do, and several must hold the same.
+    """
     if not isinstance(state_dict, Mapping):
         got = type(state_dict).__name__
         what = f"{label} is no mapping"
         raise ArgumentError.of(_OP, what, got, "names to tensors (a state dict)")
-    known = model.state_dict().keys()
-    unknown = [key for key in state_dict if key not in known]
+    names = model.state_dict().keys()
+    unknown = [key for key in state_dict if key not in names]
     if unknown:
         what = f"{label} holds tensors that the model has not"
         raise ArgumentError.of(_OP, what, ", ".join(map(repr, unknown)), "its names alone")
     own = dict(model.named_parameters())
-    given = {
-        key: check.tensor(_OP, state_dict[key], f"{label}[{key!r}]")
-        for key in own
-        if key in state_dict
-    }
+    given: dict[str, Tensor] = {}
+    name_of = {id(x): name for name, x in own.items()}
+    for place, parameter in model.named_parameters(remove_duplicate=False):
+        if place not in state_dict:
+            continue
+        name = name_of[id(parameter)]
+        x = check.tensor(_OP, state_dict[place], f"{label}[{place!r}]")
+        known = given.setdefault(name, x)
+        if Signature.of(x) != Signature.of(known) or not identical(x, known):
+            what = f"{label} unties weights that the model ties"
+            raise ArgumentError.of(_OP, what, f"another {place} than {name}", "the same twice")
     require_fit(_OP, {"the model": own, label: given})
     return given
 
 
-def _require_one_dtype(models: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor]) -> None:
+def _require_one_dtype(
+    models: Sequence[Mapping[str, Tensor]], label: str, base: Mapping[str, Tensor]
+) -> None:
     for name, zero in base.items():
         for t, given in enumerate(models):
-            check.same(_OP, f"state_dicts[{t}][{name!r}]", given[name], "base", zero)
+            check.same(_OP, f"state_dicts[{t}][{name!r}]", given[name], label, zero)
 
 
 def _matrix(coefficients: float | Sequence[Any] | Tensor, n: int, layers: int) -> Tensor:

@@ -150,7 +150,7 @@ def regmean(
     if not inputs.xs[0].numel():
         return linear(inputs, weight=weight, normalize=True)
     merged = _regmean_matrix(inputs, share, given, reduce)
-    return rounded("regmean", merged, inputs.out_dtype)
+    return rounded("regmean", merged, inputs.out_dtype, inputs.backend)
 
 
 def _beside(shape: Sequence[int]) -> Sequence[int] | None:
@@ -174,8 +174,8 @@ REGMEAN = Method(
     "Cholesky solve for the difference to it, rounded once. Where the sum is singular (a pivot of "
     "in u of its diagonal, u that of the Gram matrices) 8 in u of the diagonal is added, and a "
     "warning says so; what no input shows is the mean then, and so it is of inputs that are always "
-    "0. Gram matrices of 16 bits or that are not finite, symmetric and semidefinite are refused; "
-    "NaN in a W_i makes its row NaN.",
+    "0. Gram matrices of 16 bits or that are not finite and symmetric are refused, and such that "
+    "their sum is not semidefinite; NaN in a W_i makes its row NaN.",
     base="model",
     models=(1, None),
     parameters=(

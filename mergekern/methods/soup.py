@@ -45,8 +45,8 @@ def greedy_soup(
 
     models: state dicts, any mappings that load a tensor when it is asked for, or paths of
     safetensors files, of which a tensor is read when its turn comes. score: a number of a state
-    dict, higher is better, such as accuracy on held-out data. It is always given the same dict, in
-    whose tensors the next mean is written: who keeps one copies it.
+    dict, higher is better, such as accuracy on held-out data. It is always given the same tensors,
+    in which the next mean is written: who keeps one copies it.
     order: numbers of models, from the first to be tried on; by default all, by their own score,
     of equal ones the first. out_dtype: of the means; by default what `torch` promotes to.
 
@@ -157,4 +157,4 @@ class _Mean:
                 continue
             xs = [model[key].to(self._dtypes[key]) for model in chosen]
             weighted_sum(xs, [1.0] * len(xs), normalize=True, out=out, backend=self._backend)
-        return self._out
+        return dict(self._out)

@@ -23,7 +23,7 @@ from .. import check
 from ..errors import ArgumentError
 from ..ops.merge_deltas import merge_deltas
 from . import directions
-from .chunked import Part, elementwise
+from .chunked import Part, chunks_for, elementwise
 from .directions import Matrices
 from .registry import Inputs, Method, Parameter
 
@@ -37,11 +37,13 @@ def _by_matrix(
     """recipe(matrices) in float64; with `split` of each matrix of a fused qkv by itself."""
     base, name = inputs.base, inputs.name or "the tensor"
     assert base is not None
+    chunks_for(op, inputs.backend)  # refuses other backends before the work
     count, axis = _thirds(op, name, base.shape) if split else (1, 0)
+    names = [name] if count == 1 else [f"third {i} of {name}" for i in range(count)]
     parts = zip(*(torch.chunk(x, count, axis) for x in (base, *inputs.xs)), strict=True)
     each = [
-        recipe(Matrices(op, name, xs, part, weight, inputs.host, inputs.backend))
-        for part, *xs in parts
+        recipe(Matrices(op, of, xs, part, weight, inputs.host, inputs.backend))
+        for of, (part, *xs) in zip(names, parts, strict=True)
     ]
     merged = each[0] if count == 1 else torch.cat(each, axis)
     check.finite(op, f"the merged {name}", merged)

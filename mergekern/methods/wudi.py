@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from .. import check
-from ..errors import ArgumentError
 from ..ops.merge_deltas import merge_deltas
 from .chunked import chunks_for, rounded
 from .registry import Inputs, Method, Parameter
@@ -35,23 +34,18 @@ class Quadratic(NamedTuple):
     residual: Tensor
 
 
-def quadratic(inputs: Inputs) -> Quadratic:
+def quadratic(op: str, inputs: Inputs) -> Quadratic:
     """R as sum_i (S - tau_i) tau_i^T tau_i / |tau_i|^2: exactly 0 where one model is all there is.
 
     A task vector of length 0 has nothing to be disturbed, and adds nothing.
     """
     assert inputs.base is not None
-    chunks_for("wudi", inputs.backend)  # refuses other backends before the work
+    chunks_for(op, inputs.backend)  # refuses other backends before the work
     total = torch.zeros_like(inputs.base, dtype=torch.float64)
-    for x in inputs.xs:
-        total += x.double() - inputs.base
-    if not total.isfinite().all():
-        raise ArgumentError.of(
-            "wudi",
-            f"a task vector of {inputs.name or 'the matrix'} is not finite",
-            "NaN or an infinity",
-            "finite numbers",
-        )
+    for i, x in enumerate(inputs.xs):
+        vector = x.double() - inputs.base
+        check.finite(op, f"task vector {i} of {inputs.name or 'the matrix'}", vector)
+        total += vector
     gram = total.new_zeros(total.shape[1], total.shape[1])
     residual = torch.zeros_like(total)
     for x in inputs.xs:
@@ -118,29 +112,29 @@ def _average(inputs: Inputs, lambda_: float) -> Tensor:
     )
 
 
-def _added(inputs: Inputs, lambda_: float, vector: Tensor) -> Tensor:
+def _added(op: str, inputs: Inputs, lambda_: float, vector: Tensor) -> Tensor:
     """base + lambda times the merged task vector, rounded once."""
     assert inputs.base is not None
-    return rounded("wudi", vector.mul_(lambda_).add_(inputs.base), inputs.out_dtype)
+    return rounded(op, vector.mul_(lambda_).add_(inputs.base), inputs.out_dtype, inputs.backend)
 
 
 @torch.no_grad()
 def wudi(inputs: Inputs, *, steps: int, rate: float, lambda_: float) -> Tensor:
     if inputs.shape is not None or not _is_matrix(inputs.xs[0].shape):
         return _average(inputs, lambda_)
-    q = quadratic(inputs)
+    q = quadratic("wudi", inputs)
     descend(q, steps, rate, check.accumulator(inputs.xs[0].dtype))
-    return _added(inputs, lambda_, q.total)
+    return _added("wudi", inputs, lambda_, q.total)
 
 
 @torch.no_grad()
 def wudi_exact(inputs: Inputs, *, lambda_: float) -> Tensor:
     if inputs.shape is not None or not _is_matrix(inputs.xs[0].shape):
         return _average(inputs, lambda_)
-    q = quadratic(inputs)
+    q = quadratic("wudi_exact", inputs)
     inverse = torch.linalg.pinv(q.gram, rtol=len(q.gram) * 2.0**-52, hermitian=True)
     q.total.addmm_(q.residual, inverse, alpha=-1)
-    return _added(inputs, lambda_, q.total)
+    return _added("wudi_exact", inputs, lambda_, q.total)
 
 
 def _scratch(arguments: Mapping[str, Any], shape: Sequence[int]) -> int:

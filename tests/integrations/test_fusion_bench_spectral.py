@@ -110,6 +110,18 @@ def _without_integers(models: Any) -> Any:
     return models
 
 
+def test_calibrated_task_arithmetic_leaves_the_models_as_they_are() -> None:
+    models = pool()
+    kept = copy.deepcopy(models.load_pretrained_model().state_dict())
+    options = {"scaling_factor": 0.4, "alpha": 0.8}
+    first, second = (
+        run(dropin.SingularValueCalibrationArithmeticTask, models, **options) for _ in range(2)
+    )
+    for key, x in models.load_pretrained_model().state_dict().items():
+        assert_bits_equal(x, kept[key])
+        assert_bits_equal(first[key], second[key])
+
+
 def test_alpha_for_each_model() -> None:
     weight = [0.3, 1.0, -0.5]
     got = run(dropin.TaskSingularVectorMerging, pool(), alpha=weight)

@@ -258,4 +258,9 @@ def test_regmean_for_clip() -> None:
     base = models["_pretrained_"].state_dict()
     changed = [k for k, x in states[1].items() if not torch.equal(x, base[k])]
     assert all("post" not in k for k in changed)
+    layer = next(m for m in models["b"].modules() if isinstance(m, nn.Linear))
+    layer.bias = None
+    with warnings.catch_warnings(), refused("regmean", "model 1 has other tensors"):
+        warnings.simplefilter("ignore")
+        with_data(dropin.RegMeanAlgorithmForCLIP).run(Pool(copy.deepcopy(models)))
     assert len(changed) > 20

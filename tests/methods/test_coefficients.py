@@ -3,94 +3,30 @@
 from __future__ import annotations
 
 import copy
-import pickle
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import mergekern as mk
-from mergekern import reference
 from mergekern.methods.coefficients import LAYERS
 
 from accuracy import assert_bits_equal, assert_within, half_ulp
-from refusal import refused
+from methods.merged_models import (
+    VALUES,
+    Net,
+    Probe,
+    batch,
+    built,
+    columns,
+    exact_gradients,
+    tuned,
+)
 from required import peer
 
 OP = "MergedModel"
 U = 2.0**-24
-States = list[dict[str, Tensor]]
-
-
-class Net(nn.Module):
-    """A buffer, a scalar, a tensor that forward does not use; a module and a weight shared."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 9)
-        self.norm = nn.BatchNorm1d(9)
-        self.last = nn.Linear(9, 6, bias=False)
-        self.again = self.last
-        self.tied = nn.Linear(9, 6)
-        self.tied.weight = self.last.weight
-        self.scale = nn.Parameter(torch.ones(()))
-        self.unused = nn.Parameter(torch.ones(3))
-
-    def forward(self, x: Tensor, times: float = 1.0) -> Tensor:
-        y = self.again(torch.tanh(self.norm(self.first(x))))
-        return self.last(y @ self.tied.weight) + times * self.scale * self.tied(self.first(x))
-
-
-class Probe(nn.Module):
-    """sum_k <parameter_k, direction_k>: linear, so that dL/dW does not depend on W."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.Conv1d(3, 5, 7))
-        g = torch.Generator().manual_seed(7)
-        self.directions = [torch.randn(p.shape, generator=g) for p in self.net.parameters()]
-
-    def forward(self) -> Tensor:
-        return sum(((p * d).sum() for p, d in zip(self.net.parameters(), self.directions)), X[0])
-
-
-X = torch.zeros(3)
-
-
-def tuned(model: nn.Module, n: int = 3, dtype: torch.dtype | None = None) -> States:
-    g = torch.Generator().manual_seed(3)
-    found = []
-    for _ in range(n):
-        found.append(
-            {
-                name: (p.detach() + 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype)).to(
-                    dtype or p.dtype
-                )
-                for name, p in model.named_parameters()
-            }
-        )
-    return found
-
-
-def built(seed: int = 0, **options: Any) -> tuple[mk.MergedModel, nn.Module, States]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Net()
-    states = tuned(model)
-    return mk.MergedModel(model, states, **options), model, states
-
-
-def batch(seed: int = 1) -> Tensor:
-    return torch.randn(16, 6, generator=torch.Generator().manual_seed(seed))
-
-
-def columns(model: mk.MergedModel, name: str) -> Tensor:
-    return model.coefficients.detach()[:, model.layers.index(model._layer_of[name])]
-
-
-VALUES = torch.tensor([0.7, -0.4, 1.3])
 
 
 # ---- the merge -------------------------------------------------------------------------------
@@ -158,26 +94,6 @@ def test_sixteen_bit_files_serve_a_float32_model() -> None:
 
 
 # ---- gradients -------------------------------------------------------------------------------
-
-
-def exact_gradients(
-    merged: mk.MergedModel, model: nn.Module, states: States, by_weight: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """dL/dc from dL/dW, before the constraint, and the bound of the docstring."""
-    shape = merged.coefficients.shape
-    found, bound = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-    for name, base in model.named_parameters():
-        if name not in by_weight:
-            continue
-        grad, xs = by_weight[name], [d[name] for d in states]
-        column = merged.layers.index(merged._layer_of[name])
-        one, size = torch.empty(shape[0]).double(), torch.empty(shape[0]).double()
-        reference.coefficient_gradients(one, grad, xs, base.detach())
-        deltas = [(x.double() - base.detach().double()).abs() for x in xs]
-        reference.coefficient_gradients(size, grad.abs(), deltas, None)
-        found[:, column] += one
-        bound[:, column] += 2 * (grad.numel() + 2 + len(by_weight)) * 2.0**-53 * size
-    return found, bound
 
 
 @pytest.mark.parametrize("layers", LAYERS)
@@ -258,44 +174,6 @@ def test_the_graph_is_that_of_the_coefficients_it_was_merged_with() -> None:
     assert_bits_equal(merged.coefficients.grad, expected)
 
 
-@pytest.mark.parametrize("how", ["step", "data", "assigned"])
-def test_a_changed_coefficient_is_merged_anew(how: str) -> None:
-    merged, model, states = built()
-    before = merged.weights()
-    assert merged.weights() is before
-    if how == "step":
-        merged(batch()).sum().backward()
-        with torch.no_grad():  # as optimizers do
-            merged.coefficients.sub_(merged.coefficients.grad, alpha=0.01)
-    elif how == "data":
-        merged.coefficients.data[0, 0] += 0.125
-    else:
-        merged.coefficients = nn.Parameter(merged.coefficients.detach() + 0.125)
-    after = merged.weights()
-    assert after is not before
-    xs = [d["first.weight"] for d in states]
-    clamped = columns(merged, "first.weight").clamp(0, 1)
-    expected = mk.merge_deltas(model.first.weight, xs, clamped.tolist())
-    assert_bits_equal(after["first.weight"], expected)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_evaluation_before_training(mode: Any) -> None:
-    """What was merged without a graph is merged again where one is needed, and kept otherwise."""
-    merged, _, _ = built()
-    x = batch()
-    with mode():
-        value = merged.eval()(x)
-    assert not value.requires_grad
-    loss = merged(x).sum()
-    loss.backward()
-    assert merged.coefficients.grad is not None
-    kept = merged.weights()
-    with mode():
-        assert merged.weights() is kept
-        assert_bits_equal(merged(x), value)
-
-
 def test_nothing_is_saved_for_each_model() -> None:
     saved = []
     for n in (1, 6):
@@ -311,40 +189,6 @@ def test_nothing_is_saved_for_each_model() -> None:
             merged.weights()
         saved.append(sum(sizes))
     assert saved == [0, 0]
-
-
-@pytest.mark.parametrize("based", [False, True])
-def test_to_moves_the_models_too(based: bool) -> None:
-    model = Net()
-    states = tuned(model)
-    base = {key: p.detach() for key, p in model.named_parameters()} if based else None
-    merged = mk.MergedModel(model, states, base=base)
-    before = merged.merge()["first.weight"]
-    assert merged.double() is merged
-    merged(batch().double()).sum().backward()
-    xs = [d["first.weight"].double() for d in states]
-    weights = columns(merged, "first.weight").tolist()
-    got = merged.merge()["first.weight"]
-    assert_bits_equal(got, mk.merge_deltas(model.first.weight, xs, weights))
-    assert before.dtype == states[0]["first.weight"].dtype == torch.float32
-
-
-def test_coefficients_that_need_no_gradient_have_no_graph() -> None:
-    merged, _, _ = built()
-    merged.coefficients.requires_grad_(False)
-    assert not any(w.requires_grad for w in merged.weights().values())
-
-
-@pytest.mark.parametrize("through", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies(through: Any) -> None:
-    merged, _, _ = built(coefficients=VALUES)
-    x = batch()
-    merged(x).sum().backward()
-    other = through(merged)
-    assert_bits_equal(other.eval()(x), merged.eval()(x))
-    with torch.no_grad():
-        other.coefficients.zero_()
-    assert_bits_equal(merged.coefficients, VALUES[:, None].expand(3, 8))
 
 
 # ---- FusionBench -----------------------------------------------------------------------------
@@ -385,54 +229,3 @@ def test_fusion_bench(wrapper: str, clamp: bool) -> None:
     assert_within(got, exact, bound + half_ulp(exact, torch.float32))
     # Theirs adds up in float32: (numel + 2) roundings of 2**-24 in the place of 2**-53.
     assert_within(their, exact, bound * 2.0**29 + half_ulp(exact, torch.float32))
-
-
-# ---- refusals --------------------------------------------------------------------------------
-
-
-def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {key: x for key, x in state.items() if key != name}
-
-
-def test_refusals() -> None:
-    model = Net()
-    a, b, c = tuned(model)
-    narrow = {key: x.half() for key, x in b.items()}
-    for args, options, words in (
-        ((model, []), {}, "nothing to merge; got 8 parameters, 0 state dicts"),
-        ((model, a), {}, "state_dicts[0] is no mapping; got str; expected names to tensors"),
-        ((nn.Tanh(), [a]), {}, "nothing to merge; got 0 parameters"),
-        ((a, [a]), {}, "model is no network; got dict"),
-        ((model, [a, narrow]), {}, "state_dicts[1]['scale'] differs from base in dtype"),
-        ((model, [a, {**b, "head.weight": X}]), {}, "state_dicts[1] holds tensors"),
-        (
-            (
-                model,
-                [a],
-            ),
-            {"base": {"x": X}},
-            "base holds tensors that the model has not; got 'x'",
-        ),
-        ((model, [a]), {"layers": "block"}, "layers is unknown"),
-        ((model, [a, b]), {"coefficients": [0.1] * 3}, "do not fit; got [3]; expected a number"),
-        ((model, [a, b]), {"coefficients": torch.zeros(2, 3)}, "[2] or [2, 8]"),
-        ((model, [a, b]), {"coefficients": "many"}, "coefficients are no numbers; got str"),
-        ((model, [a, b]), {"coefficients": [0.1, float("nan")]}, "[1, 0] is not finite; got nan"),
-        ((model, [{**a, "scale": torch.tensor(1)}]), {}, "unsupported dtype; got int64"),
-    ):
-        with refused(OP, words):
-            mk.MergedModel(*args, **options)
-    for bad, words in (
-        (without(c, "scale"), "scale: missing from state_dicts[1]"),
-        ({**c, "scale": torch.ones(1)}, "scale: shape differs: [] in the model, [1] in"),
-    ):
-        with refused(OP, words, sentence=False):
-            mk.MergedModel(model, [a, bad])
-
-
-def test_a_search_that_diverges_is_refused() -> None:
-    merged, _, _ = built()
-    with torch.no_grad():
-        merged.coefficients[2, 1] = float("inf")
-    with refused(OP, "coefficients[2, 1] is not finite; got inf"):
-        merged(batch())

@@ -263,3 +263,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for bad in (tmp_path / "missing.safetensors", broken, tmp_path, 7):
         with refused(OP, "models[1] is no model; got", error=mk.CheckpointError, sentence=False):
             mk.greedy_soup([A, bad], len)
+
+
+def test_what_the_callback_takes_out_is_in_the_soup() -> None:
+    models = states(3)
+
+    def score(state: State) -> float:
+        return float(len(state.popitem()))
+
+    assert set(mk.greedy_soup(models, score).state_dict) == set(models[0])

@@ -93,6 +93,11 @@ def test_values_that_are_not_finite(name: str, special: float) -> None:
     xs[1][2, 3] = special
     with refused(name, "task vector 1 of layer.w[2, 3]", str(special)):
         mk.merge_tensors(xs, name, base=base, name="layer.w")
+    fused = {"base": torch.zeros(6, 2), "name": "attn.qkv.weight", "split_qkv": True}
+    qkv = torch.zeros(6, 2)
+    qkv[5, 1] = special
+    with refused(name, "task vector 0 of third 2 of attn.qkv.weight[1, 1]"):
+        mk.merge_tensors([qkv], name, **fused)
     base[4, 0] = special
     with refused(name, "task vector 0 of the tensor[4, 0]"):
         mk.merge_tensors(xs, name, base=base)

@@ -60,13 +60,19 @@ def distance(got: Tensor, expected: Tensor) -> Tensor:
 @pytest.mark.parametrize(("out", "into", "n"), SHAPES)
 @pytest.mark.parametrize("size", [1e-4, 1e-2])
 def test_steps_of_adam(out: int, into: int, n: int, size: float, dtype: torch.dtype) -> None:
-    """Within what is promised, and float32 models no further off than the paper's form in it."""
+    """Within what is promised, and float32 models no further off than the paper's form in it.
+
+    Beside what one rounding of the task vectors does to the paper's form: where a gradient is 0
+    but for rounding, Adam makes it a step, and that is up to 1e-11 here.
+    """
     base, xs = family(out, into, n, size, dtype)
     taus = [x - base for x in xs]
     got = mk.merge_tensors(taus, "wudi", base=torch.zeros_like(base))
     expected = by_autograd([t.double() for t in taus], 300)
     error = distance(got, expected)
-    assert_within(error, torch.zeros(()).double(), PROMISED[dtype] * expected.norm())
+    turned = by_autograd([t.double() * (1 + 2.0**-52) for t in taus], 300)
+    bound = PROMISED[dtype] * expected.norm() + 8 * distance(turned, expected)
+    assert_within(error, torch.zeros(()).double(), bound)
     if dtype == torch.float32:
         assert error <= distance(by_autograd(taus, 300), expected)
 
@@ -256,11 +262,11 @@ def test_refusals() -> None:
     base, xs = family(4, 5, 2)
     xs[1][2, 3] = math.nan
     for method in ("wudi", "wudi_exact"):
-        with refused("wudi", "a task vector of layer.3 is not finite"):
+        with refused(method, "task vector 1 of layer.3[2, 3] is not finite; got nan"):
             mk.merge_tensors(xs, method, base=base, name="layer.3")
         with pytest.raises(mk.ArgumentError, match="needs a base model"):
             mk.merge_tensors(xs, method)
-        with pytest.raises(mk.BackendError, match="wudi"):
+        with pytest.raises(mk.BackendError, match=f"{method}: cpu"):
             mk.merge_tensors(xs, method, base=base, backend="cpu")
     with refused("wudi", "steps is out of range"):
         mk.merge_tensors(xs, "wudi", base=base, steps=-1)

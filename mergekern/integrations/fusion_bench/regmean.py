@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...align.input_moments import InputMoments
+from ...errors import ArgumentError
 from ...methods.merge import merge_tensors
-from .pool import as_pool, merge_all
+from .pool import as_pool, merge_all, named
 
 
 def regmean_params_merge(
@@ -83,12 +84,13 @@ class RegMean:
     def run(self, modelpool: Any, **kwargs: Any) -> nn.Module:
         self.modelpool = pool = as_pool(modelpool)
         self.on_regmean_start()
-        params: dict[str, list[Tensor]] = {}
-        grams = []
+        given, grams = [], []
+        excluded = self.exclude_param_names_regex or ()
         for task, model in pool.named_models():
-            for name, x in model.state_dict().items():
-                if not any(re.match(p, name) for p in self.exclude_param_names_regex or ()):
-                    params.setdefault(name, []).append(x)
+            state = model.state_dict()
+            given.append(
+                {n: x for n, x in state.items() if not any(re.match(p, n) for p in excluded)}
+            )
             kinds = tuple(self._include_module_type)
             layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
             data = pool.load_train_dataset(task)
@@ -98,7 +100,10 @@ class RegMean:
                 )
             )
         merged = merging_with_regmean_weights(
-            params, grams, self.reduce_non_diagonal_ratio, self.weight_transpose
+            dict(named("regmean", given)),
+            grams,
+            self.reduce_non_diagonal_ratio,
+            self.weight_transpose,
         )
         result = pool.load_model("_pretrained_")
         result.load_state_dict(merged, strict=False)
@@ -137,5 +142,8 @@ class RegMeanForCLIP(RegMean):
                 count += len(batch[0])
         found = {}
         for names, each in moments.groups():
+            if not each.count:
+                what = f"no row went into {', '.join(names)}"
+                raise ArgumentError.of("regmean", what, f"0 rows of {model_name}", "at least one")
             found.update(dict.fromkeys(names, each.second_moment().float().cpu()))
         return found

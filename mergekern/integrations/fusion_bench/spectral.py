@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -15,9 +16,15 @@ from .pool import as_pool, load, named, state_dicts
 
 
 def _merge(modelpool: Any, method: str, plain: Collection[str], **parameters: Any) -> nn.Module:
-    """The pool merged into its pretrained model, matrices of `plain` as what is no matrix."""
+    """The pool merged into its pretrained model, as FusionBench does."""
     pool = as_pool(modelpool)
-    pretrained = pool.load_pretrained_model()
+    return _merge_into(pool.load_pretrained_model(), pool, method, plain, **parameters)
+
+
+def _merge_into(
+    pretrained: Any, pool: Any, method: str, plain: Collection[str], **parameters: Any
+) -> nn.Module:
+    """Matrices of `plain` as what is no matrix."""
     merged = {}
     for name, (base, *xs) in named(method, [pretrained.state_dict(), *state_dicts(pool)]):
         if base.dtype not in FLOATS and all(identical(x, base) for x in xs):
@@ -82,7 +89,10 @@ class IsoCTS:
 
 
 class CalibratedTaskArithmetic:
-    """Task arithmetic whose singular values are divided by how often tasks count them."""
+    """Task arithmetic whose singular values are divided by how often tasks count them.
+
+    The pretrained model stays as it is, and no model `_merged_` is added to the pool.
+    """
 
     scaling_factor: float
     alpha: float
@@ -90,7 +100,7 @@ class CalibratedTaskArithmetic:
     @torch.no_grad()
     def run(self, modelpool: Any) -> nn.Module:
         pool = as_pool(modelpool)
-        pretrained = pool.load_pretrained_model()
+        pretrained = copy.deepcopy(pool.load_pretrained_model())
         buffers = {name for name, _ in pretrained.named_buffers()}
         scale = {"lambda": self.scaling_factor, "alpha": self.alpha}
-        return _merge(pool, "svc", buffers, host="fusion_bench", **scale)
+        return _merge_into(pretrained, pool, "svc", buffers, host="fusion_bench", **scale)
