@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import check
 from ..ops.weighted_sum import weighted_sum
 from .chunked import Part, elementwise
-from .singular import Spectrum, spectrum
+from .singular import Spectrum, product_in_place, spectrum
 
 DIRECT = (torch.float32, torch.float64)  # of which a weighted sum is held in float64
 
@@ -119,7 +119,7 @@ def iso_c(matrices: Matrices) -> Tensor:
     found = matrices.spectrum(matrices.total())
     left, right = found.polar
     mean = found.s.sum() / max(1, matrices.rank)
-    return matrices.upright(left @ (right * mean))
+    return matrices.upright(product_in_place(left, right * mean))
 
 
 def shares(rank: int, n: int, common: float) -> tuple[int, int]:
