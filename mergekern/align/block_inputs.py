@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import ArgumentError
 
@@ -34,6 +35,18 @@ class Captured(NamedTuple):
         return tree_flatten(self.moved(None))
 
 
+def fresh(arguments: Any) -> Any:
+    """A copy: what a call writes into it, a tensor or a cache, does not reach the next call."""
+    memo: dict[int, Any] = {}
+
+    def copied(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return copy.deepcopy(x, memo)
+        return memo.setdefault(id(x), x.detach().clone())
+
+    return tree_map(copied, arguments)
+
+
 class _Reached(Exception):
     """The first block is called: nothing else of this pass is wanted."""
 
@@ -57,7 +70,7 @@ def output_of(result: Any) -> Any:
 
 
 def next_inputs(block: nn.Module, given: Captured) -> Captured:
-    """The call of the block after this one."""
+    """The call of the block after this one. Writes into what is given, if the block does."""
     return given.moved(output_of(block(*given.args, **given.kwargs)))
 
 
@@ -80,7 +93,7 @@ def first_inputs(
     first = model.get_submodule(blocks[0])
     for args, kwargs in calls:
         if not found:
-            _require_sequence(op, model, blocks, args, kwargs)
+            _require_sequence(op, model, blocks, *fresh((args, kwargs)))
         hook = first.register_forward_pre_hook(look, with_kwargs=True)
         try:
             model(*args, **kwargs)

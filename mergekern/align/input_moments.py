@@ -22,7 +22,7 @@ class _Seen(NamedTuple):
     """A tensor, the state it was in, its moments and who has read it so."""
 
     x: Tensor
-    version: int
+    version: int | None  # unknown of tensors made in inference mode
     moments: Covariance
     readers: list[str]
 
@@ -56,9 +56,14 @@ class InputMoments:
                 hook.remove()
             self._keep()
 
+    @torch.inference_mode(False)  # sums are added to outside of a model's own inference mode
+    @torch.no_grad()
     def _read(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         x, last = args[0] if args else kwargs["input"], self._last
-        if last and x is last.x and x._version == last.version:
+        if not x.shape[:-1].numel():
+            return  # of no rows there are no moments
+        version = None if x.is_inference() else x._version
+        if last and x is last.x and version is not None and version == last.version:
             last.readers.append(name)
             return
         self._keep()
@@ -69,7 +74,7 @@ class InputMoments:
             what = f"what goes into {name} of {self._label} cannot be read"
             raise ArgumentError.of(_OP, what, str(error).partition(";")[0], "numbers") from None
         self.unit = max(self.unit, UNIT.get(x.dtype, 2.0**-24))
-        self._last = _Seen(x, x._version, moments, [name])
+        self._last = _Seen(x, version, moments, [name])
 
     def _empty(self, size: int, device: torch.device) -> Covariance:
         return Covariance(size, device=device, nan=self._nan, backend=self._backend)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import check
 from ..errors import ArgumentError
 from ..methods.chunked import rounded
+from ..methods.compat import identical
 from ..methods.merge import merge_state_dicts
 from ..methods.regmean import (
     REGMEAN,
@@ -27,10 +28,10 @@ from ..methods.regmean import (
     warn_of,
 )
 from .batches import Batches, passes_of, reading
-from .block_inputs import Captured, block_names, first_inputs, next_inputs
+from .block_inputs import Captured, block_names, first_inputs, fresh, next_inputs
 from .input_moments import InputMoments, Layers
 from .tracing.inputs import arguments_of
-from .tracing.program import evaluating, named_tensors
+from .tracing.program import evaluating, named_tensors, unfused
 
 _OP = "regmean"
 Run = Callable[[int], None]  # everything of model i goes through it
@@ -53,11 +54,12 @@ def regmean(
     X_i [n_i, in] are the inputs of the layer in model i over its own batches. All other tensors are
     weighted means: biases, norms, embeddings, convolutions, a linear layer whose weight something
     else holds as well. So is, with a warning, a linear layer that is never called as a module (that
-    of torch's MultiheadAttention).
+    of torch's MultiheadAttention) and one whose weight is made of others (weight_norm).
 
     Shapes: models of one architecture; batches: for each model an iterable of what it takes, or a
-    callable that returns one; entries beyond its arguments (labels) are left out. Models run in
-    eval mode, and stay as they are.
+    callable that returns one; of a tuple what is beyond the arguments that forward takes by place
+    (optional ones too), of a mapping names that it does not take, are left out (labels). Models run
+    in eval mode, on copies of the batches, and stay as they are.
     weights: of the models (all 1). reduce: a factor on the G_i off their diagonals; FusionBench's
     configuration has 0.95. nan: as in `covariance`.
     blocks: RegMean++. The name of a list of modules that run one after another
@@ -76,7 +78,8 @@ def regmean(
     merged blocks for each model's batches.
     Raises: ArgumentError for models that do not fit together, no batches, an iterator where several
     passes are needed, NaN or infinities (naming the layer), a layer that some models call only,
-    blocks that do not follow one another.
+    blocks that do not follow one another or share weights, weights that models[0] ties and another
+    model does not.
     Source: RegMean (Jin et al., 2212.09849); RegMean++ (2508.03121); `RegMeanAlgorithmForCLIP` and
     `RegMeanAlgorithmForCLIPPlusPlus` of FusionBench.
 
@@ -94,10 +97,11 @@ def regmean(
     share = shares(weight.values(_OP, 1.0 if weights is None else weights, len(models)))
     merged = merge_state_dicts([m.state_dict() for m in models], "linear", weight=share)
     result = copy.deepcopy(models[0])
+    _require_ties(result, merged)
     result.load_state_dict(merged)
     layers = [_linear_layers(m) for m in models]
     for i, its in enumerate(layers):
-        if list(its) != list(layers[0]):
+        if set(its) != set(layers[0]):
             odd = sorted(set(its) ^ set(layers[0]))
             raise ArgumentError.of(_OP, f"models[{i}] has other linear layers", odd, "the same")
     sums = _Sums(
@@ -130,6 +134,7 @@ class _Sums:
         self._reduce, self._nan, self._backend = reduce, nan, backend
         self.singular: list[Singular] = []
         self.never: list[str] = []  # went a batch through them
+        self.model = models[0]
 
     def merge(self, result: nn.Module, names: Sequence[str], run: Run) -> None:
         """The weights of these names into `result`, of what goes into them in `run(i)`."""
@@ -160,7 +165,7 @@ class _Sums:
                 self.singular += [singular] if singular else []
             merged = solved(self._mean(name), sums, factors[groups])
             weight = result.get_parameter(name)
-            weight.copy_(rounded(_OP, merged, weight.dtype))
+            weight.copy_(rounded(_OP, merged, weight.dtype, "torch"))
 
     def _mean(self, name: str) -> Tensor:
         return mean_of([state[name] for state in self._states], self._share)
@@ -176,12 +181,37 @@ class _Sums:
     def warn(self) -> None:
         """What is not as one would expect, in a sentence each."""
         warn_of(self.singular, stacklevel=4)
+        _warn_of_computed(self.model)
         if self.never:
             warnings.warn(
                 f"regmean: linear layers that no batch went through are averaged; got "
                 f"{', '.join(self.never)}; expected calls of each as a module",
                 stacklevel=4,
             )
+
+
+def _require_ties(model: nn.Module, merged: Mapping[str, Any]) -> None:
+    """What is one tensor in the model has one value."""
+    names: dict[int, str] = {}
+    for name, x in model.state_dict(keep_vars=True).items():
+        first = names.setdefault(id(x), name)
+        if isinstance(x, Tensor) and not identical(merged[first], merged[name]):
+            what = f"models[0] ties {first} and {name}"
+            raise ArgumentError.of(_OP, what, "another model with two tensors", "the same in all")
+
+
+def _warn_of_computed(model: nn.Module) -> None:
+    computed = [
+        name or "the model"
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and "weight" not in dict(m.named_parameters(recurse=False))
+    ]
+    if computed:
+        warnings.warn(
+            f"regmean: linear layers whose weights are made of other tensors are averaged by "
+            f"these; got {', '.join(computed)}; expected weights that are parameters",
+            stacklevel=5,
+        )
 
 
 def _linear_layers(model: nn.Module) -> dict[str, list[nn.Linear]]:
@@ -211,7 +241,7 @@ def _passes(model: nn.Module, names: Sequence[str], limit: int) -> list[list[str
 
 def _through(model: nn.Module, batches: Batches, passes: int = 1) -> None:
     """All batches through a model."""
-    with evaluating(model):
+    with evaluating(model), unfused():
         for args, kwargs in _calls(model, batches, passes):
             model(*args, **kwargs)
 
@@ -223,7 +253,7 @@ def _calls(
     empty = True
     for batch in reading(_OP, batches, passes):
         empty = False
-        yield arguments_of(_OP, model, batch)
+        yield fresh(arguments_of(_OP, model, batch))
     if empty:
         raise ArgumentError.of(_OP, "a model has no batches", "none", "at least one")
 
@@ -236,18 +266,32 @@ def _merge_blocks(
     sums: _Sums,
 ) -> None:
     """Block by block, with what the merged blocks before it have made of each model's batches."""
-    with evaluating(result):
+    with evaluating(result), unfused():
         inputs: list[list[Captured]] = [
             first_inputs(_OP, result, blocks, _calls(result, each)) for each in batches
         ]
     layers = _linear_layers(result)
+    _require_apart(result, blocks, layers)
     for k, name in enumerate(blocks):
         its = [weight for weight in layers if weight.startswith(f"{name}.")]
         sums.merge(result, its, partial(_through_block, models, name, inputs))
         if k + 1 < len(blocks):
             merged = result.get_submodule(name)
-            with evaluating(merged):
+            with evaluating(merged), unfused():
                 inputs = [[next_inputs(merged, c) for c in each] for each in inputs]
+
+
+def _require_apart(model: nn.Module, blocks: Sequence[str], layers: Mapping[str, Any]) -> None:
+    """A weight of a block is in no other block and nowhere else."""
+    held: dict[int, set[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        block = next((b for b in blocks if f"{prefix}.".startswith(f"{b}.")), "no block")
+        for x in module.parameters(recurse=False):
+            held.setdefault(id(x), set()).add(block)
+    for name in layers:
+        its = held[id(model.get_parameter(name))]
+        if len(its) > 1:
+            raise ArgumentError.of(_OP, f"{name} is shared", sorted(its), "a weight of one block")
 
 
 def _through_block(
@@ -255,6 +299,7 @@ def _through_block(
 ) -> None:
     """Model i's inputs through its own block."""
     block = models[i].get_submodule(name)
-    with evaluating(block):
+    with evaluating(block), unfused():
         for captured in inputs[i]:
-            block(*captured.args, **captured.kwargs)
+            args, kwargs = fresh(captured)
+            block(*args, **kwargs)

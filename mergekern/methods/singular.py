@@ -88,7 +88,7 @@ def _gram(a: Tensor) -> Tensor:
 
 def product_in_place(a: Tensor, square: Tensor) -> Tensor:
     """a @ square, written over a: no pages for another matrix of its size."""
-    for rows in a.split(_ROWS):
+    for rows in torch.split(a, _ROWS):
         rows.copy_(rows @ square)
     return a
 

@@ -68,9 +68,12 @@ def arguments(op: str, inputs: Any) -> Arguments:
 
 
 def arguments_of(op: str, module: nn.Module, batch: Any) -> Arguments:
-    """A batch without entries beyond the arguments that the module takes."""
+    """A batch without entries beyond the arguments that the module takes, by place or by name."""
     args, kwargs = arguments(op, batch)
-    taken = list(inspect.signature(module.forward).parameters.values())
+    parameters = inspect.signature(module.forward).parameters
+    taken = list(parameters.values())
+    if not any(p.kind is p.VAR_KEYWORD for p in taken):
+        kwargs = {name: x for name, x in kwargs.items() if name in parameters}
     if any(p.kind is p.VAR_POSITIONAL for p in taken):
         return args, kwargs
     count = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in taken)

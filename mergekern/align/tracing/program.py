@@ -168,6 +168,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def unfused() -> Iterator[None]:
+    """TransformerEncoderLayer calls its parts: its fast path hides a whole layer in one call."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def _two_rows(given: Arguments) -> Arguments:
     """A batch of one is doubled: a trace of one row fixes the batch to one."""
     tensors = [x for x in tree_flatten(given)[0] if isinstance(x, Tensor)]
@@ -177,22 +188,19 @@ def _two_rows(given: Arguments) -> Arguments:
 
 
 def _export(model: nn.Module, args: Any, kwargs: Any, op: str) -> torch.export.ExportedProgram:
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it hides a whole layer in one call
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
         first = tree_map(
             lambda x: {0: Dim.AUTO} if isinstance(x, Tensor) and x.ndim else None, dict(bound)
         )
-        return torch.export.export(model, args, kwargs, dynamic_shapes=first, strict=False)
+        with unfused():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=first, strict=False)
     except Exception as error:
         where = _module_in(error.__traceback__, model)
         got = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
         expected = "a model that runs on the example inputs and that torch.export can trace, or "
         expected += "declare_spaces(...)"
         raise ArgumentError.of(op, f"{where} cannot be traced", got, expected) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _module_in(traceback: TracebackType | None, model: nn.Module) -> str:

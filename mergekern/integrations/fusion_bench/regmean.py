@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ...align.input_moments import InputMoments
-from ...errors import ArgumentError
 from ...methods.merge import merge_tensors
 from .pool import as_pool, merge_all, named
 
@@ -142,8 +141,5 @@ class RegMeanForCLIP(RegMean):
                 count += len(batch[0])
         found = {}
         for names, each in moments.groups():
-            if not each.count:
-                what = f"no row went into {', '.join(names)}"
-                raise ArgumentError.of("regmean", what, f"0 rows of {model_name}", "at least one")
             found.update(dict.fromkeys(names, each.second_moment().float().cpu()))
         return found
