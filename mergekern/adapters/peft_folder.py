@@ -26,7 +26,16 @@ _UNKNOWN = {
     "use_dora": "DoRA scales each row of the sum, which is no low-rank change",
     "target_parameters": "factors of bare parameters are not read",
     "alora_invocation_tokens": "it changes some tokens only",
+    "trainable_token_indices": "rows of embeddings are replaced beside the factors",
+    "layer_replication": "names are those of layers that a base does not have once",
+    "use_qalora": "first factors take means of inputs",
+    "use_bdlora": "factors are block-diagonal",
+    "kasa_config": "KaSA changes the base and has a factor between",
+    "monteclora_config": "first factors are drawn at random",
+    "arrow_config": "it chooses between other adapters by the input",
 }
+# Ways to begin that change the base too: what is learnt is not scale B A, but its change.
+_MOVED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def read(folder: Path) -> Adapter:
@@ -84,6 +93,13 @@ def require_known(owner: str, config: Mapping[str, Any]) -> None:
     for key, why in _UNKNOWN.items():
         if config.get(key):
             raise CheckpointError(f"{owner}: {key} is not supported ({why}); got {config[key]!r}")
+    begun = config.get("init_lora_weights")
+    if str(begun).lower().startswith(_MOVED_BASE):
+        raise CheckpointError(
+            f"{owner}: the first factors of this adapter are taken out of its base; got "
+            f"init_lora_weights {begun!r}; expected what PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...) makes of it"
+        )
 
 
 def rank_and_scale(

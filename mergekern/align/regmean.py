@@ -30,7 +30,7 @@ from ..methods.regmean import (
 from .batches import Batches, passes_of, reading
 from .block_inputs import Captured, block_names, first_inputs, fresh, next_inputs
 from .input_moments import InputMoments, Layers
-from .tracing.inputs import arguments_of
+from .tracing.inputs import arguments_of, require_needed
 from .tracing.program import evaluating, named_tensors, unfused
 
 _OP = "regmean"
@@ -57,9 +57,11 @@ def regmean(
     of torch's MultiheadAttention) and one whose weight is made of others (weight_norm).
 
     Shapes: models of one architecture; batches: for each model an iterable of what it takes, or a
-    callable that returns one; of a tuple what is beyond the arguments that forward takes by place
-    (optional ones too), of a mapping names that it does not take, are left out (labels). Models run
-    in eval mode, on copies of the batches, and stay as they are.
+    callable that returns one. Of a tuple, what is beyond the arguments that forward takes by place
+    is left out (labels), and an entry after the first that would go into one with a default is
+    refused: name it in a mapping, of which names that forward does not take are left out. A forward
+    with *args or **kwargs takes all. Models run in eval mode, on copies of the batches, and stay as
+    they are.
     weights: of the models (all 1). reduce: a factor on the G_i off their diagonals; FusionBench's
     configuration has 0.95. nan: as in `covariance`.
     blocks: RegMean++. The name of a list of modules that run one after another
@@ -76,10 +78,10 @@ def regmean(
     Cost: a forward pass of each model; n in (in + 1) flops for each distinct input, 2 out in**2 for
     each model and layer, in**3 / 3 + 2 out in**2 for each solve. With blocks also one pass of the
     merged blocks for each model's batches.
-    Raises: ArgumentError for models that do not fit together, no batches, an iterator where several
-    passes are needed, NaN or infinities (naming the layer), a layer that some models call only,
-    blocks that do not follow one another or share weights, weights that models[0] ties and another
-    model does not.
+    Raises: ArgumentError for models that do not fit together, no batches, entries of a tuple that
+    may be options or labels, an iterator where several passes are needed, NaN or infinities (naming
+    the layer), a layer that some models call only, blocks that do not follow one another or share
+    weights, weights that models[0] ties and another model does not.
     Source: RegMean (Jin et al., 2212.09849); RegMean++ (2508.03121); `RegMeanAlgorithmForCLIP` and
     `RegMeanAlgorithmForCLIPPlusPlus` of FusionBench.
 
@@ -253,6 +255,7 @@ def _calls(
     empty = True
     for batch in reading(_OP, batches, passes):
         empty = False
+        require_needed(_OP, model, batch)
         yield fresh(arguments_of(_OP, model, batch))
     if empty:
         raise ArgumentError.of(_OP, "a model has no batches", "none", "at least one")

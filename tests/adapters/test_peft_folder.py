@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergekern as mk
+from mergekern.adapters import peft_folder
 from mergekern.adapters.adapter import Adapter, Factors
 
 from accuracy import assert_bits_equal, assert_within
@@ -58,6 +59,17 @@ PROBLEMS: dict[str, tuple[Callable[[Tensors, Config], object], str]] = {
         lambda t, c: t.update({f"{Q}magnitude_vector": torch.zeros(4)}),
         "unknown part of an adapter",
     ),
+    **{
+        key: (lambda t, c, key=key: c.update({key: {"x": [1]}}), f"{key} is not supported (")
+        for key in peft_folder._UNKNOWN
+    },
+    **{
+        init: (
+            lambda t, c, init=init: c.update(init_lora_weights=init),
+            f"taken out of its base; got init_lora_weights '{init}'; expected what",
+        )
+        for init in ("pissa", "pissa_niter_16", "olora", "CorDA", "loftq", "lora_ga")
+    },
     "another kind": (
         lambda t, c: c.update(peft_type="IA3"),
         "no LoRA adapter; got peft_type 'IA3'",

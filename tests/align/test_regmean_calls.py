@@ -77,7 +77,8 @@ def test_blocks_that_write_into_their_input(blocks: str | None) -> None:
 def test_a_cache_is_filled_once() -> None:
     """By hand: block k of each model is run with what the merged blocks before it have cached."""
     models = chains()
-    got = mk.regmean(models, [[(x, True) for x in b] for b in batches()], blocks="blocks")
+    given = [[{"x": x, "cached": True} for x in b] for b in batches()]
+    got = mk.regmean(models, given, blocks="blocks")
     mean = mk.regmean(models, batches())  # of biases; the rest is replaced below
     expected = copy.deepcopy(mean)
     for name in ("first", "head"):
@@ -221,6 +222,42 @@ def test_names_that_forward_does_not_take_are_left_out() -> None:
     given = batches()
     named: Sequence[Any] = [[{"x": x, "labels": torch.zeros(20)} for x in b] for b in given]
     assert_same(*(mk.regmean(chains(), x) for x in (given, named)))
+
+
+class Shifted(nn.Module):
+    """One argument without a default and one with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return self.lin(x if shift is None else x + shift)
+
+
+class Lenient(Shifted):
+    """As encoders of Hugging Face: every argument has a default."""
+
+    def forward(self, x: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        assert x is not None
+        return super().forward(x, shift)
+
+
+@pytest.mark.parametrize("kind", [Shifted, Lenient])
+@pytest.mark.parametrize("whole", [tuple, list])
+def test_labels_do_not_go_into_an_argument_with_a_default(
+    kind: type[Shifted], whole: type[tuple[Any, ...]] | type[list[Any]]
+) -> None:
+    models, xs = [kind().double() for _ in range(2)], batches()
+    shift = torch.arange(20).double()[:, None]
+    labelled = [[whole((x, shift)) for x in b] for b in xs]
+    with refused("regmean", "entry 1 of a batch would be shift", "a mapping that names x, shift"):
+        mk.regmean(models, labelled)
+    alone = [[whole((x,)) for x in b] for b in xs]
+    assert_same(mk.regmean(models, xs), mk.regmean(models, alone))
+    named = [[{"x": x, "shift": shift} for x in b] for b in xs]
+    moved = [[x + shift for x in b] for b in xs]
+    assert_same(mk.regmean(models, moved), mk.regmean(models, named))
 
 
 @pytest.mark.parametrize("blocks", [None, "encoder.layers"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mergekern.adapters.files import load_adapter, save_adapter
 from mergekern.adapters.merge import merge_adapters
+from mergekern.errors import CheckpointError
 
 from accuracy import assert_bits_equal, assert_within
 from required import peer
@@ -152,3 +153,17 @@ def test_peft_finds_the_modules_of_a_union(tmp_path: Path) -> None:
             of = (getattr(m, name) for m in (model.base_model.model, both))
             expected, got = (m.get_delta_weight("default").detach().double() for m in of)
             assert_within(got, expected, bound(expected))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_whose_factors_come_out_of_the_base_are_refused(init: str, tmp_path: Path) -> None:
+    """PEFT changes the base too when it adds one; added to the plain base it is another model."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 8))
+    base = net[0].weight.detach().clone()
+    config = peft.LoraConfig(r=3, target_modules=["0"], init_lora_weights=init)
+    model = peft.get_peft_model(net, config)
+    assert not torch.equal(model.base_model.model[0].base_layer.weight, base)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="taken out of its base; got init_lora_weights"):
+        load_adapter(tmp_path)

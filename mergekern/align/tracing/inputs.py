@@ -80,6 +80,19 @@ def arguments_of(op: str, module: nn.Module, batch: Any) -> Arguments:
     return args[:count], kwargs
 
 
+def require_needed(op: str, module: nn.Module, batch: Any) -> None:
+    """Refuses a tuple of which an entry after the first goes into an argument with a default."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    given, _ = arguments(op, batch)
+    for k, place in enumerate(places[1 : len(given)], 1):
+        if place.default is not place.empty:
+            what = f"entry {k} of a batch would be {place.name}, which has a default, or is labels"
+            names = ", ".join(p.name for p in places[: k + 1])
+            expected = f"{k}, without labels, or a mapping that names {names}"
+            raise ArgumentError.of(op, what, f"{len(given)} entries", expected)
+
+
 def _sizes(node: fx.Node) -> list[int | None]:
     """Of a placeholder of a tensor; None where the trace left a size open."""
     traced = node.meta["val"]
