@@ -182,6 +182,15 @@ def test_merging_with_regmean_weights() -> None:
         assert_within(got[key], x.double(), 16 * 14 * U * 50 * x.double().abs().max().expand_as(x))
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_layer_without_a_gram_matrix_in_one_model_is_refused(which: int) -> None:
+    ws, gs = layer(2)
+    lists = [{"fc": g} for g in gs]
+    lists[which] = {}
+    with refused("regmean", "fc has a Gram matrix in some models only", "all or none"):
+        dropin.merging_with_regmean_weights({"fc.weight": ws}, lists)
+
+
 def test_gram_matrices_of_16_bits_are_taken() -> None:
     ws, gs = layer(2)
     got = dropin.regmean_params_merge(ws, [g.bfloat16() for g in gs], 0.5)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...align.input_moments import InputMoments
+from ...errors import ArgumentError
 from ...methods.merge import merge_tensors
 from .pool import as_pool, merge_all, named
 
@@ -55,7 +56,11 @@ def merging_with_regmean_weights(
     merged = {}
     for name, xs in models_to_merge_param_dict.items():
         module = name.removesuffix(".weight")
-        if module != name and module in models_to_merge_regmean_weights_list[0]:
+        known = [module in grams for grams in models_to_merge_regmean_weights_list]
+        if module != name and any(known):
+            if not all(known):
+                what = f"{module} has a Gram matrix in some models only"
+                raise ArgumentError.of("regmean", what, known, "all or none")
             merged[name] = regmean_params_merge(
                 xs,
                 [grams[module] for grams in models_to_merge_regmean_weights_list],
