@@ -13,10 +13,16 @@ import importlib
 
 from ...errors import BackendError
 from . import averages, emr, model_stock, regmean, spectral, task_vectors, wudi
+from .knots import subspace_alignment
 from .regmean import merging_with_regmean_weights, regmean_params_merge
 from .wudi import wudi_merging
 
-__all__ = ["merging_with_regmean_weights", "regmean_params_merge", "wudi_merging"]
+__all__ = [
+    "merging_with_regmean_weights",
+    "regmean_params_merge",
+    "subspace_alignment",
+    "wudi_merging",
+]
 
 # Name here: what overrides `run`, and where FusionBench has the class of that name.
 _CLASSES: dict[str, tuple[type, str]] = {
