@@ -61,7 +61,7 @@ def _silence() -> None:
 def bench_wudi_steps(row, timed: bool, shape: tuple[int, int], n: int) -> None:
     """20 steps, after the set-up."""
     taus = task_vectors(timed, shape, n)
-    q = quadratic(inputs_of(taus))
+    q = quadratic("wudi", inputs_of(taus))
     fresh = [x.clone() for x in q]
     descend(q, PERIOD, 1e-5, torch.float32)
     error = over_promise(q.total, taus, PERIOD)
