@@ -143,10 +143,10 @@ def test_merged_with_noise_it_is_still_itself(
     for key, x in merged.items():
         assert_bytes_equal(x, expected[key])
 
-    # Something was merged, and the network is the one it was: on a fourth of the images.
-    images, predictions = Images(images.x[::4], images.label[::4]), predictions[::4]
+    # Something was merged, and the network is the one it was.
     got = outputs(network(merged, "linear"), images).argmax(1)
     moved = [k for k, x in merged.items() if not torch.equal(x.float(), states["original"][k])]
     print(f"{name}: {percent(got == images.label):.2f} %, {int((got != predictions).sum())} differ")
     assert moved
     assert percent(got != predictions) <= 1.0
+    assert abs(percent(got == images.label) - percent(predictions == images.label)) <= 0.5
