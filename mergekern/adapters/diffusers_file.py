@@ -6,6 +6,7 @@ A name begins with a component of the pipeline; the first files had the denoiser
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ ENDS = (_A, _B, *_OLDER, *(f"_lora.{half}.weight" for half in ("down", "up")))
 
 def read(path: Path, content: Content) -> Adapter:
     """The scale is lora_alpha / r by the settings in the header, or alpha / r by a tensor `.alpha`;
-    1 where there is neither.
+    1 where there is neither, with a warning if such modules of a component have several ranks.
 
     `config["metadata"]` is the rest of the header, `config["components"]` the settings there.
     """
@@ -60,18 +61,29 @@ def read(path: Path, content: Content) -> Adapter:
     metadata = dict(content.metadata)
     settings = _settings(path, metadata.pop(HEADER, None))
     modules = {}
+    unscaled: dict[str, set[int]] = {}  # of components, ranks whose scale nothing says
     for module, (a, b) in tensors.paired(path, halves, (_A, _B)).items():
         alpha = halves[module].get(_ALPHA)
         component, _, inner = module.partition(".")
         rank, scale = peft_folder.rank_and_scale(settings.get(component), inner)
         if scale is None or rank is None:
             rank, scale = None, scale_of(path, module, alpha, a)
+            if alpha is None and module + _A in content.tensors:  # older names: it is 1
+                unscaled.setdefault(component, set()).add(len(a))
         elif alpha is not None and scale_of(path, module, alpha, a) != scale:
             raise CheckpointError(
                 f"{path}: {module} has two scales; got alpha {float(alpha):g} beside {HEADER}, "
                 f"which says {scale * rank:g}; expected one of them"
             )
         modules[module] = tensors.factors(path, module, a, b, scale, rank)
+    for component, ranks_there in unscaled.items():
+        if len(ranks_there) > 1:
+            warnings.warn(
+                f"{path}: nothing says the scales in {component} of ranks "
+                f"{', '.join(map(str, sorted(ranks_there)))}; taken as 1; diffusers may take one "
+                "alpha for all of them",
+                stacklevel=4,
+            )
     config = {"metadata": metadata, "components": settings}
     return Adapter(modules, config=config, layout="diffusers")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -75,11 +75,15 @@ def config(loaded: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
     return config
 
 
-def saved(loaded: Sequence[Adapter]) -> dict[str, Tensor]:
+def saved(loaded: Sequence[Adapter], factored: Collection[str]) -> dict[str, Tensor]:
     """The tensors that are not factored, which nobody says how to merge."""
     saved: dict[str, Tensor] = {}
     for i, adapter in enumerate(loaded):
         for name, x in adapter.saved.items():
+            module, _, part = name.rpartition(".")
+            if part == "weight" and module in factored:
+                what = f"{name} is saved whole by adapter {i}"
+                raise ArgumentError.of(OP, what, "factors of it in another", "one or the other")
             if name in saved and not torch.equal(saved[name], x):
                 raise ArgumentError.of(
                     OP, f"{name} is saved whole by several adapters", f"another one in {i}", "equal"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -75,11 +76,12 @@ def merge_adapters(
     into: a base, as in `fold_adapter`; `out` becomes that model with the result in its weights,
     which is not rounded on the way. memory, progress: of that.
     Result: linear algebra in float64 on matrices of the ranks' sum; parts are merged in float32, or
-    float64 if an input is; factors have the inputs' dtype. `out` saves it in the inputs' layout.
+    float64 if an input is; factors have the inputs' dtype, and of float16 the scale holds powers of
+    two, so that their range cuts off nothing. `out` saves it in the inputs' layout.
     Cost: for ranks' sum R two QR of [out, R] and [in, R] and one SVD of [R, R] a module; M_svd that
     of M on [out, in] and of `truncation.best_of_rank`.
-    Raises: ArgumentError for unknown methods and parameters, adapters that do not fit together;
-    CheckpointError as `load_adapter`.
+    Raises: ArgumentError for unknown methods and parameters, adapters that do not fit together,
+    results beyond their dtype; CheckpointError as `load_adapter`.
     Source: KnOTS (Stoica et al., 2410.19735), Core Space (Panariello et al., 2509.17786), PEFT
     `add_weighted_adapter`.
 
@@ -100,7 +102,9 @@ def merge_adapters(
         raise ArgumentError.of(OP, "rank is no rank", repr(rank), "1 or more")
     _check_host(host, method, kind, inner)
     given = fit.fitting(loaded, union)
-    saved = fit.saved(loaded)
+    saved = fit.saved(loaded, given)
+    if inner == "task_arithmetic" and kind not in _PLAIN and "density" in parameters:
+        raise ArgumentError.of(OP, f"{method} trims nothing", "a density", "none, or ..._ties")
     if kind in _PLAIN:
         if parameters:
             raise ArgumentError.of(OP, f"{method} has no such parameters", [*parameters], "weight")
@@ -119,7 +123,7 @@ def merge_adapters(
     dtype = fit.widest(loaded) if into is None else torch.float64
     for name, (b, a, lost) in merged.factors.items():
         bias = merged.biases.get(name)
-        result.modules[name] = _factored(given[name][0], b, a, bias, dtype)
+        result.modules[name] = _factored(name, given[name][0], b, a, bias, dtype)
         if rank is not None:
             result.lost[name] = lost
     if into is not None and out is not None:
@@ -150,12 +154,30 @@ class Merged(NamedTuple):
 
 
 def _factored(
-    like: Factors, b: Tensor, a: Tensor, bias: Tensor | None, dtype: torch.dtype
+    name: str, like: Factors, b: Tensor, a: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Factors:
     if not len(a):  # nothing is left; PEFT knows no rank 0
         b, a = b.new_zeros(len(b), 1), a.new_zeros(1, a.shape[1])
-    bias = None if bias is None else bias.to(dtype)
-    return Factors(a.to(dtype), b.to(dtype), 1.0, like.shape, like.embedding, bias)
+    power = 0
+    if dtype == torch.float16 and bias is None:  # the scale holds what its range would cut off
+        (b, one), (a, other) = _near_1(b), _near_1(a)
+        power = one + other
+    parts = {"a": a, "b": b} | ({} if bias is None else {"bias": bias})
+    narrow = {part: x.to(dtype) for part, x in parts.items()}
+    for part, x in narrow.items():
+        if not check.is_finite(x):
+            what = f"{part} of the merged {name} does not fit {check.name_of(dtype)}"
+            got = f"{float(parts[part].abs().max()):.3g}"
+            raise ArgumentError.of(OP, what, got, "finite numbers, or adapters in a wider dtype")
+    scale, its = 2.0**power, narrow.get("bias")
+    return Factors(narrow["a"], narrow["b"], scale, like.shape, like.embedding, its)
+
+
+def _near_1(x: Tensor) -> tuple[Tensor, int]:
+    """x over a power of two, its largest magnitude in [0.5, 1), and that power."""
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    power = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    return x * 2.0**-power, power
 
 
 def _method(method: str) -> tuple[str, str]:

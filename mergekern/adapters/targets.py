@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..check import FLOATS, name_of
 from ..errors import ArgumentError
 from ..methods.compat import Signature
 from .adapter import Adapter, Factors
+from .orientation import Orientation
 
 OP = "fold_adapter"
 # Where kohya's prefixes lead: folders of a pipeline, parts of an original checkpoint; of an adapter
@@ -40,11 +41,13 @@ _QUANTISED = {
 
 
 class Product(NamedTuple):
-    """scale * left @ right, added to a tensor seen as a matrix of its first axis."""
+    """scale * left @ right, added to a tensor seen as a matrix of its first axis: the base's, or
+    `onto`, which the adapter saves in its place."""
 
     left: Tensor  # [rows, r]
     right: Tensor  # [r, columns]
     scale: float
+    onto: Tensor | None = None
 
 
 Change = Product | Tensor  # a tensor takes the place of the base's
@@ -54,13 +57,15 @@ def changes_of(adapter: Adapter, base: Mapping[str, Signature]) -> dict[str, Cha
     """By the names of the base, a folder of a pipeline before them ("unet/...").
 
     PEFT: a module's tensor is NAME.weight, without wrappers ".base_layer"; in_proj_weight of an
-    attention, whose output projection changes twice, as in PEFT's forward; transposed with
-    fan_in_fan_out. diffusers: components are folders, or there is but
+    attention, whose output projection changes twice, as in PEFT's forward; transposed where the
+    base's layers are (`Orientation`). A tensor that PEFT saves as NAME.base_layer.weight is what
+    NAME's product is added to. diffusers: components are folders, or there is but
     one. kohya: names whose dots are underscores; two that come to one are refused.
     Raises: ArgumentError with all modules and tensors that the base lacks, has in another shape,
     quantised, or more than once.
     """
     finder = _FINDERS[adapter.layout](base, adapter.modules)
+    orientation = Orientation(base, bool(adapter.config.get("fan_in_fan_out")))
     found: dict[str, Change] = {}
     problems = []
     for name, part, change in _parts(adapter):
@@ -70,6 +75,14 @@ def changes_of(adapter: Adapter, base: Mapping[str, Signature]) -> dict[str, Cha
             problems.append(_quantised(name, base) or f"{name}.{part} ({what})")
             continue
         (key,) = keys
+        if isinstance(change, Product) and part == "weight":
+            f = adapter.modules[name]
+            linear = len(f.shape) == 1 and not f.embedding
+            turned = orientation.of(key, (len(f.b), *f.shape)) if linear else False
+            if turned is None:
+                problems.append(f"{key} (square, among layers of [out, in] and of [in, out])")
+                continue
+            change = change._replace(left=f.a.T, right=f.b.T) if turned else change
         signature = base[key]
         shape = signature.shape if isinstance(change, Tensor) else _matrix(signature.shape)
         if (quantised := _quantised(key.rpartition(".")[0], base)) or signature.dtype not in FLOATS:
@@ -77,10 +90,16 @@ def changes_of(adapter: Adapter, base: Mapping[str, Signature]) -> dict[str, Cha
             problems.append(quantised or dtype)
         elif _shape(change) != shape:
             problems.append(f"{key} of shape {list(shape)} (changed as {list(_shape(change))})")
-        elif key in found:
-            problems.append(f"{key} (changed twice)")
-        else:
+        elif (earlier := found.get(key)) is None:
             found[key] = change
+        elif (
+            isinstance(earlier, Product)
+            and isinstance(change, Tensor)
+            and ".base_layer." in f"{name}."
+        ):
+            found[key] = earlier._replace(onto=change)
+        else:
+            problems.append(f"{key} (changed twice)")
     if problems:
         what = f"{len(problems)} of {len(problems) + len(found)} parts do not fit the base"
         raise ArgumentError.of(
@@ -91,11 +110,10 @@ def changes_of(adapter: Adapter, base: Mapping[str, Signature]) -> dict[str, Cha
 
 def _parts(adapter: Adapter) -> Iterator[tuple[str, str, Change]]:
     """(module, its tensor, change); whole tensors by their own names."""
-    turned = bool(adapter.config.get("fan_in_fan_out"))
     for module, f in adapter.modules.items():
         if adapter.layout == "peft" and module.endswith(_TWICE):
             f = replace(f, scale=2 * f.scale)
-        yield module, "weight", _product(f, turned)
+        yield module, "weight", _product(f)
         if f.bias is not None:
             yield module, "bias", Product(f.bias[:, None], torch.ones(1, 1), f.scale)
     for name, x in adapter.saved.items():
@@ -103,10 +121,8 @@ def _parts(adapter: Adapter) -> Iterator[tuple[str, str, Change]]:
         yield module, part, x
 
 
-def _product(f: Factors, turned: bool) -> Product:
-    if f.embedding or (turned and len(f.shape) == 1):
-        return Product(f.a.T, f.b.T, f.scale)
-    return Product(f.b, f.a, f.scale)
+def _product(f: Factors) -> Product:
+    return Product(f.a.T, f.b.T, f.scale) if f.embedding else Product(f.b, f.a, f.scale)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,6 +140,49 @@ def _shape(change: Change) -> tuple[int, ...]:
 def _quantised(module: str, base: Mapping[str, Signature]) -> str | None:
     how = next((what for end, what in _QUANTISED.items() if module + end in base), None)
     return None if how is None else f"{module} (quantised: {how})"
+
+
+# ---- tied weights ----------------------------------------------------------------------------
+
+_WITH_A_HEAD = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
+
+
+def require_untied(
+    changes: Mapping[str, Change],
+    copied: Collection[str],
+    base: Mapping[str, Signature],
+    settings: Mapping[str, Any],
+) -> None:
+    """Embeddings that are the output head too do not change in one of their places alone.
+
+    PEFT's layers and its copies (modules_to_save: `copied`) do; what it saves of the base beside
+    them is both. settings: config.json of transformers. A model is tied if that says so; if it says
+    nothing, as where that is the default, and the checkpoint of a language model has no head of its
+    own.
+    Raises: ArgumentError that names the changed embeddings.
+    """
+    said = settings.get("tie_word_embeddings")
+    known = settings.get("architectures") or []
+    headed = any(str(name).endswith(_WITH_A_HEAD) for name in known)
+    if said is False or not (headed or (said and not known)):
+        return
+    words = settings.get("vocab_size")
+    tied = [
+        key
+        for key, change in sorted(changes.items())
+        if (isinstance(change, Product) or key.rpartition(".")[0].endswith(tuple(copied)))
+        and len(shape := base[key].shape) == 2
+        and shape[0] == words
+        and (said or sum(x.shape == shape for x in base.values()) == 1)
+    ]
+    if tied:
+        raise ArgumentError.of(
+            OP,
+            "the adapter changes embeddings that are the output head too",
+            ", ".join(tied),
+            "a base whose head is stored apart, with tie_word_embeddings false, or an adapter of "
+            "ensure_weight_tying",
+        )
 
 
 # ---- names -----------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def regmean(
     else:
         _merge_blocks(result, models, batches, block_names(_OP, result, blocks), sums)
     sums.warn()
+    _warn_of_computed(result)
     return result
 
 
@@ -136,7 +137,6 @@ class _Sums:
         self._reduce, self._nan, self._backend = reduce, nan, backend
         self.singular: list[Singular] = []
         self.never: list[str] = []  # went a batch through them
-        self.model = models[0]
 
     def merge(self, result: nn.Module, names: Sequence[str], run: Run) -> None:
         """The weights of these names into `result`, of what goes into them in `run(i)`."""
@@ -183,7 +183,6 @@ class _Sums:
     def warn(self) -> None:
         """What is not as one would expect, in a sentence each."""
         warn_of(self.singular, stacklevel=4)
-        _warn_of_computed(self.model)
         if self.never:
             warnings.warn(
                 f"regmean: linear layers that no batch went through are averaged; got "
@@ -212,7 +211,7 @@ def _warn_of_computed(model: nn.Module) -> None:
         warnings.warn(
             f"regmean: linear layers whose weights are made of other tensors are averaged by "
             f"these; got {', '.join(computed)}; expected weights that are parameters",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

@@ -56,8 +56,9 @@ def adapters(
         ),
     ] = None,
     memory: Annotated[
-        str, typer.Option(help="with --into: bytes of slices under way")
-    ] = DEFAULT_MEMORY,
+        str | None,
+        typer.Option(help=f"with --into: bytes of slices under way ({DEFAULT_MEMORY})"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="of random masks")] = 0,
     report: Annotated[
         Path | None,
@@ -75,6 +76,8 @@ def adapters(
     """
     if out.exists():
         raise ArgumentError.of("adapters", "OUT exists", out, "a folder to make")
+    if memory is not None and into is None:
+        raise ArgumentError.of("adapters", "--memory is for --into", memory, "both, or neither")
     with paused():
         from ..adapters.merge import merge_adapters
     if report is not None:  # the room of alignment takes half a second
@@ -88,7 +91,7 @@ def adapters(
         method,
         out=out,
         into=into,
-        memory=memory,
+        memory=DEFAULT_MEMORY if memory is None else memory,
         progress=not quiet,
         rank=rank,
         union=union,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.files import load_adapter
-from ..adapters.targets import Change, Product, changes_of
+from ..adapters.targets import Change, Product, changes_of, require_untied
 from ..check import name_of, parse_size
 from ..errors import CheckpointError
 from ..methods.registry import REQUIRED, Inputs, Method, Parameter
@@ -50,9 +51,10 @@ def fold_adapter(
     """W + scale * B A for every weight that the adapter changes; all others as they are.
 
     Every tensor of the base is written to the folder `out`, under its name, in its shape and dtype.
-    Convolutions and embeddings change in the shapes they have, transposed weights (fan_in_fan_out)
-    transposed. Tensors that an adapter saves whole (modules_to_save, biases) take the place of the
-    base's, biases of second factors are added to it.
+    Convolutions and embeddings change in the shapes they have, weights that the base holds as
+    [in, out] (Conv1D of transformers) transposed. Tensors that an adapter saves whole
+    (modules_to_save, biases) take the place of the base's, biases of second factors are added to
+    it.
     adapter: what `load_adapter` reads, or an `Adapter`. base: a model folder, file or `org/name` of
     the hub, as in `merge_checkpoints`; names must be those the adapter was trained on. For kohya's
     names see `adapters.targets`. made_by: what the output's configuration says of the adapter.
@@ -62,7 +64,8 @@ def fold_adapter(
     beside the weights as in `merge_checkpoints`; the manifest has the digest of the adapter.
     Cost: reads and writes the base once; 2 r multiplications a changed element.
     Raises: ArgumentError that lists all parts that the base lacks, has in another shape or
-    quantised; CheckpointError where a sum overflows the base's dtype, and as `merge_checkpoints`.
+    quantised, and for embeddings that the base ties to its output head; CheckpointError where a
+    sum overflows the base's dtype, and as `merge_checkpoints`.
     Source: PEFT `merge_and_unload`, kohya's `merge_lora.py`.
 
     >>> fold_adapter("nowhere", "base", "out")
@@ -79,12 +82,27 @@ def fold_adapter(
         opened = Checkpoint(str(base))
         try:
             changes = changes_of(given, opened.signatures)
+            if not given.config.get("ensure_weight_tying"):
+                copied = given.config.get("modules_to_save") or ()
+                require_untied(changes, copied, opened.signatures, _settings(opened.folder))
         finally:
             opened.close()
         config = _config(str(base), changes, {**source, **(made_by or {})})
         job = Job({"": config}, options, [opened.commit])
     with job, bar(shown=progress) as shown:
         return job.run(Path(out), shown)[0]
+
+
+def _settings(folder: Path | None) -> dict[str, Any]:
+    """config.json of transformers, if the base has one."""
+    path = None if folder is None else folder / "config.json"
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: no readable settings ({error})") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _config(base: str, changes: Mapping[str, Change], made_by: Mapping[str, Any]) -> MergeConfig:
@@ -108,7 +126,10 @@ def _config(base: str, changes: Mapping[str, Change], made_by: Mapping[str, Any]
 
 
 def _digest(key: str, change: Change) -> str:
-    parts = [change.left, change.right] if isinstance(change, Product) else [change]
+    whole = change.onto if isinstance(change, Product) else change
+    parts = [] if whole is None else [whole]
+    if isinstance(change, Product):
+        parts += [change.left, change.right]
     scale = change.scale if isinstance(change, Product) else None
     each = [f"{name_of(x.dtype)} {digest_of(bytes_of(x.contiguous().view(-1)))}" for x in parts]
     return digest_of(f"{key} {scale} {each}")
@@ -121,9 +142,7 @@ def _method(changes: Mapping[str, Change], digest: str) -> Method:
         change = changes[inputs.name]
         if isinstance(change, Product):
             return _added(inputs, change)
-        x = inputs.xs[0]
-        there = change.reshape(-1)[inputs.offset : inputs.offset + x.numel()]
-        return _rounded(there, inputs).view(x.shape)
+        return _rounded(_there(change, inputs), inputs).view(inputs.xs[0].shape)
 
     return Method(
         METHOD,
@@ -138,12 +157,20 @@ def _method(changes: Mapping[str, Change], digest: str) -> Method:
     )
 
 
+def _there(whole: Tensor | None, inputs: Inputs) -> Tensor:
+    """What the adapter has in the place of these elements of the base, or these."""
+    x = inputs.xs[0]
+    if whole is None:
+        return x
+    return whole.reshape(-1)[inputs.offset : inputs.offset + x.numel()].to(x.device)
+
+
 def _added(inputs: Inputs, change: Product) -> Tensor:
     """Of rows of the tensor: blocks of them, so that little is in float64 at a time."""
     x = inputs.xs[0]
     columns = change.right.shape[1]
     out = torch.empty(x.shape, dtype=inputs.out_dtype, device=x.device)
-    rows, done = x.reshape(-1, columns), out.view(-1, columns)
+    rows, done = _there(change.onto, inputs).reshape(-1, columns), out.view(-1, columns)
     left, right = (f.to(x.device) for f in (change.left, change.right.double()))
     first, step = inputs.offset // columns, max(1, _BLOCK // columns)
     for begin in range(0, len(rows), step):

@@ -384,3 +384,15 @@ def test_kohya_merges_by_any_method(tmp_path: Path) -> None:
         limit = torch.full_like(x, 64 * 2.0**-24 * float(x.abs().max()))
         assert_within(dense(got.modules[name]), x, limit)
         assert_bits_equal(got.modules[name].delta(), merged.modules[name].delta())
+
+
+def test_ranks_without_a_scale_are_named(tmp_path: Path) -> None:
+    """diffusers takes one alpha for all modules of a component; older files have none: 1."""
+    mixed = {
+        f"unet.{m}.lora_{half}.weight": normal(*((r, 4) if half == "A" else (4, r)))
+        for m, r in (("a", 2), ("b", 3))
+        for half in "AB"
+    }
+    one = write(tmp_path / "a.safetensors", mixed)
+    with pytest.warns(UserWarning, match="nothing says the scales in unet of ranks 2, 3; taken"):
+        assert {f.scale for f in mk.load_adapter(one).modules.values()} == {1.0}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,37 @@ def test_dtypes(dtype: torch.dtype) -> None:
         assert_within(dense(got.modules[name]), expected, limit)
 
 
+@pytest.mark.parametrize("method", ["cat", "svd", "knots_ties", "core_ta", "linear", "ties_svd"])
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**-14, 1.0, 2.0**5])
+def test_the_scale_holds_what_float16_would_cut_off(method: str, size: float) -> None:
+    """Small and large factors and scales: as exact as factors near 1."""
+    adapters = [adapter(i, scale=2.0**-9 if size < 1 else 8.0) for i in range(2)]
+    for a in adapters:
+        for name, f in a.modules.items():
+            a.modules[name] = replace(f, a=f.a.half(), b=(f.b * size).half())
+    given = {"density": 1.0} if "ties" in method else {}
+    got = merge_adapters(adapters, method, weight=0.5, **given)
+    wide = copy.deepcopy(adapters)
+    for a in wide:
+        for name, f in a.modules.items():
+            a.modules[name] = replace(f, a=f.a.double(), b=f.b.double())
+    expected = merge_adapters(wide, method, weight=0.5, **given)
+    for name, f in got.modules.items():
+        assert f.a.dtype == f.b.dtype == torch.float16
+        exact = dense(expected.modules[name])
+        limit = 16 * 2.0**-11 * float(exact.abs().max())
+        assert_within(dense(f), exact, torch.full_like(exact, limit))
+
+
+def test_a_result_beyond_its_dtype_is_refused() -> None:
+    big = adapter(0)
+    for name, f in big.modules.items():
+        bias = torch.full((len(f.b),), 6e4, dtype=torch.float16)
+        big.modules[name] = replace(f, a=f.a.half(), b=f.b.half(), bias=bias, scale=2.0)
+    with refused(OP, "bias of the merged blocks.0.fc does not fit float16; got 1.2e+05"):
+        merge_adapters([big], "cat")
+
+
 @pytest.mark.parametrize("method", ["cat", "svd", "knots_ties", "core_ta"])
 def test_a_union_of_modules(method: str) -> None:
     one, other = adapter(0), adapter(1)
@@ -207,6 +240,10 @@ def test_tensors_that_are_saved_whole() -> None:
     other.saved["head.weight"] = torch.zeros(3)
     with refused(OP, "head.weight is saved whole by several adapters"):
         merge_adapters([one, other], "svd")
+    other.saved = {"stem.weight": torch.zeros(20, 3, 5, 5)}
+    del other.modules["stem"]
+    with refused(OP, "stem.weight is saved whole by adapter 1; got factors of it in another"):
+        merge_adapters([one, other], "svd", union=True)
 
 
 REFUSALS: dict[str, tuple[Any, str]] = {
@@ -223,6 +260,10 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         "host='knots' has no svd",
     ),
     "parameter": (lambda: merge_adapters([adapter(0)], "svd", density=0.1), "no such parameters"),
+    "nothing is trimmed": (
+        lambda: merge_adapters([adapter(0)], "knots_ta", density=0.1),
+        "knots_ta trims nothing; got a density",
+    ),
     "weights": (lambda: merge_adapters([adapter(0)], "cat", weight=[1, 2]), "wrong length"),
     "shapes": (
         lambda: merge_adapters(

@@ -70,6 +70,8 @@ def test_a_report(folders: list[str], tmp_path: Path) -> None:
         (["--rank", "0"], "rank is no rank"),
         (["--weight", "1", "--weight", "2"], "weight"),
         (["--method", "svd", "--density", "0.5"], "no such parameters"),
+        (["--method", "linear", "--density", "0.5"], "linear trims nothing"),
+        (["--memory", "1GiB"], "--memory is for --into"),
     ],
     ids=lambda x: x[1] if isinstance(x, list) else "",
 )
