@@ -251,6 +251,8 @@ def _parameters(label: str, state_dict: Mapping[str, Any], model: nn.Module) -> 
         name = name_of[id(parameter)]
         x = check.tensor(_OP, state_dict[place], f"{label}[{place!r}]")
         known = given.setdefault(name, x)
+        if x is known:
+            continue
         if Signature.of(x) != Signature.of(known) or not identical(x, known):
             what = f"{label} unties weights that the model ties"
             raise ArgumentError.of(_OP, what, f"another {place} than {name}", "the same twice")
